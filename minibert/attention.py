@@ -1,0 +1,137 @@
+"""Attention over a packed batch: the formula written out, and the fused kernels behind the same signature.
+
+    Attention(Q, K, V) = softmax(Q Kᵀ / √K) V            Vaswani et al. 2017, equation 1
+
+Shapes: T packed tokens · B sequences · S the longest of them · H heads · K head size. query, key and value come
+as (T, H, K), and so does the result. A token sees all the tokens of its own sequence, and no other."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minibert.packing import PackedBatch
+
+KERNELS = ("formula", "sdpa", "sequences", "varlen")
+_forced: str | None = None
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout: float = 0.0) -> Tensor:
+    """The context of every token, (T, H, K). `dropout` is the probability of dropping an attention weight."""
+    kernel = choose_kernel(query, batch, dropout)
+    if kernel == "formula":
+        return formula(query, key, value, batch, dropout)[0]
+    if kernel == "varlen":
+        return varlen(query, key, value, batch)
+    if kernel == "sequences":
+        return sequences(query, key, value, batch, dropout)
+    return sdpa(query, key, value, batch, dropout)
+
+
+def choose_kernel(query: Tensor, batch: PackedBatch, dropout: float) -> str:
+    """The one place where the kernel is chosen.
+
+    "sdpa"       torch's scaled_dot_product_attention: for sequences of one length, where it needs no mask (on CUDA that
+                 is flash attention), and wherever nothing better is there
+    "varlen"     flash attention on the packed tokens: CUDA in half precision, without dropout, which it does not have
+    "sequences"  on the CPU, uneven lengths: each sequence by itself, so that nothing is computed for padding
+    "formula"    equation 1: for training on the CPU in half precision, where the fused kernel's backward is far slower
+    """
+    if _forced is not None:
+        return _forced
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if batch.uniform:
+        slow_backward = query.is_cpu and half and query.requires_grad
+        return "formula" if slow_backward else "sdpa"
+    if query.is_cpu:
+        return "sequences"
+    head_size = query.shape[-1]
+    if query.is_cuda and half and dropout == 0 and head_size % 8 == 0 and head_size <= 256:
+        return "varlen"
+    return "sdpa"
+
+
+@contextmanager
+def use_kernel(name: str) -> Iterator[None]:
+    """Within this block every attention runs on the named kernel, one of `KERNELS`. For study and tests."""
+    global _forced
+    if name not in KERNELS:
+        raise ValueError(f"there is no attention kernel {name!r}: choose one of {', '.join(KERNELS)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def formula(
+    query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Equation 1 on padded rows. Returns the context (T, H, K) and the attention probabilities (B, H, S, S),
+    which are 0 wherever the query or the key is padding."""
+    q, k, v = to_rows(query, batch), to_rows(key, batch), to_rows(value, batch)  # each (B, H, S, K)
+    mask = None if batch.uniform else batch.key_mask[:, None, None, :]  # (B, 1, 1, S)
+    context, probabilities = equation_1(q, k, v, mask, dropout)
+    if not batch.uniform:
+        probabilities = probabilities * batch.key_mask[:, None, :, None] * batch.key_mask[:, None, None, :]
+    return to_tokens(context, batch), probabilities
+
+
+def equation_1(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """softmax(Q Kᵀ / √K) V, and the softmax alone. query, key, value (…, S, K); mask (…, S), true where a key
+    may be seen."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (…, S, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probabilities = scores.softmax(-1)
+    return F.dropout(probabilities, dropout) @ value, probabilities
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout: float = 0.0) -> Tensor:
+    """torch's fused attention on rows of equal length; where lengths differ, with a mask over the keys."""
+    mask = None if batch.uniform else batch.key_mask[:, None, None, :]  # (B, 1, 1, S)
+    q, k, v = to_rows(query, batch), to_rows(key, batch), to_rows(value, batch)  # each (B, H, S, K)
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return to_tokens(context, batch)
+
+
+def sequences(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout: float = 0.0) -> Tensor:
+    """Each sequence by itself: no padding, no mask. With gradients by equation 1, whose backward pass is the
+    faster on the CPU."""
+    contexts = []
+    parts = [x.transpose(0, 1).split(batch.lengths, dim=1) for x in (query, key, value)]
+    for q, k, v in zip(*parts, strict=True):  # each (H, length, K)
+        if query.requires_grad:
+            context = equation_1(q, k, v, dropout=dropout)[0]
+        else:
+            context = F.scaled_dot_product_attention(q[None], k[None], v[None], dropout_p=dropout)[0]
+        contexts.append(context.transpose(0, 1))
+    return torch.cat(contexts)  # (T, H, K)
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch) -> Tensor:
+    """Flash attention on the packed tokens: no padding is made and no mask is read. CUDA, float16 or bfloat16."""
+    from torch.nn.attention.varlen import varlen_attn  # absent before torch 2.10, and of no use on the CPU
+
+    longest = batch.max_seqlen
+    context = varlen_attn(query, key, value, batch.cu_seqlens, batch.cu_seqlens, longest, longest)
+    assert isinstance(context, Tensor)
+    return context
+
+
+def to_rows(x: Tensor, batch: PackedBatch) -> Tensor:
+    """(T, H, K) → (B, H, S, K), with zeros after the end of a shorter sequence."""
+    shape = (batch.num_sequences, batch.max_seqlen)
+    if not batch.uniform:
+        x = x.new_zeros(shape[0] * shape[1], *x.shape[1:]).index_copy(0, batch.compact_index, x)
+    return x.unflatten(0, shape).transpose(1, 2)
+
+
+def to_tokens(x: Tensor, batch: PackedBatch) -> Tensor:
+    """(B, H, S, K) → (T, H, K)"""
+    x = x.transpose(1, 2).flatten(0, 1)  # (B * S, H, K)
+    return x if batch.uniform else x[batch.compact_index]

@@ -1,0 +1,492 @@
+"""Checkpoints: the names of the tensors, the files that hold them, and where those files are.
+
+This module knows no layer. It is told which tensors of which shape are wanted, and answers with exactly those,
+or with an error that names the file and the tensor. It opens safetensors files and never a pickle."""
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minibert.config import BertConfig, ignored_keys
+
+# The name table: our module, and the module (or the three modules) of the hub's BERT checkpoints. N is a
+# layer's number. Loading, saving and layer-by-layer parity all read it.
+NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("embeddings.word", ("bert.embeddings.word_embeddings",)),
+    ("embeddings.position", ("bert.embeddings.position_embeddings",)),
+    ("embeddings.token_type", ("bert.embeddings.token_type_embeddings",)),
+    ("embeddings.norm", ("bert.embeddings.LayerNorm",)),
+    (
+        "layers.N.attention.qkv",
+        (
+            "bert.encoder.layer.N.attention.self.query",
+            "bert.encoder.layer.N.attention.self.key",
+            "bert.encoder.layer.N.attention.self.value",
+        ),
+    ),
+    ("layers.N.attention.output", ("bert.encoder.layer.N.attention.output.dense",)),
+    ("layers.N.attention_norm", ("bert.encoder.layer.N.attention.output.LayerNorm",)),
+    ("layers.N.feed_forward.intermediate", ("bert.encoder.layer.N.intermediate.dense",)),
+    ("layers.N.feed_forward.output", ("bert.encoder.layer.N.output.dense",)),
+    ("layers.N.feed_forward_norm", ("bert.encoder.layer.N.output.LayerNorm",)),
+    ("head.dense", ("cls.predictions.transform.dense",)),
+    ("head.norm", ("cls.predictions.transform.LayerNorm",)),
+    ("head", ("cls.predictions",)),  # its bias; the decoder's weight is the word embedding
+)
+TABLE = dict(NAMES)
+
+# Tensors that BERT checkpoints carry and a masked language model has no use for.
+IGNORED = (
+    (re.compile(r"(bert\.)?embeddings\.position_ids"), "a constant: 0, 1, 2, …"),
+    (re.compile(r"(bert\.)?pooler\.dense\.(weight|bias)"), "the pooler serves sentence classification"),
+    (re.compile(r"cls\.seq_relationship\.(weight|bias)"), "the next-sentence head"),
+)
+# Second copies of a tensor that the model holds once.
+TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+HEAD = "cls.predictions."
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+BUNDLED = (Path(__file__).parent / "weights", Path(__file__).parent.parent / "weights")  # in the wheel, in a checkout
+ALIASES = {"bert-base-uncased": "google-bert/bert-base-uncased"}
+# A hub repository can change its files at any time; this one is pinned to what minibert was tested with.
+PINNED_REVISION = {"google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594"}
+PINNED_SHA256 = {
+    ("86b5e0934494bd15c9632b12f734a8a67f723594", "model.safetensors"): (
+        "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"
+    ),
+    ("86b5e0934494bd15c9632b12f734a8a67f723594", "vocab.txt"): (
+        "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
+    ),
+}
+
+
+def hub_names(name: str) -> list[str]:
+    """The name, or the three names, under which a checkpoint holds our tensor `name`."""
+    module, _, parameter = name.rpartition(".")
+    number = re.search(r"\.(\d+)\.", module)
+    template = re.sub(r"\.\d+\.", ".N.", module)
+    return [f"{hub.replace('.N.', number.group(0)) if number else hub}.{parameter}" for hub in TABLE[template]]
+
+
+# ---------------------------------------------------------------------------------------------------- where files are
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the files of one checkpoint are: a folder, or a repository on the hub."""
+
+    name: str
+    folder: Path | None = None
+    repo_id: str = ""
+    revision: str | None = None
+    local_files_only: bool = False
+
+    def file(self, filename: str) -> Path | None:
+        """The path of one file, downloaded into the hub's ordinary cache if need be; None if the checkpoint has
+        none."""
+        if self.folder is not None:
+            path = self.folder / filename
+            return path if path.is_file() else None
+        return _download(self, filename)
+
+    def require(self, filename: str) -> Path:
+        path = self.file(filename)
+        if path is None:
+            where = " (only the local cache was asked)" if self.local_files_only else ""
+            raise FileNotFoundError(f"{self.name}: there is no {filename}{where}")
+        return path
+
+
+def locate(
+    name_or_path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Source:
+    """What a name means: an existing folder, else a bundled checkpoint, else "bert-base-uncased", else
+    "owner/name" on the hub.
+
+    Raises FileNotFoundError if it is none of them, ValueError for a revision of something that is not on the hub.
+    """
+    name = os.fspath(name_or_path)
+    folders = [Path(name), *(parent / name for parent in BUNDLED)] if name else []
+    for folder in folders:
+        if folder.is_dir():
+            if revision is not None:
+                raise ValueError(f"revision {revision!r} was given, but {name} is a folder: revisions are the hub's")
+            return Source(name, folder=folder)
+    repo_id = ALIASES.get(name, name)
+    if isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
+        return Source(name, None, repo_id, revision or PINNED_REVISION.get(repo_id), local_files_only)
+    bundled = sorted({folder.parent.name for parent in BUNDLED for folder in parent.glob(f"*/{CONFIG}")})
+    what = "is a file" if Path(name).is_file() else "is no folder"
+    raise FileNotFoundError(
+        f"{name!r} {what}. A model is a folder with {CONFIG} and {WEIGHTS}; a bundled name "
+        f"({', '.join(bundled) or 'none is installed'}); {', '.join(ALIASES)}; "
+        "or a hub id such as google-bert/bert-base-cased"
+    )
+
+
+def _download(source: Source, filename: str) -> Path | None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        path = Path(
+            huggingface_hub.hf_hub_download(
+                source.repo_id, filename, revision=source.revision, local_files_only=source.local_files_only
+            )
+        )
+    except errors.LocalEntryNotFoundError as error:
+        if source.local_files_only or errors.OfflineModeIsEnabled in map(type, (error.__cause__, error.__context__)):
+            return None
+        raise ConnectionError(
+            f"{source.name}: {filename} is not in the local cache and the hub cannot be reached: "
+            f"{error.__cause__ or error}"
+        ) from error
+    except errors.EntryNotFoundError:
+        return None
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source.name}: the hub has no revision {source.revision!r} of {source.repo_id}"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source.name}: the hub has no repository {source.repo_id}, or it is private and you are not logged in"
+        ) from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise ConnectionError(f"{source.name}: {filename} could not be downloaded: {error}") from error
+    expected = PINNED_SHA256.get((source.revision or "", filename))
+    if expected and (found := sha256(path)) != expected:
+        path.resolve().unlink()  # the cached bytes, so that the next try downloads them again
+        path.unlink(missing_ok=True)  # and the link to them
+        raise ValueError(
+            f"{path}: SHA-256 is {found}, but {source.name} at {source.revision} has {expected}: "
+            "the download came back wrong and was deleted; try again"
+        )
+    return path
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- what they hold
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError if it is not one, or gives a key twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"the key {key!r} stands there {count} times")
+        return dict(pairs)
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except ValueError as error:  # also a JSONDecodeError or UnicodeDecodeError
+        raise ValueError(f"{path}: not a proper JSON file: {_looks_like(path) or error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def read_config(source: Source) -> BertConfig:
+    """config.json as a BertConfig. Raises ValueError, naming the file and the key, if it is not a BERT we can
+    compute."""
+    path = source.require(CONFIG)
+    try:
+        return BertConfig.from_dict(read_json(path))
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error
+
+
+@dataclass
+class LoadReport:
+    """What `from_pretrained` read. Names are those in the file unless said otherwise."""
+
+    name: str
+    files: tuple[Path, ...]
+    file_dtypes: dict[str, int]  # dtype as the file names it → how many tensors
+    dtype: str  # of the weights in memory
+    loaded: tuple[str, ...]
+    renamed: dict[str, str] = field(default_factory=dict)  # older spelling in the file → the name it stands for
+    tied: dict[str, str] = field(default_factory=dict)  # second copy → the tensor it equals
+    ignored: dict[str, str] = field(default_factory=dict)  # name → why it is not needed
+    initialised: tuple[str, ...] = ()  # our names, with init_missing_head=True
+    non_finite: tuple[str, ...] = ()  # our names of tensors with a NaN or an infinity in them
+    ignored_config_keys: tuple[str, ...] = ()
+    stamps: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """File name → SHA-256, read from the disk at the first time of asking. Raises ValueError if a file is
+        no longer the one that was loaded."""
+        for path, stamp in zip(self.files, self.stamps, strict=True):
+            if _stamp(path) != stamp:
+                raise ValueError(f"{path} has changed since it was loaded")
+        return {path.name: sha256(path) for path in self.files}
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def read_weights(
+    source: Source,
+    shapes: Mapping[str, torch.Size],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    init_missing_head: bool = False,
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The tensors that `shapes` asks for (our names → shapes), and the report of how they were found.
+
+    Raises ValueError, naming file and tensor, unless the checkpoint holds these tensors, in these shapes, and
+    nothing else but the leftovers in `IGNORED` and equal copies of tied tensors."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type such as torch.float32, not {dtype}")
+    files = _weight_files(source)
+    entries: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in files:
+        for key, entry in read_header(path).items():
+            if key in entries:
+                raise ValueError(f"{path}: {key} is also in {entries[key][0].name}")
+            entries[key] = (path, entry)
+    where = files[0] if len(files) == 1 else files[0].parent
+
+    report = LoadReport(
+        name=source.name,
+        files=files,
+        file_dtypes=dict(Counter(entry["dtype"] for _, entry in entries.values())),
+        dtype=str(dtype).removeprefix("torch."),
+        loaded=(),
+        ignored_config_keys=tuple(ignored_keys(read_json(source.require(CONFIG)))),
+        stamps=tuple(_stamp(path) for path in files),
+    )
+    spelled = _resolve_names(where, entries, report)
+    wanted = {hub: ours for ours in shapes for hub in hub_names(ours)}
+    absent = [hub for hub in wanted if hub not in spelled]
+    head = {ours for hub, ours in wanted.items() if hub.startswith(HEAD)}
+    if absent and all(hub.startswith(HEAD) for hub in absent) and not any(hub.startswith(HEAD) for hub in spelled):
+        if not init_missing_head:
+            raise ValueError(
+                f"{where}: this is an encoder without the masked-language-model head ({len(absent)} tensors, {HEAD}*). "
+                "Pass init_missing_head=True to start with an untrained one"
+            )
+        report.initialised = tuple(sorted(head))
+    elif absent:
+        raise ValueError(f"{where}: {_several('tensor', absent)} missing{_layer_hint(source, absent)}")
+    if extra := [spelled[hub] for hub in spelled if hub not in wanted]:
+        raise ValueError(f"{where}: {_several('tensor', extra)} not expected{_layer_hint(source, extra)}")
+
+    state: dict[str, Tensor] = {}
+    suspicious = []
+    for ours, shape in shapes.items():
+        if ours in report.initialised:
+            state[ours] = _initial(ours, shape, dtype, device)
+            continue
+        hubs = hub_names(ours)
+        part_shape = [shape[0] // len(hubs), *shape[1:]]
+        target = torch.empty(shape, dtype=dtype, device=device)
+        for hub, part in zip(hubs, target.chunk(len(hubs)), strict=True):
+            path, entry = entries[spelled[hub]]
+            if entry["shape"] != part_shape:
+                raise ValueError(
+                    f"{path}: {spelled[hub]} has shape {tuple(entry['shape'])}, and {CONFIG} asks for "
+                    f"{tuple(part_shape)}: one of the two files belongs to another model"
+                )
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{path}: {spelled[hub]} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+            part.copy_(_read_tensor(path, spelled[hub]))
+        if not bool(target.sum(dtype=torch.float32).isfinite()) and not bool(target.isfinite().all()):
+            suspicious.append(ours)
+        state[ours] = target
+    for copy, original in report.tied.items():
+        if not torch.equal(
+            _read_tensor(entries[copy][0], copy), _read_tensor(entries[spelled[original]][0], spelled[original])
+        ):
+            raise ValueError(f"{where}: {copy} and {spelled[original]} must be the same tensor, but they differ")
+    if suspicious:
+        report.non_finite = tuple(suspicious)
+        warnings.warn(f"{where}: NaN or infinite weights in {', '.join(suspicious)}", stacklevel=3)
+    report.loaded = tuple(sorted(spelled[hub] for hub in wanted if hub in spelled))
+    return state, report
+
+
+def _resolve_names(where: Path, entries: Mapping[str, Any], report: LoadReport) -> dict[str, str]:
+    """Canonical hub name → the name in the file. Notes on the report what was renamed, tied and ignored."""
+    spelled: dict[str, str] = {}
+    for key in entries:
+        reason = next((why for pattern, why in IGNORED if pattern.fullmatch(key)), None)
+        if reason:
+            report.ignored[key] = reason
+            continue
+        name = re.sub(r"\.LayerNorm\.gamma$", ".LayerNorm.weight", key)
+        name = re.sub(r"\.LayerNorm\.beta$", ".LayerNorm.bias", name)
+        if name.startswith(("embeddings.", "encoder.")):
+            name = "bert." + name
+        if name == "cls.predictions.decoder.bias" and TIED[name] not in entries:
+            name = TIED[name]  # the only copy of the bias, under its other name
+        if name in TIED:
+            report.tied[key] = TIED[name]
+            continue
+        if name in spelled:
+            raise ValueError(f"{where}: {spelled[name]} and {key} are two spellings of the same tensor")
+        spelled[name] = key
+        if name != key:
+            report.renamed[key] = name
+    for copy, original in report.tied.items():
+        if original not in spelled:
+            raise ValueError(f"{where}: there is {copy}, but not {original}, which it is a copy of")
+    return spelled
+
+
+def _weight_files(source: Source) -> tuple[Path, ...]:
+    single = source.file(WEIGHTS)
+    if single is not None:
+        return (single,)
+    index = source.file(INDEX)
+    if index is None:
+        if source.folder is not None and not (source.folder / "pytorch_model.bin").exists():
+            raise FileNotFoundError(f"{source.folder / WEIGHTS}: there is no such file, and no {INDEX}")
+        raise FileNotFoundError(
+            f"{source.name}: there is no {WEIGHTS}. A pytorch_model.bin is a pickle, which can run any program when "
+            'it is opened, so minibert does not open it. Convert it where you trust it: python -c "from transformers import '
+            f"AutoModelForMaskedLM as M; M.from_pretrained({source.name!r}).save_pretrained('converted')\""
+        )
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: there is no weight_map in it")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{index}: the shard {name!r} is not a plain file name: shards stand beside their index")
+    files = tuple(source.require(name) for name in sorted(set(weight_map.values())))
+    found = {key: path.name for path in files for key in read_header(path)}
+    if wrong := [key for key in weight_map.keys() | found.keys() if weight_map.get(key) != found.get(key)]:
+        raise ValueError(f"{index}: {_several('tensor', sorted(wrong))} not where the index says")
+    return files
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name → its dtype and shape, from the head of a safetensors file. Raises ValueError for a file that
+    is not whole.
+
+    The library makes the same checks but the one for a name that stands there twice; here each has a sentence
+    of its own."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8 or length > 100_000_000:
+            other = _looks_like(path) or f"its header claims {length} bytes" if len(start) == 8 else "it is cut off"
+            raise ValueError(
+                f"{path}: not a whole safetensors file: of {size} bytes, {other if size else 'it is empty'}"
+            )
+        raw = file.read(length)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"{path}: the header names {key} {count} times")
+        return dict(pairs)
+
+    try:
+        header = json.loads(raw, object_pairs_hook=unique)
+        with safe_open(path, framework="pt"):  # the library's own checks: offsets, sizes, the end of the file
+            pass
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({size} bytes): {error}") from error
+    return {key: entry for key, entry in header.items() if key != "__metadata__"}
+
+
+def _looks_like(path: Path) -> str:
+    """What a file is that should have been something else; "" if it is nothing well known."""
+    with open(path, "rb") as file:
+        start = file.read(200).lstrip()
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git-LFS pointer, not the file itself: run `git lfs pull`"
+    if start[:1] == b"<":
+        return "it is an HTML page: the download was answered with an error or a log-in page"
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "it is a pickle under another name, which minibert does not open"
+    return ""
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    # Opened anew for each tensor: the pages of a memory-mapped file count as ours until it is closed, and would
+    # double the peak.
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """An untrained head: the transformation is the identity, the scores are dot products with the word
+    embeddings."""
+    if name == "head.dense.weight":
+        return torch.eye(shape[0], dtype=dtype, device=device)
+    return (torch.ones if name == "head.norm.weight" else torch.zeros)(shape, dtype=dtype, device=device)
+
+
+def _several(noun: str, names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{noun}{'s' if len(names) > 1 else ''} {shown} {'are' if len(names) > 1 else 'is'}"
+
+
+def _layer_hint(source: Source, names: list[str]) -> str:
+    if not any(".layer." in name for name in names):
+        return ""
+    return f" (num_hidden_layers in {CONFIG} is {read_config(source).num_hidden_layers})"
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def write(folder: str | os.PathLike[str], config: BertConfig, state: Mapping[str, Tensor]) -> None:
+    """config.json and model.safetensors in `folder`, which is made if need be. Each file appears whole or not
+    at all, and config.json last, so that a folder whose writing was cut off does not load."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        hubs = hub_names(name)
+        for hub, part in zip(hubs, tensor.detach().cpu().chunk(len(hubs)), strict=True):
+            tensors[hub] = part.clone() if len(hubs) > 1 else part.contiguous()
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    text = json.dumps({**config.to_dict(), "dtype": dtype}, indent=2) + "\n"
+    (target / CONFIG).unlink(missing_ok=True)
+    temporary = target / f".{WEIGHTS}.{os.getpid()}"
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        _replace(temporary, target / WEIGHTS)
+        temporary.write_text(text, encoding="utf-8")
+        _replace(temporary, target / CONFIG)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

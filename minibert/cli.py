@@ -1,0 +1,329 @@
+"""The `minibert` command. Each subcommand imports what it needs, so that `minibert --help` is quick."""
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from minibert.checkpoint import LoadReport
+
+DEFAULT_MODEL = "minibert-uncased"
+USER_ERRORS = (ValueError, OSError, FloatingPointError)  # OSError: no such file, no connection, disk full
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: "Sequence[str] | None" = None) -> int:
+    """Run the command; returns the exit status. A user's mistake is one line on stderr and status 2."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `minibert … | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    except USER_ERRORS as error:
+        if options.traceback:
+            raise
+        print(f"minibert {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="minibert", description="BERT's masked language model: ask it, look into it, train it.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str, *, json_output: bool = True) -> Parser:
+        sub: Parser = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--traceback", action="store_true", help="on an error, show where it happened")
+        if json_output:
+            sub.add_argument("--json", action="store_true", help="print JSON")
+            sub.add_argument(
+                "--model",
+                default=DEFAULT_MODEL,
+                help="a folder, a bundled name, bert-base-uncased, or a hub id (default: %(default)s)",
+            )
+        return sub
+
+    sub = command("fill-mask", fill_mask, "The likeliest words for each [MASK].")
+    sub.add_argument("texts", nargs="+", metavar="TEXT", help='such as "The capital of France is [MASK]."')
+    sub.add_argument("--top-k", type=int, default=5, metavar="K", help="answers for each [MASK] (default: %(default)s)")
+    sub.add_argument("--targets", metavar="W,W", help="only these words compete")
+    sub.add_argument("--truncate", action="store_true", help="cut a text that is too long for the model")
+
+    sub = command("mlm", mlm, "Mask a text, let the model guess, and give its loss.")
+    sub.add_argument("text", metavar="TEXT")
+    where = sub.add_mutually_exclusive_group()
+    where.add_argument("--seed", type=int, metavar="N", help="draw the masked tokens with this seed (default: 0)")
+    where.add_argument("--positions", metavar="9,18,…", help="mask these tokens, counted from [CLS] = 0")
+    sub.add_argument("--probability", type=float, metavar="P", help="of choosing a token (default: 0.15)")
+    sub.add_argument(
+        "--recipe",
+        choices=("bert", "plain", "whole-word"),
+        help="bert (default): 80 %% [MASK], 10 %% random, 10 %% kept, no special tokens; plain: all [MASK], "
+        "[CLS] and [SEP] too; whole-word: as bert, whole words",
+    )
+    sub.add_argument(
+        "--score",
+        choices=("masked", "all"),
+        default="masked",
+        help="what the loss is over: the chosen tokens, as in BERT, or all of them (default: %(default)s)",
+    )
+    sub.add_argument("--truncate", action="store_true", help="cut a text that is too long for the model")
+
+    command("info", info, "A model's configuration, its parameters, and how its file was read.")
+
+    sub = command("train", train, "Train a masked language model on text files.", json_output=False)
+    sub.add_argument("texts", nargs="+", metavar="FILE[:WEIGHT]", help=".txt or .txt.gz, one paragraph a line")
+    sub.add_argument("--init", required=True, metavar="MODEL", help="start from this; a missing head is initialised")
+    sub.add_argument("--out", required=True, metavar="FOLDER", help="where the model is saved")
+    sub.add_argument("--steps", type=int, required=True)
+    sub.add_argument("--batch-size", type=int, default=64, metavar="ROWS", help="rows in a step (default: %(default)s)")
+    sub.add_argument("--max-length", type=int, default=128, metavar="TOKENS", help="of a row (default: %(default)s)")
+    sub.add_argument("--learning-rate", type=float, default=3e-4, metavar="LR", help="its peak (default: %(default)s)")
+    sub.add_argument("--no-dropout", action="store_true", help="train without dropout")
+    sub.add_argument("--seed", type=int, default=0, metavar="N")
+    sub.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="(default: %(default)s)")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------ fill-mask
+
+
+def fill_mask(options: argparse.Namespace) -> None:
+    from minibert import BertForMaskedLM, FillMask, load_tokenizer
+
+    fill = FillMask(BertForMaskedLM.from_pretrained(options.model), load_tokenizer(options.model))
+    targets = None if options.targets is None else [word.strip() for word in options.targets.split(",")]
+    answers = fill(options.texts, top_k=options.top_k, targets=targets, truncate=options.truncate)
+    if options.json:
+        results = [{"text": text, "answers": answer} for text, answer in zip(options.texts, answers, strict=True)]
+        print(json.dumps(results, ensure_ascii=False, indent=2))
+        return
+    for text, answer in zip(options.texts, answers, strict=True):
+        print(text)
+        several = isinstance(answer[0], list)
+        for number, one in enumerate(answer if several else [answer], start=1):
+            if several:
+                print(f"  [MASK] number {number}")
+            for row in one:
+                print(f"  {row['score']:7.2%}  {row['token_str']}")
+
+
+# ------------------------------------------------------------------------------------------------------------------ mlm
+
+
+def mlm(options: argparse.Namespace) -> None:
+    import torch
+
+    from minibert import BertForMaskedLM, PackedBatch, load_tokenizer, mask_tokens, masked_lm_loss
+    from minibert.masking import Outcome
+    from minibert.tokenizer import encode, require_id, special_ids
+
+    positions = None if options.positions is None else _whole_numbers("--positions", options.positions)
+    if positions is not None:
+        for name, value in (("--probability", options.probability), ("--recipe", options.recipe)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} says how to draw the masked tokens, and --positions names them: give one of the two"
+                )
+    model, tokenizer = BertForMaskedLM.from_pretrained(options.model), load_tokenizer(options.model)
+    encoding = encode(tokenizer, options.text, model.config.max_position_embeddings, truncate=options.truncate)
+    ids = torch.tensor([encoding.ids])  # (1, S)
+    mask_id = require_id(tokenizer, "[MASK]")
+    recipe = options.recipe or "bert"
+    special = torch.isin(ids, torch.tensor(special_ids(tokenizer)))
+    if positions is not None:
+        if outside := [place for place in positions if place >= ids.shape[1]]:
+            raise ValueError(
+                f"position {outside[0]} is not in the text, which is {ids.shape[1]} tokens, counted from 0"
+            )
+        chosen = torch.zeros_like(ids, dtype=torch.bool)
+        chosen[0, positions] = True
+        special, probability = ~chosen, 1.0  # the named ones, and no other
+    else:
+        probability = 0.15 if options.probability is None else options.probability
+        if recipe == "plain":
+            special = torch.zeros_like(special)
+    plain = recipe == "plain" or positions is not None
+    words = torch.tensor([[-1 if word is None else word for word in encoding.word_ids]])
+    masked = mask_tokens(
+        ids,
+        special,
+        vocab_size=model.config.vocab_size,
+        mask_token_id=mask_id,
+        probability=probability,
+        mask_fraction=1.0 if plain else 0.8,
+        random_fraction=0.0 if plain else 0.1,
+        word_ids=words if recipe == "whole-word" else None,
+        generator=torch.Generator().manual_seed(options.seed or 0),
+    )
+    outcome = [Outcome(code).name.lower().replace("_", " ") for code in masked.outcome[0].tolist()]
+    asked = torch.ones_like(ids, dtype=torch.bool) if options.score == "all" else masked.labels != -100
+    places = asked[0].nonzero().flatten()  # (M,)
+    with torch.inference_mode():
+        logits = model.predict(PackedBatch.from_lists(masked.input_ids.tolist()), places)  # (M, V)
+    loss = masked_lm_loss(logits, ids[0, places])
+    probabilities = logits.float().softmax(-1)
+    rows: list[dict[str, Any]] = []
+    for row, place in enumerate(places.tolist()):
+        scores, tokens = probabilities[row].topk(5)
+        truth = probabilities[row, encoding.ids[place]].item()
+        rows.append(
+            {
+                "position": place,
+                "token": encoding.tokens[place],
+                "outcome": outcome[place],
+                "seen": tokenizer.id_to_token(int(masked.input_ids[0, place])),
+                "predictions": [
+                    {"token_str": tokenizer.id_to_token(token), "score": score}
+                    for token, score in zip(tokens.tolist(), scores.tolist(), strict=True)
+                ],
+                "probability_of_token": truth,
+                "loss": masked_lm_loss(logits[row : row + 1], ids[0, places[row : row + 1]]).sum.item(),
+            }
+        )
+    result: dict[str, Any] = {
+        "tokens": encoding.tokens,
+        "ids": encoding.ids,
+        "input_ids": masked.input_ids[0].tolist(),
+        "score": options.score,
+        "scored": rows,
+        "loss": loss.mean.item(),
+        "count": int(loss.count),
+    }
+    if options.json:
+        print(json.dumps(result, ensure_ascii=False, indent=2))
+        return
+    print(f"{len(encoding.ids)} tokens; what the model saw:")
+    print(" ".join(str(tokenizer.id_to_token(token)) for token in result["input_ids"]))
+    print()
+    print(
+        f"{'position':>8}  {'token':<15} {'outcome':<12} {'its guess':<15} {'certain':>8} {'the token':>10} {'loss':>7}"
+    )
+    for scored in rows:
+        best = scored["predictions"][0]
+        print(
+            f"{scored['position']:>8}  {scored['token']:<15} {scored['outcome']:<12} {best['token_str']:<15} "
+            f"{best['score']:>8.1%} {scored['probability_of_token']:>10.1%} {scored['loss']:>7.3f}"
+        )
+    print()
+    if rows:
+        right = sum(scored["predictions"][0]["token_str"] == scored["token"] for scored in rows)
+        print(f"loss {result['loss']:.4f} over {result['count']} tokens ({options.score}), {right} guessed right")
+    else:
+        print("no token was chosen: try another --seed, or a higher --probability")
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers) < 0:
+        raise ValueError(f"{name} takes whole numbers from 0, with commas between, not {text!r}")
+    return numbers
+
+
+# ----------------------------------------------------------------------------------------------------------------- info
+
+
+def info(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from minibert import BertForMaskedLM
+
+    model = BertForMaskedLM.from_pretrained(options.model)
+    report = model.load_report
+    assert report is not None
+    parts = {"embeddings": model.embeddings, "encoder layers": model.layers, "masked-language-model head": model.head}
+    budget = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    budget["total"] = sum(p.numel() for p in model.parameters())
+    if options.json:
+        print(
+            json.dumps({"config": asdict(model.config), "parameters": budget, "load_report": _report(report)}, indent=2)
+        )
+        return
+    print("configuration")
+    for key, value in asdict(model.config).items():
+        print(f"  {key:<30} {value}")
+    print("parameters (the decoder is the word embedding matrix, and is counted once)")
+    for name, number in budget.items():
+        print(f"  {name:<30} {number:>12,}")
+    print("load report")
+    for line in _report_lines(report):
+        print(f"  {line}")
+
+
+def _report(report: "LoadReport") -> dict[str, Any]:
+    return {
+        "name": report.name,
+        "files": [str(path) for path in report.files],
+        "sha256": report.sha256,
+        "file_dtypes": report.file_dtypes,
+        "dtype": report.dtype,
+        "loaded": list(report.loaded),
+        "renamed": report.renamed,
+        "tied": report.tied,
+        "ignored": report.ignored,
+        "initialised": list(report.initialised),
+        "non_finite": list(report.non_finite),
+        "ignored_config_keys": list(report.ignored_config_keys),
+    }
+
+
+def _report_lines(report: "LoadReport") -> "Iterator[str]":
+    for path in report.files:
+        yield f"{path}"
+        yield f"SHA-256 {report.sha256[path.name]}"
+    stored = ", ".join(f"{count} × {name}" for name, count in report.file_dtypes.items())
+    yield f"{len(report.loaded)} tensors loaded (in the file: {stored}), held as {report.dtype}"
+    for title, names in (("renamed", report.renamed), ("tied copy", report.tied), ("ignored", report.ignored)):
+        for name, what in names.items():
+            yield f"{title}: {name} ({what})"
+    for title, listed in (
+        ("initialised, not loaded", report.initialised),
+        ("NaN or infinite values in", report.non_finite),
+        ("config keys that change nothing", report.ignored_config_keys),
+    ):
+        if listed:
+            yield f"{title}: {', '.join(listed)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- train
+
+
+def train(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from minibert import BertForMaskedLM, load_tokenizer
+    from minibert.training.data import read_text_file
+    from minibert.training.loop import Settings, evaluate
+    from minibert.training.loop import train as run
+
+    settings = Settings(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        learning_rate=options.learning_rate,
+        dropout=not options.no_dropout,
+        seed=options.seed,
+        save_every=options.save_every,
+    )
+    model = BertForMaskedLM.from_pretrained(options.init, init_missing_head=True)
+    tokenizer = load_tokenizer(options.init)
+    files = [read_text_file(spec, tokenizer) for spec in options.texts]
+    run(model, tokenizer, files, Path(options.out), settings)
+    print(f"{'held out':<20} {'masked tokens':>13} {'loss':>7} {'top-1':>7}")
+    for name, figures in evaluate(model, tokenizer, files, max_length=options.max_length).items():
+        print(f"{name:<20} {figures['masked_tokens']:>13.0f} {figures['loss']:>7.3f} {figures['top1']:>7.1%}")

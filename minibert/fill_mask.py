@@ -1,0 +1,104 @@
+"""The likeliest words for each [MASK] in a text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from minibert.model import BertForMaskedLM
+from minibert.packing import PackedBatch
+from minibert.tokenizer import encode, require_id
+
+
+class FillMask:
+    """Call it with a text, or several, each with one [MASK] or more. The answers are those of transformers'
+    fill-mask pipeline."""
+
+    def __init__(self, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.mask_id = require_id(tokenizer, "[MASK]")
+        if tokenizer.get_vocab_size() > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.get_vocab_size()} tokens and the model {model.config.vocab_size}: "
+                "they are not of one checkpoint"
+            )
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        top_k: int = 5,
+        targets: Sequence[str] | None = None,
+        truncate: bool = False,
+    ) -> list[Any]:
+        """For a text with one [MASK]: its top_k answers, best first, each a dict with `score` (probability over
+        the whole vocabulary), `token` (id), `token_str` and `sequence` (the text with the answer in place). For
+        a text with several: such a list for each [MASK]. For a list of texts: a list with what each would give
+        alone.
+
+        targets: only these words compete; each must be one token. truncate: cut a text that is too long for the
+        model, which is otherwise an error. Raises ValueError for a text without [MASK], one too long, a bad
+        top_k, and a target of several tokens."""
+        texts = [text] if isinstance(text, str) else list(text)
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {top_k}")
+        target_ids = None if targets is None else torch.tensor(self._target_ids(targets))
+        limit = self.model.config.max_position_embeddings
+        ids = [encode(self.tokenizer, one, limit, truncate=truncate).ids for one in texts]
+        for one, row in zip(texts, ids, strict=True):
+            if self.mask_id not in row:
+                shown = one if len(one) <= 60 else one[:57] + "…"
+                raise ValueError(f"there is no [MASK] in {shown!r}: write [MASK] where a word should be filled in")
+        if not texts:
+            return []
+
+        batch = PackedBatch.from_lists(ids, device=self.model.embeddings.word.weight.device)
+        positions = (batch.input_ids == self.mask_id).nonzero().flatten()  # (M,)
+        probabilities = self.model.predict(batch, positions).float().softmax(-1).cpu()  # (M, V)
+        if target_ids is not None:
+            probabilities = probabilities[:, target_ids]  # (M, number of targets)
+        scores, chosen = probabilities.topk(min(top_k, probabilities.shape[-1]))  # both (M, top_k)
+        if target_ids is not None:
+            chosen = target_ids[chosen]
+
+        answers, number = [], 0
+        for row in ids:
+            places = [place for place, token in enumerate(row) if token == self.mask_id]
+            per_mask = []
+            for place in places:
+                pairs = zip(scores[number].tolist(), chosen[number].tolist(), strict=True)
+                per_mask.append([self._answer(row, place, token, score, len(places) == 1) for score, token in pairs])
+                number += 1
+            answers.append(per_mask[0] if len(places) == 1 else per_mask)
+        return answers[0] if isinstance(text, str) else answers
+
+    def _answer(self, row: list[int], place: int, token: int, score: float, single: bool) -> dict[str, Any]:
+        filled = [*row[:place], token, *row[place + 1 :]]
+        return {
+            "score": score,
+            "token": token,
+            "token_str": self.tokenizer.decode([token], skip_special_tokens=False),
+            # With several masks the others stay visible, and so do [CLS] and [SEP]: as transformers has it.
+            "sequence": self.tokenizer.decode(filled, skip_special_tokens=single),
+        }
+
+    def _target_ids(self, targets: Sequence[str]) -> list[int]:
+        if isinstance(targets, str) or not targets:
+            raise ValueError(f"targets must be a list of words, not {targets!r}")
+        ids = []
+        for word in targets:
+            token = self.tokenizer.token_to_id(word)
+            if token is None:
+                pieces = self.tokenizer.encode(word, add_special_tokens=False)
+                unknown = self.tokenizer.token_to_id("[UNK]")
+                if len(pieces.ids) != 1 or pieces.ids[0] == unknown:
+                    raise ValueError(
+                        f"the target {word!r} is not one token of the vocabulary: it became "
+                        f"{' '.join(pieces.tokens) or 'nothing'}. A [MASK] stands for exactly one token"
+                    )
+                token = pieces.ids[0]
+            ids.append(token)
+        return list(dict.fromkeys(ids))
