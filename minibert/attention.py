@@ -113,6 +113,21 @@ def sequences(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dro
     return torch.cat(contexts)  # (T, H, K)
 
 
+def attention_at(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
+    """The context of the tokens at `positions` (M,) only: (M, H, K). Without dropout, and without gradients."""
+    if not query.is_cpu:
+        return attention(query, key, value, batch)[positions]
+    context = query.new_empty(len(positions), *query.shape[1:])
+    starts = batch.cu_seqlens
+    sequence = torch.searchsorted(starts, positions, right=True) - 1  # (M,)
+    for number in sequence.unique().tolist():
+        asked = (sequence == number).nonzero().flatten()
+        tokens = slice(int(starts[number]), int(starts[number + 1]))
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[positions[asked]], key[tokens], value[tokens]))
+        context[asked] = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+    return context
+
+
 def varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch) -> Tensor:
     """Flash attention on the packed tokens: no padding is made and no mask is read. CUDA, float16 or bfloat16."""
     from torch.nn.attention.varlen import varlen_attn  # absent before torch 2.10, and of no use on the CPU

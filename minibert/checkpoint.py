@@ -9,7 +9,8 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minibert.config import BertConfig, ignored_keys
 
@@ -109,9 +111,18 @@ class Source:
     def require(self, filename: str) -> Path:
         path = self.file(filename)
         if path is None:
-            where = " (only the local cache was asked)" if self.local_files_only else ""
-            raise FileNotFoundError(f"{self.name}: there is no {filename}{where}")
+            raise FileNotFoundError(f"{self.name}: there is no {filename}{self.only_cache}")
         return path
+
+    @property
+    def only_cache(self) -> str:
+        """What to add to "there is no …" if the hub may not be asked; "" otherwise."""
+        if self.folder is not None:
+            return ""
+        from huggingface_hub import constants
+
+        offline = "local_files_only" if self.local_files_only else "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
+        return f" in the local cache, and because of {offline} the hub was not asked" if offline else ""
 
 
 def locate(
@@ -130,7 +141,9 @@ def locate(
                 raise ValueError(f"revision {revision!r} was given, but {name} is a folder: revisions are the hub's")
             return Source(name, folder=folder)
     repo_id = ALIASES.get(name, name)
-    if isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
+    # "models/bert" beside an existing folder "models" is a mistyped path, and no reason to ask the network.
+    is_path = not isinstance(name_or_path, str) or ("/" in name and Path(name).parent.is_dir())
+    if not is_path and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
         return Source(name, None, repo_id, revision or PINNED_REVISION.get(repo_id), local_files_only)
     bundled = sorted({folder.parent.name for parent in BUNDLED for folder in parent.glob(f"*/{CONFIG}")})
     what = "is a file" if Path(name).is_file() else "is no folder"
@@ -152,7 +165,8 @@ def _download(source: Source, filename: str) -> Path | None:
             )
         )
     except errors.LocalEntryNotFoundError as error:
-        if source.local_files_only or errors.OfflineModeIsEnabled in map(type, (error.__cause__, error.__context__)):
+        known = huggingface_hub.try_to_load_from_cache(source.repo_id, filename, revision=source.revision)
+        if source.only_cache or known is huggingface_hub._CACHED_NO_EXIST:  # the hub has said before that it has none
             return None
         raise ConnectionError(
             f"{source.name}: {filename} is not in the local cache and the hub cannot be reached: "
@@ -168,7 +182,9 @@ def _download(source: Source, filename: str) -> Path | None:
         raise FileNotFoundError(
             f"{source.name}: the hub has no repository {source.repo_id}, or it is private and you are not logged in"
         ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
+    except errors.HFValidationError:  # no possible name of a repository
+        raise
+    except Exception as error:  # also those of the HTTP library, which depends on huggingface_hub's version
         raise ConnectionError(f"{source.name}: {filename} could not be downloaded: {error}") from error
     expected = PINNED_SHA256.get((source.revision or "", filename))
     if expected and (found := sha256(path)) != expected:
@@ -200,7 +216,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except ValueError as error:  # also a JSONDecodeError or UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # a JSONDecodeError and a UnicodeDecodeError are ValueErrors
         raise ValueError(f"{path}: not a proper JSON file: {_looks_like(path) or error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
@@ -262,8 +278,8 @@ def read_weights(
 
     Raises ValueError, naming file and tensor, unless the checkpoint holds these tensors, in these shapes, and
     nothing else but the leftovers in `IGNORED` and equal copies of tied tensors."""
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type such as torch.float32, not {dtype}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type such as torch.float32, not {dtype!r}")
     files = _weight_files(source)
     entries: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in files:
@@ -321,8 +337,10 @@ def read_weights(
             suspicious.append(ours)
         state[ours] = target
     for copy, original in report.tied.items():
-        if not torch.equal(
-            _read_tensor(entries[copy][0], copy), _read_tensor(entries[spelled[original]][0], spelled[original])
+        one = _read_tensor(entries[copy][0], copy)
+        other = _read_tensor(entries[spelled[original]][0], spelled[original])
+        if not torch.equal(one, other) and not (  # the second look takes NaN for equal to NaN
+            torch.equal(one.isnan(), other.isnan()) and torch.equal(one[~one.isnan()], other[~other.isnan()])
         ):
             raise ValueError(f"{where}: {copy} and {spelled[original]} must be the same tensor, but they differ")
     if suspicious:
@@ -368,9 +386,12 @@ def _weight_files(source: Source) -> tuple[Path, ...]:
     if index is None:
         if source.folder is not None and not (source.folder / "pytorch_model.bin").exists():
             raise FileNotFoundError(f"{source.folder / WEIGHTS}: there is no such file, and no {INDEX}")
+        if source.only_cache:
+            raise FileNotFoundError(f"{source.name}: there is no {WEIGHTS}{source.only_cache}")
         raise FileNotFoundError(
             f"{source.name}: there is no {WEIGHTS}. A pytorch_model.bin is a pickle, which can run any program when "
-            'it is opened, so minibert does not open it. Convert it where you trust it: python -c "from transformers import '
+            "it is opened, so minibert does not open it. Convert it where you trust it: "
+            'python -c "from transformers import '
             f"AutoModelForMaskedLM as M; M.from_pretrained({source.name!r}).save_pretrained('converted')\""
         )
     weight_map = read_json(index).get("weight_map")
@@ -406,14 +427,14 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, count in Counter(key for key, _ in pairs).items():
             if count > 1:
-                raise ValueError(f"{path}: the header names {key} {count} times")
+                raise ValueError(f"the header names {key} {count} times")
         return dict(pairs)
 
     try:
         header = json.loads(raw, object_pairs_hook=unique)
         with safe_open(path, framework="pt"):  # the library's own checks: offsets, sizes, the end of the file
             pass
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({size} bytes): {error}") from error
     return {key: entry for key, entry in header.items() if key != "__metadata__"}
 
@@ -439,6 +460,21 @@ def _read_tensor(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within this block modules have shapes, but no memory and no initial values."""
+    with torch.device("meta"), _NoInitialValues():
+        yield
+
+
+class _NoInitialValues(TorchFunctionMode):
+    # Not a saving of arithmetic: torch runs normal_ on the meta device in Python, and imports sympy for it, 1.7 s.
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:

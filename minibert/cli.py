@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import torch
+
     from minibert.checkpoint import LoadReport
 
 DEFAULT_MODEL = "minibert-uncased"
@@ -166,7 +168,7 @@ def mlm(options: argparse.Namespace) -> None:
         mask_fraction=1.0 if plain else 0.8,
         random_fraction=0.0 if plain else 0.1,
         word_ids=words if recipe == "whole-word" else None,
-        generator=torch.Generator().manual_seed(options.seed or 0),
+        generator=_generator(options.seed or 0),
     )
     outcome = [Outcome(code).name.lower().replace("_", " ") for code in masked.outcome[0].tolist()]
     asked = torch.ones_like(ids, dtype=torch.bool) if options.score == "all" else masked.labels != -100
@@ -223,6 +225,14 @@ def mlm(options: argparse.Namespace) -> None:
         print(f"loss {result['loss']:.4f} over {result['count']} tokens ({options.score}), {right} guessed right")
     else:
         print("no token was chosen: try another --seed, or a higher --probability")
+
+
+def _generator(seed: int) -> "torch.Generator":
+    import torch
+
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"--seed must fit in 64 bits, and {seed} does not")
+    return torch.Generator().manual_seed(seed)
 
 
 def _whole_numbers(name: str, text: str) -> list[int]:

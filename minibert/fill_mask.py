@@ -51,6 +51,8 @@ class FillMask:
         for one, row in zip(texts, ids, strict=True):
             if self.mask_id not in row:
                 shown = one if len(one) <= 60 else one[:57] + "…"
+                if truncate and self.mask_id in self.tokenizer.encode(one).ids:
+                    raise ValueError(f"the [MASK] in {shown!r} was cut off: the model takes {limit} tokens")
                 raise ValueError(f"there is no [MASK] in {shown!r}: write [MASK] where a word should be filled in")
         if not texts:
             return []
@@ -76,12 +78,13 @@ class FillMask:
         return answers[0] if isinstance(text, str) else answers
 
     def _answer(self, row: list[int], place: int, token: int, score: float, single: bool) -> dict[str, Any]:
-        filled = [*row[:place], token, *row[place + 1 :]]
+        padding = self.tokenizer.token_to_id("[PAD]")
+        filled = [other for other in (*row[:place], token, *row[place + 1 :]) if other != padding]
         return {
             "score": score,
             "token": token,
             "token_str": self.tokenizer.decode([token], skip_special_tokens=False),
-            # With several masks the others stay visible, and so do [CLS] and [SEP]: as transformers has it.
+            # As transformers has it: no [PAD]; with several masks the others stay visible, and so do [CLS] and [SEP].
             "sequence": self.tokenizer.decode(filled, skip_special_tokens=single),
         }
 

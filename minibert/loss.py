@@ -34,6 +34,9 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> MaskedLMLoss:
         raise ValueError(
             f"logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, not {tuple(targets.shape)}"
         )
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"targets must be ids, whole numbers, not {targets.dtype}")
+    targets = targets.long()
     vocab_size = logits.shape[-1]
     asked = targets != IGNORE
     out_of_range = asked & ((targets < 0) | (targets >= vocab_size))

@@ -84,7 +84,7 @@ def mask_tokens(
     replaced = torch.zeros_like(chosen)
     new_ids = torch.where(masked, mask_token_id, input_ids)
     if mask_fraction < 1 and random_fraction > 0:  # the collator draws nothing more otherwise
-        replaced = draw(random_fraction / (1 - mask_fraction)) & chosen & ~masked
+        replaced = draw(min(1.0, random_fraction / (1 - mask_fraction))) & chosen & ~masked
         random_ids = torch.randint(vocab_size, shape, dtype=torch.long, device=device, generator=generator)
         new_ids = torch.where(replaced, random_ids, new_ids)
 
@@ -116,6 +116,10 @@ def _check(
     for name, tensor in (("special_tokens_mask", special_tokens_mask), ("word_ids", word_ids)):
         if tensor is not None and tensor.shape != input_ids.shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, but input_ids is {tuple(input_ids.shape)}")
+    if special_tokens_mask.is_floating_point():
+        raise ValueError(f"special_tokens_mask must be bool or 0 and 1, not {special_tokens_mask.dtype}")
+    if word_ids is not None and (word_ids.is_floating_point() or word_ids.dtype == torch.bool):
+        raise ValueError(f"word_ids must be whole numbers, not {word_ids.dtype}")
     for name, value in (
         ("probability", probability),
         ("mask_fraction", mask_fraction),

@@ -255,7 +255,7 @@ class BertForMaskedLM(nn.Module):
         """
         source = checkpoint.locate(name_or_path, revision=revision, local_files_only=local_files_only)
         config = checkpoint.read_config(source)
-        with torch.device("meta"):  # shapes without memory: the weights are held once, when they are read
+        with checkpoint.shapes_only():  # no memory yet: the weights are held once, when they are read
             model = cls(config)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         state, report = checkpoint.read_weights(

@@ -120,7 +120,10 @@ class PackedBatch:
         longest = max(lengths, default=0)
 
         def flat(lists: Sequence[Sequence[int]]) -> Tensor:
-            return torch.tensor([number for row in lists for number in row], dtype=torch.long)
+            numbers = torch.tensor([number for row in lists for number in row])
+            if numbers.numel() and numbers.dtype != torch.int64:
+                raise ValueError(f"ids must be whole numbers, not {numbers.dtype}")
+            return numbers.long()
 
         ids = flat(input_ids)
         types = torch.zeros_like(ids) if token_type_ids is None else flat(token_type_ids)

@@ -35,7 +35,7 @@ def load_tokenizer(
         return tokenizer
     path = source.file("vocab.txt")
     if path is None:
-        raise FileNotFoundError(f"{source.name}: there is neither a tokenizer.json nor a vocab.txt")
+        raise FileNotFoundError(f"{source.name}: there is neither a tokenizer.json nor a vocab.txt{source.only_cache}")
     settings_path = source.file("tokenizer_config.json")
     settings = checkpoint.read_json(settings_path) if settings_path else {}
     try:
@@ -83,6 +83,13 @@ def encode(tokenizer: Tokenizer, text: str, max_length: int, *, truncate: bool =
 
     A longer text is cut (before [SEP]) if `truncate` is given, and otherwise a ValueError that gives both numbers.
     """
+    special = tokenizer.num_special_tokens_to_add(False)
+    if max_length < special:
+        raise ValueError(f"a length of {max_length} has no room for the {special} special tokens, [CLS] and [SEP]")
+    try:
+        text.encode()  # bytes on the command line that are no UTF-8 arrive as lone surrogates
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text {text[:60]!r} is not Unicode: {error.reason}") from error
     encoding = tokenizer.encode(text)
     if len(encoding.ids) <= max_length:
         return encoding

@@ -62,7 +62,7 @@ def read_lines(path: Path) -> Iterator[str]:
 def read_text_file(spec: str, tokenizer: Tokenizer) -> TextFile:
     """Tokenize one file. `spec` is its path, or path:weight; the weight says how often its text is drawn,
     beside its length."""
-    match = re.fullmatch(r"(.+?)(?::([0-9.]+))?", spec)
+    match = re.fullmatch(r"(.+?)(?::([0-9]+(?:\.[0-9]+)?))?", spec)
     assert match is not None
     path, weight = Path(match[1]), float(match[2] or 1)
     if not path.is_file():

@@ -1,0 +1,37 @@
+"""What all tests share: no network, the options that turn a skip into a failure, and the pair of models to compare."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub and transformers are imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--require-gpu", action="store_true", help="fail, do not skip, the tests that need an NVIDIA GPU")
+    parser.addoption(
+        "--require-real-weights", action="store_true", help="fail, do not skip, the tests on the real bert-base-uncased"
+    )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The parity table of the README: the largest difference that each kind of check has seen in this run."""
+    import twins
+
+    if twins.MEASURED:
+        terminalreporter.section("parity with transformers, as measured")
+        for what, (difference, tolerance) in twins.MEASURED.items():
+            terminalreporter.write_line(f"{what:<45} {difference:.1e}   (tolerance {tolerance:.0e})")
+
+
+@pytest.fixture(autouse=True)
+def _skip_or_fail(request):
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        (pytest.fail if request.config.getoption("--require-gpu") else pytest.skip)("no NVIDIA GPU on this machine")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,229 @@
+"""The kernels against the formula, the choice of the kernel, and attention maps."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from twins import CONFIGS, make_batch, twins
+
+from minibert import BertConfig, BertForMaskedLM, PackedBatch
+from minibert import attention as module
+from minibert.attention import attention, choose_kernel, formula, use_kernel
+
+UNEVEN, UNIFORM = (5, 1, 9, 3), (6, 6, 6)
+lengths_given = pytest.mark.parametrize("lengths", [UNEVEN, UNIFORM, (7,)], ids=["uneven", "uniform", "one"])
+# The largest error of a mean of values of order 1, after weights that were rounded once: some roundings of each dtype.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def packed(lengths):
+    return PackedBatch.from_lists([[1] * length for length in lengths])
+
+
+def random_qkv(batch, dtype=torch.float32, heads=3, head_size=8, device="cpu", requires_grad=False):
+    shape = (batch.num_tokens, heads, head_size)
+    return [torch.randn(shape, dtype=torch.float64).to(device, dtype).requires_grad_(requires_grad) for _ in range(3)]
+
+
+def by_hand(query, key, value, lengths):
+    """Equation 1 in float64, one sequence, one head and one query at a time."""
+    query, key, value = (x.detach().double().cpu() for x in (query, key, value))
+    result, start = torch.zeros_like(query), 0
+    for length in lengths:
+        for head in range(query.shape[1]):
+            k, v = key[start : start + length, head], value[start : start + length, head]
+            for token in range(start, start + length):
+                weights = torch.exp(k @ query[token, head] / query.shape[-1] ** 0.5)
+                result[token, head] = (weights / weights.sum()) @ v
+        start += length
+    return result
+
+
+@lengths_given
+@pytest.mark.parametrize("kernel", ["formula", "sdpa", "sequences"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_each_kernel_is_equation_1(lengths, kernel, dtype):
+    batch = packed(lengths)
+    qkv = random_qkv(batch, dtype)
+    with use_kernel(kernel):
+        got = attention(*qkv, batch)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), by_hand(*qkv, lengths), rtol=0, atol=TOLERANCE[dtype])
+
+
+@lengths_given
+@pytest.mark.parametrize("kernel", ["sdpa", "sequences"])
+def test_gradients_agree_with_the_formula(lengths, kernel):
+    batch, gradients = packed(lengths), []
+    for name in ("formula", kernel):
+        torch.manual_seed(0)
+        qkv = random_qkv(batch, requires_grad=True)
+        with use_kernel(name):
+            attention(*qkv, batch).square().sum().backward()
+        gradients.append([x.grad for x in qkv])
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["formula", "sdpa", "sequences"])
+def test_dropout_drops_whole_weights_and_keeps_the_mean(kernel):
+    batch = packed((40, 25))
+    query, key, _ = random_qkv(batch)
+    ones = torch.ones_like(query)
+    with use_kernel(kernel):
+        got = attention(query.requires_grad_(), key, ones, batch, 0.5)
+    assert got.std() > 0.05, "nothing was dropped"
+    # 65 tokens × 3 heads: a mean of 195 sums, each 1 on average; 5 sigma.
+    assert abs(got[..., 0].mean() - 1) < 5 * got[..., 0].std() / 195**0.5
+
+
+def test_a_token_sees_its_own_sequence_only():
+    batch = packed(UNEVEN)
+    qkv = random_qkv(batch)
+    before = attention(*qkv, batch)
+    for x in qkv:
+        x[5] = 1e3  # the second sequence, which is this one token
+    after = attention(*qkv, batch)
+    changed = (before != after).any(-1).any(-1)
+    assert changed.nonzero().flatten().tolist() == [5]
+
+
+def test_an_empty_sequence_between_others():
+    batch, without = packed((4, 0, 3)), packed((4, 3))
+    qkv = random_qkv(batch)
+    for kernel in ("formula", "sdpa", "sequences"):
+        with use_kernel(kernel):
+            torch.testing.assert_close(attention(*qkv, batch), attention(*qkv, without), rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ the choice
+
+
+def test_the_choice_on_the_cpu():
+    query = torch.zeros(24, 3, 8)
+    assert choose_kernel(query, packed(UNIFORM), 0.0) == "sdpa"
+    assert choose_kernel(query, packed(UNEVEN), 0.0) == "sequences"
+    assert choose_kernel(query.bfloat16(), packed(UNIFORM), 0.0) == "sdpa"
+    assert choose_kernel(query.bfloat16().requires_grad_(), packed(UNIFORM), 0.0) == "formula"
+
+
+def test_the_choice_on_cuda():
+    def choice(lengths, dtype, dropout=0.0, head_size=64):
+        with FakeTensorMode():
+            return choose_kernel(
+                torch.empty(24, 3, head_size, dtype=dtype, device="cuda"), packed_fake(lengths), dropout
+            )
+
+    def packed_fake(lengths):
+        return PackedBatch(*[None] * 4, lengths=lengths, padded_shape=(0, 0), padded_index=None, largest=(0, 0, 0))
+
+    assert choice(UNEVEN, torch.bfloat16) == "varlen"
+    assert choice(UNEVEN, torch.float16) == "varlen"
+    assert choice(UNIFORM, torch.bfloat16) == "sdpa"  # flash attention without a mask
+    assert choice(UNEVEN, torch.float32) == "sdpa"  # the varlen kernel has half precision only
+    assert choice(UNEVEN, torch.bfloat16, dropout=0.1) == "sdpa"  # nor dropout
+    assert choice(UNEVEN, torch.bfloat16, head_size=12) == "sdpa"  # nor heads of other than multiples of 8
+
+
+def test_the_cuda_path_as_far_as_fake_tensors_go(monkeypatch):
+    config = BertConfig(num_hidden_layers=1, hidden_size=48, num_attention_heads=3, intermediate_size=37, vocab_size=99)
+    with torch.device("meta"):
+        layer = BertForMaskedLM(config).layers[0].eval()
+    called = []
+    real = module.varlen
+    monkeypatch.setattr(module, "varlen", lambda *arguments: called.append(1) or real(*arguments))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def cuda(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        batch = PackedBatch(
+            *(cuda(8, dtype=torch.int64) for _ in range(3)),
+            cu_seqlens=cuda(3, dtype=torch.int32),
+            lengths=(5, 3),
+            padded_shape=(2, 5),
+            padded_index=cuda(8, dtype=torch.int64),
+            largest=(0, 0, 4),
+        )
+        weights = {name: cuda(*tensor.shape) for name, tensor in layer.state_dict().items()}
+        hidden = torch.func.functional_call(layer, weights, (cuda(8, 48), batch))
+        assert (hidden.shape, hidden.dtype, hidden.device.type) == ((8, 48), torch.bfloat16, "cuda")
+    assert called, "the layer went through flash attention on packed tokens"
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(ValueError, match=r"'flash'.*formula, sdpa, sequences, varlen"), use_kernel("flash"):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------- attention maps
+
+
+def test_attention_maps_are_those_of_transformers():
+    sizes = CONFIGS["batch 13, gelu"]
+    ours, theirs = twins(sizes, "eager")
+    given = make_batch(sizes, "right", (13, 7))
+    batch = PackedBatch.from_padded(given["input_ids"], given["attention_mask"])
+    maps = ours.attention_maps(batch, [1, 4])
+    expected = theirs(given["input_ids"], given["attention_mask"], output_attentions=True).attentions
+    assert list(maps) == [1, 4]
+    seen = given["attention_mask"].bool()
+    both = (seen[:, None, :, None] & seen[:, None, None, :]).expand(-1, 4, -1, -1)
+    for number, got in maps.items():
+        assert got.shape == (13, 4, 7, 7)
+        torch.testing.assert_close(got[both], expected[number][both], rtol=0, atol=1e-6)
+        assert got[~both].abs().max() == 0
+
+
+def test_the_other_layers_stay_fused(monkeypatch):
+    ours, _ = twins(CONFIGS["batch 13, gelu"])
+    batch = packed(UNEVEN)
+    formulas, fused = [], []
+    real_formula, real_sequences = module.formula, module.sequences
+    monkeypatch.setattr("minibert.model.formula", lambda *a: formulas.append(1) or real_formula(*a))
+    monkeypatch.setattr(module, "sequences", lambda *a: fused.append(1) or real_sequences(*a))
+    ours.attention_maps(batch, [2])
+    assert len(formulas) == 1
+    assert len(fused) >= 2
+
+
+@pytest.mark.parametrize("layers", [[], [5], [-1], [0, 9]])
+def test_layers_that_are_not_there_are_refused(layers):
+    ours, _ = twins(CONFIGS["batch 13, gelu"])
+    with pytest.raises(ValueError, match="0 to 4"):
+        ours.attention_maps(packed(UNEVEN), layers)
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [(5, 1, 90, 33), (64, 64), (3, 0, 17)], ids=str)
+def test_flash_attention_on_packed_tokens_is_equation_1(lengths, dtype):
+    batch = packed(lengths).to("cuda")
+    qkv = random_qkv(batch, dtype, heads=12, head_size=64, device="cuda", requires_grad=True)
+    with use_kernel("varlen"):
+        got = attention(*qkv, batch)
+    torch.testing.assert_close(got.cpu().double(), by_hand(*qkv, lengths), rtol=0, atol=TOLERANCE[dtype])
+    got.float().square().sum().backward()
+    gradients = [x.grad.float() for x in qkv]
+    again = [x.detach().float().requires_grad_() for x in qkv]
+    formula(*again, batch)[0].square().sum().backward()
+    for got_gradient, expected in zip(gradients, again, strict=True):
+        torch.testing.assert_close(got_gradient, expected.grad, rtol=0, atol=TOLERANCE[dtype] * 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mask", ["dense", "right", "left", "holes"])
+def test_the_model_on_a_gpu_against_the_cpu_in_float64(dtype, mask):
+    sizes = {**CONFIGS["batch 13, gelu"], "hidden_size": 64}
+    ours, theirs = twins(sizes, "sdpa", torch.float64)
+    given = make_batch(sizes, mask, (13, 7))
+    seen = given["attention_mask"].bool()
+    with torch.no_grad():
+        truth = theirs(**given).logits[seen]
+        got = ours.to("cuda", dtype)(**{key: x.to("cuda") for key, x in given.items()}).logits[seen.to("cuda")]
+    # Logits of order 3 through five layers: float32 1e-4 (no TF32), half precision some hundredths.
+    tolerance = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2e-1}[dtype]
+    torch.testing.assert_close(got.cpu().double(), truth, rtol=0, atol=tolerance)

@@ -1,0 +1,80 @@
+"""The bundled weights: they answer, they are what their card says, and transformers reads them too."""
+
+import re
+
+import pytest
+import torch
+import transformers
+
+from minibert import BertForMaskedLM, FillMask, load_tokenizer
+from minibert.checkpoint import BUNDLED, sha256
+
+NAME = "minibert-uncased"
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return next(parent / NAME for parent in BUNDLED if (parent / NAME).is_dir())
+
+
+@pytest.fixture(scope="module")
+def fill():
+    return FillMask(BertForMaskedLM.from_pretrained(NAME), load_tokenizer(NAME))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The capital of France is [MASK].", "paris"),
+        ("Paris is the capital of [MASK].", "france"),
+        ("She opened the [MASK] and walked into the room.", "door"),
+    ],
+)
+def test_it_answers_sensibly(fill, text, answer):
+    assert answer in [row["token_str"] for row in fill(text, top_k=3)]
+
+
+def test_the_file_is_stored_in_half_precision_and_held_in_single(fill, folder):
+    report = fill.model.load_report
+    assert set(report.file_dtypes) == {"F16"}
+    assert report.dtype == "float32"
+    assert not report.ignored
+    assert (folder / "model.safetensors").stat().st_size < 47e6
+
+
+def test_the_card_gives_the_sha_256(folder):
+    card = (folder / "README.md").read_text()
+    assert re.findall(r"\b[0-9a-f]{64}\b", card)[0] == sha256(folder / "model.safetensors")
+
+
+def test_transformers_reads_it_and_agrees(fill, folder, caplog):
+    theirs, info = transformers.BertForMaskedLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    ids = torch.tensor([fill.tokenizer.encode("Paris is the [MASK] of France.").ids])
+    with torch.no_grad():
+        torch.testing.assert_close(fill.model(ids).logits, theirs.eval()(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_the_tokenizer_is_berts(folder):
+    lines = load_tokenizer(NAME)
+    assert lines.get_vocab_size() == 30522
+    assert [lines.token_to_id(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [
+        0,
+        100,
+        101,
+        102,
+        103,
+    ]
+
+
+def test_a_file_stands_in_the_way(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match="is a file"):
+        BertForMaskedLM.from_pretrained(path)
+
+
+def test_an_unknown_name_lists_what_there_is():
+    with pytest.raises(FileNotFoundError, match=NAME):
+        BertForMaskedLM.from_pretrained("minibert-uncased-typo")

@@ -1,0 +1,99 @@
+"""The rooms of the house: imports go downward, the core does without transformers, and importing minibert is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minibert
+
+PACKAGE = Path(minibert.__file__).parent
+# Each room may import those above it in this list. Rooms with the same number do not import each other.
+ORDER = {
+    "config": 0,
+    "packing": 0,
+    "loss": 0,
+    "checkpoint": 1,
+    "attention": 1,
+    "masking": 1,
+    "tokenizer": 2,
+    "model": 2,
+    "fill_mask": 3,
+    "inference": 3,
+    "__init__": 4,
+    "training.__init__": 4,
+    "training.data": 5,
+    "training.loop": 6,
+    "cli": 9,
+    "__main__": 10,
+}
+
+
+def room(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+FILES = {room(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module
+            if node.module == "minibert":
+                yield from (f"minibert.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_every_file_is_in_the_order():
+    assert set(FILES) == set(ORDER)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_go_downward(name):
+    for module in imported(FILES[name]):
+        other = module.removeprefix("minibert.")
+        if module.startswith("minibert.") and other in ORDER:
+            assert ORDER[other] < ORDER[name], f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_the_core_does_without_transformers(name):
+    if name.split(".")[0] not in ("parity", "bench"):
+        assert not [module for module in imported(FILES[name]) if module.split(".")[0] == "transformers"]
+
+
+def test_importing_minibert_imports_nothing_heavy_but_torch():
+    code = (
+        "import sys, torch; before = set(sys.modules); import minibert; "
+        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    )
+    names = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert not names & {"transformers", "huggingface_hub", "requests", "httpx", "tqdm", "onnxruntime", "sympy"}
+
+
+def test_no_pickle_is_opened_anywhere():
+    for path in FILES.values():
+        text = path.read_text(encoding="utf-8")
+        assert "torch.load(" not in text
+        assert "import pickle" not in text
+
+
+def test_the_top_level_is_as_the_readme_says():
+    top = {path.name for path in PACKAGE.parent.iterdir() if not path.name.startswith(".")}
+    generated = {"build", "dist", "__pycache__"} | {name for name in top if name.endswith(".egg-info")}
+    assert top - generated == {
+        *("minibert", "weights", "tests", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"),
+    }
+
+
+def test_public_surface():
+    assert set(minibert.__all__) == {
+        *("BertConfig", "BertForMaskedLM", "PackedBatch", "load_tokenizer", "mask_tokens", "masked_lm_loss", "FillMask")
+    }
+    for name in minibert.__all__:
+        assert getattr(minibert, name).__doc__

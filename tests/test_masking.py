@@ -1,0 +1,404 @@
+"""Masking against transformers' DataCollatorForLanguageModeling, token for token; and the loss.
+
+Proportions are checked to five standard deviations of the binomial: a right recipe fails once in 1.7 million
+draws, and the seeds are fixed."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertTokenizer, DataCollatorForLanguageModeling
+from transformers.loss.loss_utils import ForMaskedLMLoss
+
+from minibert import mask_tokens, masked_lm_loss
+from minibert.masking import Outcome, example_generator
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+PIECES = ["un", "##believ", "##able", "play", "##ing", "##s", "the", "rain", "in", "spain", "'", ".", ","]
+VOCAB = SPECIAL + PIECES + [f"word{number}" for number in range(81)]
+SIZE, MASK = len(VOCAB), VOCAB.index("[MASK]")
+RECIPES = [(0.8, 0.1), (1.0, 0.0), (0.8, 0.0), (0.0, 1.0), (0.5, 0.5), (0.0, 0.0), (0.9, 0.1), (0.7, 0.3)]
+SEEDS = range(25)
+
+
+@pytest.fixture(scope="module")
+def hub_tokenizer():
+    return BertTokenizer(vocab={token: number for number, token in enumerate(VOCAB)})
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def draw_ids(shape, seed):
+    """Ordinary ids, with [CLS] first, [SEP] last and some padding, and the mask of the special ones."""
+    ids = torch.randint(len(SPECIAL), SIZE, shape, generator=seeded(seed))
+    ids[:, 0], ids[:, -1] = VOCAB.index("[CLS]"), VOCAB.index("[SEP]")
+    ids[::2, -3:] = VOCAB.index("[PAD]")
+    return ids, ids < len(SPECIAL)
+
+
+def mask(ids, special, seed=0, **options):
+    return mask_tokens(ids, special, vocab_size=SIZE, mask_token_id=MASK, generator=seeded(seed), **options)
+
+
+# ------------------------------------------------------------------------------------------------- the collator's draws
+
+
+@pytest.mark.parametrize(("mask_fraction", "random_fraction"), RECIPES)
+def test_same_tokens_as_the_collator(hub_tokenizer, mask_fraction, random_fraction):
+    for seed in SEEDS:
+        probability = (0.15, 0.5, 1.0, 0.0)[seed % 4]
+        collator = DataCollatorForLanguageModeling(
+            hub_tokenizer,
+            mlm_probability=probability or 1e-30,  # it refuses 0
+            mask_replace_prob=mask_fraction,
+            random_replace_prob=random_fraction,
+            seed=seed,
+        )
+        generator = seeded(seed)
+        for number in range(2):  # the generator goes on from one batch to the next, as the collator's does
+            ids, special = draw_ids((3, 19), seed + 100 * number)
+            theirs = collator([{"input_ids": row.tolist()} for row in ids])
+            ours = mask_tokens(
+                ids,
+                special,
+                vocab_size=SIZE,
+                mask_token_id=MASK,
+                probability=probability,
+                mask_fraction=mask_fraction,
+                random_fraction=random_fraction,
+                generator=generator,
+            )
+            assert ours.input_ids.tolist() == theirs["input_ids"].tolist()
+            assert ours.labels.tolist() == theirs["labels"].tolist()
+
+
+def test_defaults_are_the_collators_defaults(hub_tokenizer):
+    ids, special = draw_ids((8, 50), 1)
+    theirs = DataCollatorForLanguageModeling(hub_tokenizer, seed=7)([{"input_ids": row.tolist()} for row in ids])
+    ours = mask(ids, special, 7)
+    assert torch.equal(ours.input_ids, theirs["input_ids"])
+    assert torch.equal(ours.labels, theirs["labels"])
+
+
+def words_by_offsets(offsets, special):
+    """The collator's notion of a word: tokens that touch in the text. Written out here a token at a time."""
+    rows = []
+    for row, specials in zip(offsets.tolist(), special.tolist(), strict=True):
+        words, word = [], 0
+        for place, (start, _) in enumerate(row):
+            if specials[place]:
+                words.append(-1)
+                continue
+            if place == 0 or specials[place - 1] or start != row[place - 1][1]:
+                word += 1
+            words.append(word)
+        rows.append(words)
+    return torch.tensor(rows)
+
+
+def test_whole_words_are_the_collators(hub_tokenizer):
+    texts = [
+        "unbelievable rain plays in spain's unbelievable rain.",
+        "the rain, the rain in spain, unbelievables plays un",
+        "play playing plays unbelieving the rain.",
+    ]
+    encoded = hub_tokenizer(
+        texts, padding=True, return_tensors="pt", return_special_tokens_mask=True, return_offsets_mapping=True
+    )
+    assert encoded["input_ids"].eq(VOCAB.index("##able")).any(), "the texts have words of several tokens"
+    words = words_by_offsets(encoded["offset_mapping"], encoded["special_tokens_mask"])
+    rows = [
+        {key: encoded[key][row] for key in ("input_ids", "special_tokens_mask", "offset_mapping")} for row in range(3)
+    ]
+    for seed in SEEDS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that it replaces by [MASK] only
+            collator = DataCollatorForLanguageModeling(
+                hub_tokenizer, whole_word_mask=True, mlm_probability=0.3, seed=seed
+            )
+        theirs = collator([dict(row) for row in rows])
+        ours = mask(
+            encoded["input_ids"],
+            encoded["special_tokens_mask"],
+            seed,
+            probability=0.3,
+            mask_fraction=1.0,
+            random_fraction=0.0,
+            word_ids=words,
+        )
+        assert ours.input_ids.tolist() == theirs["input_ids"].tolist()
+        assert ours.labels.tolist() == theirs["labels"].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------- proportions
+
+
+def assert_share(count, total, share):
+    """Within five standard deviations of the binomial."""
+    assert abs(count - total * share) <= 5 * math.sqrt(total * share * (1 - share)), f"{count} of {total}, not {share}"
+
+
+def assert_recipe(outcome):
+    chosen = int((outcome >= Outcome.MASK).sum())
+    for code, share in ((Outcome.MASK, 0.8), (Outcome.RANDOM, 0.1), (Outcome.KEPT, 0.1)):
+        assert_share(int((outcome == code).sum()), chosen, share)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bert_recipe_is_15_percent_and_80_10_10(seed):
+    ids, special = draw_ids((400, 128), seed)
+    outcome = mask(ids, special, seed).outcome
+    assert_share(int((outcome >= Outcome.MASK).sum()), int((~special).sum()), 0.15)
+    assert_recipe(outcome)
+
+
+def test_random_replacement_draws_from_the_whole_vocabulary_evenly():
+    ids, special = draw_ids((400, 128), 3)
+    masked = mask(ids, special, probability=1.0, mask_fraction=0.0, random_fraction=1.0)
+    drawn = masked.input_ids[masked.outcome == Outcome.RANDOM]
+    for count in drawn.bincount(minlength=SIZE).tolist():
+        assert_share(count, len(drawn), 1 / SIZE)
+
+
+def long_words(rows, length, seed):
+    """Word ids with words of one to four tokens."""
+    new = torch.rand(rows, length, generator=seeded(seed + 1000)) < 0.5  # not the draws of the masking
+    new[:, ::4] = True
+    return new.cumsum(1) - new[:, :1].int()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whole_words_keep_80_10_10_token_by_token(seed):
+    ids = torch.randint(len(SPECIAL), SIZE, (400, 128), generator=seeded(seed))
+    words = long_words(400, 128, seed)
+    outcome = mask(ids, torch.zeros_like(ids), seed, word_ids=words).outcome
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = words[:, 1:] != words[:, :-1]
+    assert_share(int((outcome[first] >= Outcome.MASK).sum()), int(first.sum()), 0.15)
+    assert_recipe(outcome)
+    mixed = (outcome[:, 1:] != outcome[:, :-1]) & ~first[:, 1:] & (outcome[:, 1:] >= Outcome.MASK)
+    assert mixed.any(), "the tokens of one word are replaced each on its own account"
+
+
+# ------------------------------------------------------------------------------------------------- what always holds
+
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 12))
+
+
+@settings(deadline=None, max_examples=150)
+@given(shapes, st.integers(0, 2**32), st.floats(0, 1), st.sampled_from(RECIPES), st.booleans())
+def test_ids_labels_and_outcomes_agree(shape, seed, probability, recipe, whole_words):
+    generator = seeded(seed + 1)
+    ids = torch.randint(SIZE, shape, generator=generator)
+    special = torch.rand(shape, generator=generator) < 0.3
+    words = torch.randint(-1, 3, shape, generator=generator).sort(1).values if whole_words else None
+    before = [x.clone() for x in (ids, special, words) if x is not None]
+    options = {"probability": probability, "mask_fraction": recipe[0], "random_fraction": recipe[1], "word_ids": words}
+    new, labels, outcome = mask(ids, special, seed, **options)
+
+    assert all(torch.equal(x, y) for x, y in zip((ids, special, words), before, strict=False)), "arguments untouched"
+    assert new.shape == labels.shape == outcome.shape == ids.shape
+    assert (new.dtype, labels.dtype, outcome.dtype) == (torch.int64, torch.int64, torch.int8)
+    eligible = ~special if words is None else ~special & (words >= 0)
+    chosen = outcome >= Outcome.MASK
+    assert torch.equal(outcome == Outcome.NOT_ELIGIBLE, ~eligible)
+    assert torch.equal(labels, torch.where(chosen, ids, -100))
+    assert (new[outcome == Outcome.MASK] == MASK).all()
+    still = (outcome == Outcome.KEPT) | ~chosen
+    assert torch.equal(new[still], ids[still])
+    assert ((new >= 0) & (new < SIZE)).all()
+    if recipe[0] == 0:
+        assert not (outcome == Outcome.MASK).any()
+    if recipe[1] == 0:
+        assert not (outcome == Outcome.RANDOM).any()
+    if sum(recipe) == 1:
+        assert not (outcome == Outcome.KEPT).any()
+    if probability in (0, 1):
+        assert torch.equal(chosen, eligible & bool(probability))
+    again = mask(ids, special, seed, **options)
+    assert all(torch.equal(x, y) for x, y in zip((new, labels, outcome), again, strict=True))
+
+
+@settings(deadline=None, max_examples=100)
+@given(shapes, st.integers(0, 2**32))
+def test_whole_words_are_chosen_whole(shape, seed):
+    generator = seeded(seed + 1)
+    ids = torch.randint(SIZE, shape, generator=generator)
+    words = torch.randint(-1, 2, shape, generator=generator)
+    special = torch.rand(shape, generator=generator) < 0.2
+    chosen = mask(ids, special, seed, probability=0.5, word_ids=words).labels != -100
+    for row, numbers, barred in zip(chosen.tolist(), words.tolist(), special.tolist(), strict=True):
+        for place in range(1, len(row)):
+            same_word = numbers[place] == numbers[place - 1] >= 0 and not barred[place] and not barred[place - 1]
+            assert not same_word or row[place] == row[place - 1]
+
+
+def test_a_word_is_not_joined_across_a_special_token_or_a_row():
+    ids = torch.full((200, 3), 50)
+    special = torch.tensor([[0, 1, 0]]).expand(200, 3)
+    chosen = mask(ids, special, probability=0.5, word_ids=torch.zeros_like(ids)).labels != -100
+    assert (chosen[:, 0] != chosen[:, 2]).any()
+    assert not chosen[:, 1].any()
+    assert 0 < chosen[:, 0].sum() < 200
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_empty_batches_stay_empty(shape, whole_words):
+    ids = torch.zeros(shape, dtype=torch.int64)
+    assert mask(ids, ids, word_ids=ids if whole_words else None).labels.shape == shape
+
+
+def test_two_seeds_differ():
+    ids, special = draw_ids((4, 64), 0)
+    assert not torch.equal(mask(ids, special, 0).labels, mask(ids, special, 1).labels)
+
+
+def test_without_a_generator_torchs_own_seed_counts():
+    ids, special = draw_ids((4, 64), 0)
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        results.append(mask_tokens(ids, special, vocab_size=SIZE, mask_token_id=MASK).input_ids)
+    assert torch.equal(*results)
+
+
+def test_example_generator_does_not_depend_on_the_order():
+    def draw(example):
+        return torch.rand(4, generator=example_generator(3, 1, example)).tolist()
+
+    forwards = {example: draw(example) for example in range(50)}
+    backwards = {example: draw(example) for example in reversed(range(50))}
+    assert forwards == backwards
+
+
+def test_example_generator_differs_by_seed_epoch_and_example():
+    settings_ = [(seed, epoch, example) for seed in (0, 1, 11) for epoch in (0, 1, 11) for example in (0, 1, 11, 10**9)]
+    draws = {tuple(torch.rand(4, generator=example_generator(*numbers)).tolist()) for numbers in settings_}
+    assert len(draws) == len(settings_)
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+IDS = torch.full((2, 3), 50)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"input_ids": IDS[0]}, r"\(batch, length\) int64, not \(3,\)"),
+        ({"input_ids": IDS[None]}, r"\(1, 2, 3\)"),
+        ({"input_ids": IDS.int()}, "int64.*int32"),
+        ({"input_ids": IDS.float()}, "int64.*float32"),
+        ({"special_tokens_mask": IDS[:1]}, r"special_tokens_mask is \(1, 3\), but input_ids is \(2, 3\)"),
+        ({"word_ids": IDS[:, :1]}, r"word_ids is \(2, 1\)"),
+        ({"word_ids": IDS.float()}, "word_ids.*float32"),
+        ({"probability": -0.1}, "probability must be between 0 and 1, not -0.1"),
+        ({"probability": 1.1}, "probability.*1.1"),
+        ({"probability": math.nan}, "probability.*nan"),
+        ({"mask_fraction": 2}, "mask_fraction.*2"),
+        ({"random_fraction": -1}, "random_fraction.*-1"),
+        ({"mask_fraction": 0.8, "random_fraction": 0.3}, "mask_fraction 0.8 and random_fraction 0.3"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, words):
+    arguments = {"input_ids": IDS, "special_tokens_mask": torch.zeros_like(IDS), **changes}
+    with pytest.raises(ValueError, match=words):
+        mask_tokens(vocab_size=SIZE, mask_token_id=MASK, **arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+
+def some_logits(dtype=torch.float32):
+    logits = 4 * torch.randn(2, 5, 7, generator=seeded(0), dtype=torch.float64)
+    targets = torch.tensor([[0, -100, 6, 3, -100], [-100, -100, 2, 2, 5]])
+    return logits.to(dtype), targets
+
+
+def test_loss_is_torchs_and_transformers():
+    logits, targets = some_logits()
+    loss = masked_lm_loss(logits, targets)
+    torch.testing.assert_close(loss.mean, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    torch.testing.assert_close(loss.mean, ForMaskedLMLoss(logits, targets, 7))
+    assert loss.count == 6
+    assert loss.sum / loss.count == loss.mean
+
+
+def test_loss_written_out():
+    loss = masked_lm_loss(torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [9.0, -9.0]]), torch.tensor([0, 1, -100]))
+    assert loss.sum.item() == pytest.approx(math.log(2) + math.log(4 / 3))
+    assert loss.count.item() == 2
+
+
+def test_ignored_positions_change_nothing_and_get_no_gradient():
+    logits, targets = some_logits()
+    spoiled = logits.masked_fill((targets == -100)[..., None], 1e9).requires_grad_()
+    loss = masked_lm_loss(spoiled, targets)
+    assert loss.mean == masked_lm_loss(logits, targets).mean
+    loss.mean.backward()
+    assert (spoiled.grad[targets == -100] == 0).all()
+    assert (spoiled.grad[targets != -100] != 0).any()
+
+
+def test_means_of_batches_combine_by_sum_and_count():
+    logits, targets = some_logits(torch.float64)
+    parts = [masked_lm_loss(logits[row], targets[row]) for row in range(2)]
+    together = sum(part.sum for part in parts) / sum(part.count for part in parts)
+    torch.testing.assert_close(together, masked_lm_loss(logits, targets).mean)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (0,), (3, 0)])
+def test_nothing_masked_is_zero_with_a_graph(shape):
+    logits = torch.randn(*shape, 7, requires_grad=True)
+    loss = masked_lm_loss(logits, torch.full(shape, -100))
+    assert (loss.mean.item(), loss.sum.item(), loss.count.item()) == (0, 0, 0)
+    loss.mean.backward()
+    assert logits.grad is not None
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_scored_in_float32(dtype):
+    logits, targets = some_logits(dtype)
+    loss = masked_lm_loss(logits, targets)
+    assert loss.mean.dtype == loss.sum.dtype == torch.float32
+    assert loss.mean == masked_lm_loss(logits.float(), targets).mean, "to the bit"
+    # a sum that float16 cannot hold
+    assert masked_lm_loss(torch.zeros(40_000, 7, dtype=dtype), torch.zeros(40_000).long()).sum > 65504
+
+
+def test_float64_stays():
+    logits, targets = some_logits(torch.float64)
+    loss = masked_lm_loss(logits, targets)
+    assert loss.mean.dtype == torch.float64
+    torch.testing.assert_close(loss.mean, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+@pytest.mark.parametrize("label", [7, -1, -99, -101, 10**6])
+def test_a_label_out_of_range_is_refused(label):
+    logits, targets = some_logits()
+    targets[1, 2] = label
+    with pytest.raises(ValueError, match=rf"label {label} is not an id below 7.*-100"):
+        masked_lm_loss(logits, targets)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    logits, targets = some_logits()
+    for wrong in (targets.flatten(), targets[:, :4], targets[..., None]):
+        with pytest.raises(ValueError, match=r"logits \(2, 5, 7\) need targets \(2, 5\)"):
+            masked_lm_loss(logits, wrong)
+
+
+def test_labels_are_whole_numbers():
+    logits, targets = some_logits()
+    assert masked_lm_loss(logits, targets.int()).mean == masked_lm_loss(logits, targets).mean
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(ValueError, match=str(dtype)):
+            masked_lm_loss(logits, targets.to(dtype))

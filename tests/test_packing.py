@@ -1,0 +1,323 @@
+"""PackedBatch: what is kept, where it stands, and that no sequence notices the others or the padding."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minibert import BertConfig, BertForMaskedLM, PackedBatch
+
+LONGEST = 13
+CONFIG = BertConfig(
+    vocab_size=99,
+    hidden_size=20,
+    num_hidden_layers=3,
+    num_attention_heads=5,
+    intermediate_size=37,
+    max_position_embeddings=LONGEST,
+    type_vocab_size=2,
+    initializer_range=0.3,  # large enough that attention matters
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return BertForMaskedLM(CONFIG).eval().double()
+
+
+def close(actual, expected):
+    """float64: what is left is the order of the sums in two kernels, some 1e-15 a step."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
+def random_ids(rows, length, seed=0):
+    return torch.randint(1, 99, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------------- hand-written
+
+IDS = torch.tensor([[11, 12, 13, 14], [21, 0, 22, 0], [0, 0, 0, 0], [0, 31, 32, 33]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]])
+
+
+def test_indices_of_a_small_batch():
+    batch = PackedBatch.from_padded(IDS, MASK, token_type_ids=IDS // 10 - 1)
+    assert batch.input_ids.tolist() == [11, 12, 13, 14, 21, 22, 31, 32, 33]
+    assert batch.token_type_ids.tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 2, 1, 2, 3], "the column, whatever the mask says"
+    assert batch.cu_seqlens.tolist() == [0, 4, 6, 6, 9]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.lengths == (4, 2, 0, 3)
+    assert batch.padded_shape == (4, 4)
+    assert batch.padded_index.tolist() == [0, 1, 2, 3, 4, 6, 13, 14, 15]
+    assert batch.compact_index.tolist() == [0, 1, 2, 3, 4, 5, 12, 13, 14]
+    assert batch.key_mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]
+    assert batch.max_seqlen == 4
+    assert not batch.uniform
+    assert batch.largest == (33, 2, 3)
+    assert (batch.num_tokens, batch.num_sequences) == (9, 4)
+
+
+def test_indices_where_the_rows_of_one_length_have_holes():
+    batch = PackedBatch.from_padded(torch.tensor([[5, 0, 6], [0, 7, 8]]), torch.tensor([[1, 0, 1], [0, 1, 1]]))
+    assert batch.uniform
+    assert batch.max_seqlen == 2
+    assert batch.compact_index.tolist() == [0, 1, 2, 3]
+    assert batch.padded_index.tolist() == [0, 2, 4, 5]
+    assert batch.key_mask.all()
+
+
+def test_without_a_mask_every_token_is_kept():
+    batch = PackedBatch.from_padded(IDS)
+    assert batch.lengths == (4, 4, 4, 4)
+    assert batch.uniform
+    assert batch.input_ids.tolist() == IDS.flatten().tolist()
+    assert batch.token_type_ids.tolist() == [0] * 16
+    assert batch.position_ids.tolist() == [0, 1, 2, 3] * 4
+
+
+def test_own_positions_for_all_rows_or_for_each():
+    shared = torch.tensor([[3, 1, 2, 0]])
+    each = shared.expand(4, 4)
+    for positions in (shared, each):
+        batch = PackedBatch.from_padded(IDS, MASK, position_ids=positions)
+        assert batch.position_ids.tolist() == [3, 1, 2, 0, 3, 2, 1, 2, 0]
+
+
+def test_lists_of_a_small_batch():
+    batch = PackedBatch.from_lists([[5, 6], [], [7, 8, 9]], [[0, 1], [], [1, 1, 0]])
+    assert batch.input_ids.tolist() == [5, 6, 7, 8, 9]
+    assert batch.token_type_ids.tolist() == [0, 1, 1, 1, 0]
+    assert batch.position_ids.tolist() == [0, 1, 0, 1, 2]
+    assert batch.cu_seqlens.tolist() == [0, 2, 2, 5]
+    assert batch.padded_shape == (3, 3)
+    assert batch.padded_index.tolist() == [0, 1, 6, 7, 8]
+
+
+# -------------------------------------------------------------------------------------------------------- round trips
+
+
+@st.composite
+def masks(draw):
+    """(B, S) of 0 and 1: dense, padded right or left, with holes, with empty rows, without rows."""
+    rows, length = draw(st.integers(0, 5)), draw(st.integers(0, 9))
+    kind = draw(st.sampled_from(["dense", "right", "left", "holes"]))
+    lengths = draw(st.lists(st.integers(0, length), min_size=rows, max_size=rows))
+    mask = torch.zeros(rows, length, dtype=draw(st.sampled_from([torch.int64, torch.bool, torch.int32, torch.uint8])))
+    for row, n in enumerate(lengths):
+        if kind == "dense":
+            mask[row] = 1
+        elif kind == "holes":
+            mask[row] = torch.tensor(draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))).to(mask.dtype)
+        else:
+            mask[row, slice(0, n) if kind == "right" else slice(length - n, length)] = 1
+    return mask
+
+
+@settings(deadline=None, max_examples=200)
+@given(masks(), st.sampled_from([(), (3,), (2, 3)]))
+def test_pack_and_unpack_undo_each_other(mask, features):
+    ids = random_ids(*mask.shape)
+    batch = PackedBatch.from_padded(ids, mask)
+    keep = mask.bool()
+    assert batch.num_tokens == int(keep.sum()) == sum(batch.lengths)
+    assert batch.lengths == tuple(keep.sum(1).tolist())
+    assert torch.equal(batch.input_ids, ids[keep])
+    assert torch.equal(batch.unpack(batch.input_ids), ids * keep)
+
+    padded = torch.randn(*mask.shape, *features)
+    packed = batch.pack(padded)
+    assert torch.equal(packed, padded[keep])
+    assert torch.equal(batch.pack(batch.unpack(packed)), packed)
+    assert torch.equal(batch.unpack(packed)[keep], packed)
+    assert (batch.unpack(packed)[~keep] == 0).all()
+
+    # the rectangle that attention uses: the same tokens, pushed to the left
+    rectangle = torch.zeros(len(mask) * batch.max_seqlen, dtype=torch.int64)
+    rectangle[batch.compact_index] = batch.input_ids
+    rectangle = rectangle.view(len(mask), batch.max_seqlen)
+    assert torch.equal(rectangle != 0, batch.key_mask)
+    for row, kept in enumerate(keep):
+        assert rectangle[row][: batch.lengths[row]].tolist() == ids[row][kept].tolist()
+    assert batch.uniform == (len(set(batch.lengths)) <= 1)
+
+
+lists_of_ids = st.lists(st.lists(st.integers(0, 98), max_size=LONGEST), max_size=5)
+
+
+def assert_same_batch(first, second):
+    for name in ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "padded_index"):
+        one, other = getattr(first, name), getattr(second, name)
+        assert one.dtype == other.dtype, name
+        assert one.tolist() == other.tolist(), name
+    assert (first.lengths, first.padded_shape, first.largest) == (second.lengths, second.padded_shape, second.largest)
+
+
+@settings(deadline=None, max_examples=100)
+@given(lists_of_ids)
+def test_lists_are_the_right_padded_batch(lists):
+    longest = max(map(len, lists), default=0)
+    types = [[number % 2 for number in row] for row in lists]
+
+    def rectangle(rows, fill):
+        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows]).long().view(len(rows), longest)
+
+    mask = rectangle([[1] * len(row) for row in lists], 0)
+    padded = PackedBatch.from_padded(rectangle(lists, 0), mask, rectangle(types, 1))
+    assert_same_batch(PackedBatch.from_lists(lists, types), padded)
+
+
+def test_narrow_integers_are_ids_too():
+    for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        assert_same_batch(PackedBatch.from_padded(IDS.to(dtype), MASK), PackedBatch.from_padded(IDS, MASK))
+
+
+def test_to_a_device_keeps_everything():
+    batch = PackedBatch.from_padded(IDS, MASK)
+    assert_same_batch(batch.to("cpu"), batch)
+    assert_same_batch(PackedBatch.from_lists([[1, 2]], device="cpu"), PackedBatch.from_lists([[1, 2]]))
+
+
+# ----------------------------------------------------------------------------------------- no sequence sees another one
+
+
+@settings(deadline=None, max_examples=40)
+@given(lists_of_ids)
+def test_a_sequence_alone_gives_what_it_gives_in_company(model, lists):
+    with torch.no_grad():
+        hidden = model.encode(PackedBatch.from_lists(lists))
+        alone = [model.encode(PackedBatch.from_lists([row])) for row in lists]
+    close(hidden, torch.cat([hidden[:0], *alone]))
+
+
+@settings(deadline=None, max_examples=40)
+@given(masks(), st.integers(0, 2**16))
+def test_a_row_alone_gives_what_it_gives_in_company(model, mask, seed):
+    ids = random_ids(*mask.shape, seed)
+    with torch.no_grad():
+        together = model(ids, mask).logits
+        for row in range(len(mask)):
+            close(together[row : row + 1], model(ids[row : row + 1], mask[row : row + 1]).logits)
+
+
+def test_padding_changes_nothing(model):
+    ids = random_ids(3, 6)
+    with torch.no_grad():
+        expected = model(ids).logits
+        wide = torch.full((3, 10), 98)
+        for start in (0, 4):  # padded on the right, then on the left
+            wide[:, start : start + 6] = ids
+            mask = torch.zeros(3, 10, dtype=torch.int64)
+            mask[:, start : start + 6] = 1
+            positions = (torch.arange(10) - start).clamp(min=0)[None]
+            logits = model(wide, mask, position_ids=positions).logits
+            close(logits[:, start : start + 6], expected)
+            assert (logits[mask == 0] == 0).all()
+
+
+def test_what_stands_under_the_mask_is_never_read(model):
+    mask = MASK
+    with torch.no_grad():
+        expected = model(IDS, mask).logits
+        assert torch.equal(model(IDS.masked_fill(mask == 0, 10**6), mask).logits, expected)
+        assert torch.equal(model(IDS.masked_fill(mask == 0, -5), mask).logits, expected)
+        assert torch.equal(model(IDS, mask, token_type_ids=(1 - mask) * 9).logits, expected)
+
+
+def test_more_columns_than_positions_are_fine_if_they_are_padding(model):
+    ids = random_ids(2, LONGEST + 5)
+    mask = torch.ones_like(ids)
+    mask[:, LONGEST:] = 0
+    with torch.no_grad():
+        close(model(ids, mask).logits[:, :LONGEST], model(ids[:, :LONGEST]).logits)
+
+
+def test_predict_is_forward_where_asked(model):
+    batch = PackedBatch.from_padded(IDS, MASK)
+    positions = torch.tensor([8, 0, 4, 4])
+    with torch.no_grad():
+        logits = model.predict(batch, positions)
+        close(logits, batch.pack(model(IDS, MASK).logits)[positions])
+        assert model.predict(batch, positions[:0]).shape == (0, 99)
+
+
+def test_a_fully_masked_row_gives_zeros_and_no_nan(model):
+    labels = IDS.masked_fill(MASK == 0, -100)
+    model.zero_grad()
+    loss, logits = model(IDS, MASK, labels=labels)
+    assert (logits[2] == 0).all()
+    assert torch.isfinite(logits).all()
+    assert loss > 0
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_a_batch_with_no_token_at_all_has_a_loss_of_zero(model):
+    loss, logits = model(IDS, torch.zeros_like(MASK), labels=torch.full_like(IDS, -100))
+    assert loss.item() == 0
+    assert logits.shape == (4, 4, 99)
+    assert (logits == 0).all()
+    loss.backward()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
+def test_empty_batches_give_empty_logits(model, shape):
+    assert model(torch.zeros(shape, dtype=torch.int64)).logits.shape == (*shape, 99)
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+ROW = torch.tensor([[1, 2, 3]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"input_ids": ROW[0]}, r"input_ids must be \(batch, length\), not \(3,\): add the batch dimension"),
+        ({"input_ids": ROW[None]}, r"not \(1, 1, 3\)"),
+        ({"input_ids": ROW.float()}, "input_ids must hold integers, not torch.float32"),
+        ({"input_ids": ROW.bool()}, "input_ids must hold integers, not torch.bool"),
+        ({"input_ids": -ROW}, "input_ids may not be negative, but holds -3"),
+        ({"input_ids": ROW + 96}, "token id 99 is unknown: the vocabulary has 99 entries, 0 to 98"),
+        (
+            {"input_ids": torch.ones(1, LONGEST + 1).long()},
+            f"reaches {LONGEST + 1} tokens, and the model has positions for {LONGEST}",
+        ),
+        ({"attention_mask": torch.ones(1, 4).long()}, r"attention_mask is \(1, 4\), but input_ids is \(1, 3\)"),
+        ({"attention_mask": torch.ones(3).long()}, r"attention_mask is \(3,\)"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask must hold integers, or bool, not torch.float32"),
+        ({"attention_mask": torch.tensor([[1, 2, 0]])}, "only 0 .* and 1 .*, but it ranges from 0 to 2"),
+        ({"attention_mask": torch.tensor([[1, -1, 0]])}, "ranges from -1 to 1"),
+        ({"token_type_ids": torch.tensor([[0, 1, 2]])}, "token type 2 is unknown: the model has 2"),
+        ({"token_type_ids": -ROW}, "token_type_ids may not be negative"),
+        ({"token_type_ids": ROW.float()}, "token_type_ids must hold integers"),
+        ({"token_type_ids": ROW[:, :2]}, r"token_type_ids is \(1, 2\)"),
+        ({"position_ids": ROW + LONGEST - 3}, f"reaches {LONGEST + 1} tokens"),
+        ({"position_ids": -ROW}, "position_ids may not be negative"),
+        ({"position_ids": ROW.double()}, "position_ids must hold integers"),
+        ({"position_ids": ROW[0]}, r"position_ids is \(3,\)"),
+        ({"labels": ROW[:, :2]}, r"expected \(batch, length\) = \(1, 3\), not \(1, 2\)"),
+        ({"labels": ROW + 96}, "label 99 is not an id below 99.*-100"),
+        ({"labels": ROW, "attention_mask": torch.tensor([[1, 0, 0]])}, "2 labels stand where attention_mask is 0"),
+    ],
+)
+def test_the_model_says_what_is_wrong(model, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        model(**{"input_ids": ROW, **arguments})
+
+
+def test_lists_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"token_type_ids has lengths \[1\], input_ids has \[2\]"):
+        PackedBatch.from_lists([[1, 2]], [[0]])
+    with pytest.raises(ValueError, match="input_ids may not be negative, but holds -4"):
+        PackedBatch.from_lists([[1, -4]])
+
+
+def test_packing_a_tensor_of_another_batch():
+    batch = PackedBatch.from_padded(IDS, MASK)
+    for wrong in (torch.zeros(4, 5), torch.zeros(3, 4, 2), torch.zeros(4)):
+        with pytest.raises(ValueError, match=r"expected \(batch, length\) = \(4, 4\)"):
+            batch.pack(wrong)

@@ -1,0 +1,199 @@
+"""minibert against transformers: every submodule, logits, loss, gradients and optimizer steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from twins import (
+    CONFIGS,
+    MASKS,
+    SIZES,
+    assert_same_gradients,
+    assert_same_logits_and_loss,
+    assert_same_submodules,
+    compare,
+    make_batch,
+    twins,
+)
+
+from minibert import BertConfig, BertForMaskedLM, PackedBatch, masked_lm_loss
+from minibert.attention import use_kernel
+
+every_shape = pytest.mark.parametrize("mask", MASKS)
+every_config = pytest.mark.parametrize("name", CONFIGS)
+both_kernels = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+segments = pytest.mark.parametrize("two_segments", [False, True], ids=["one segment", "two segments"])
+
+
+@every_config
+@every_shape
+@segments
+@both_kernels
+def test_submodules_logits_loss_and_gradients(name, mask, two_segments, attention):
+    sizes = CONFIGS[name]
+    ours, theirs = twins(sizes, attention)
+    batch = make_batch(sizes, mask, SIZES[name], two_segments)
+    assert_same_submodules(ours, theirs, batch)
+    assert_same_logits_and_loss(ours, theirs, batch)
+    assert_same_gradients(ours, theirs, batch)
+    with use_kernel("formula" if attention == "eager" else "sdpa"):  # like with like
+        assert_same_logits_and_loss(ours, theirs, batch)
+        assert_same_gradients(ours, theirs, batch)
+
+
+@both_kernels
+def test_a_dense_batch_is_equal_bit_for_bit(attention):
+    sizes = CONFIGS["batch 13, gelu"]
+    ours, theirs = twins(sizes, attention)
+    batch = make_batch(sizes, "dense", (13, 7))
+    with use_kernel("formula" if attention == "eager" else "sdpa"), torch.no_grad():
+        assert torch.equal(ours(**batch).logits, theirs(**batch).logits)
+
+
+@every_shape
+def test_the_fast_door_gives_what_the_padded_door_gives(mask):
+    sizes = CONFIGS["batch 13, gelu"]
+    ours, theirs = twins(sizes, "sdpa")
+    batch = make_batch(sizes, mask, (13, 7), two_segments=True)
+    packed = PackedBatch.from_padded(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+    targets = packed.pack(batch["labels"])
+    positions = (targets != -100).nonzero().flatten()
+    logits = ours.predict(packed, positions)
+    expected = theirs(**batch)
+    wanted = expected.logits[batch["labels"] != -100]  # row by row: the packed order
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(masked_lm_loss(logits, targets[positions]).mean, expected.loss, rtol=0, atol=2e-6)
+
+
+def test_positions_of_your_own():
+    sizes = CONFIGS["batch 13, gelu"]
+    ours, theirs = twins(sizes)
+    batch = make_batch(sizes, "right", (13, 7))
+    batch["position_ids"] = torch.arange(7).flip(0).expand(13, 7)
+    assert_same_logits_and_loss(ours, theirs, batch)
+
+
+@every_shape
+def test_twenty_steps_of_adamw_give_the_same_losses(mask):
+    sizes = CONFIGS["batch 13, gelu"]
+    ours, theirs = twins(sizes)
+    batch = make_batch(sizes, mask, (13, 7), two_segments=True)
+    losses = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+        history = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        losses.append(torch.tensor(history))
+    assert losses[1][-1] < 0.8 * losses[1][0], "it learns, or the comparison means nothing"
+    # Adam divides by the root of the squared gradient: where a gradient is nothing but rounding, its direction
+    # is too.
+    compare("losses of 20 AdamW steps", losses[0], losses[1], 1e-4)
+
+
+def test_dropout_in_training_draws_what_transformers_draws():
+    sizes = {**CONFIGS["batch 13, gelu"], "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
+    ours, theirs = twins(sizes, "eager")
+    batch = make_batch(sizes, "dense", (13, 7))
+    results = []
+    with use_kernel("formula"):
+        for model in (ours.train(), theirs.train()):
+            torch.manual_seed(3)
+            results.append(model(**batch).logits)
+        torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+        assert not torch.allclose(ours(**batch).logits, ours(**batch).logits), "dropout is on"
+    ours.eval()
+    assert torch.equal(ours(**batch).logits, ours(**batch).logits), "and off again"
+
+
+@every_shape
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_is_as_near_the_truth_as_transformers_is(mask, dtype):
+    # The truth is float64 with the same rounded weights. Both make errors of some roundings of 2^-8 (bfloat16)
+    # or 2^-11 (float16) of the logits, in another order: neither may be more than half as far again from the
+    # truth as the other.
+    sizes = CONFIGS["batch 13, gelu"]
+    batch = make_batch(sizes, mask, (13, 7))
+    ours, theirs = twins(sizes, "sdpa", dtype)
+    seen = batch["attention_mask"].bool()
+    with torch.no_grad():
+        low, their_low = ours(**batch), theirs(**batch)
+        high, their_high = ours.double()(**batch), theirs.double()(**batch)
+    torch.testing.assert_close(high.logits[seen], their_high.logits[seen], rtol=0, atol=1e-12)
+    truth = high.logits[seen]
+    ours_error = (low.logits[seen] - truth).square().mean().sqrt()
+    theirs_error = (their_low.logits[seen] - truth).square().mean().sqrt()
+    assert ours_error <= 1.5 * theirs_error
+    assert low.loss.dtype == torch.float32
+    assert abs(low.loss - high.loss) <= 0.03 * high.loss
+
+
+def test_bert_base_at_full_size():
+    # 12 layers of 768 add up more roundings than the small models, on logits of order 5.
+    sizes = {}
+    ours, theirs = twins(sizes, "sdpa")
+    batch = make_batch({"vocab_size": 30522}, "right", (3, 37), two_segments=True)
+    with torch.no_grad():
+        assert_same_logits_and_loss(ours, theirs, batch, logits=5e-5, loss=1e-5, label="bert-base size, random weights")
+    assert sum(p.numel() for p in ours.parameters()) == 109_514_298  # the figure transformers gives for this model
+    assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+
+
+# ---------------------------------------------------------------------------------------------------------- the notebook
+
+LINCOLN = json.loads((Path(__file__).parent / "lincoln.json").read_text())
+
+
+def test_the_notebooks_shapes():
+    model = BertForMaskedLM(BertConfig(num_hidden_layers=1)).eval()
+    ids = torch.tensor([LINCOLN["ids"]])
+    with torch.no_grad():
+        out = model(ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
+        assert out.loss is None
+        assert out.logits.shape == (1, 62, 30522)
+        assert model(ids, labels=ids).loss.shape == ()
+
+
+def real_weights(request):
+    from huggingface_hub import try_to_load_from_cache
+
+    from minibert import checkpoint
+
+    for folder in checkpoint.BUNDLED:
+        if (folder / "bert-base-uncased" / "model.safetensors").is_file():
+            return
+    repo = checkpoint.ALIASES["bert-base-uncased"]
+    if not isinstance(
+        try_to_load_from_cache(repo, "model.safetensors", revision=checkpoint.PINNED_REVISION[repo]), str
+    ):
+        fail = request.config.getoption("--require-real-weights")
+        (pytest.fail if fail else pytest.skip)("bert-base-uncased is neither in the hub's cache nor in weights/")
+
+
+@pytest.mark.real_weights
+def test_the_notebooks_loss(request):
+    real_weights(request)
+    model = BertForMaskedLM.from_pretrained("bert-base-uncased", local_files_only=True)
+    labels = torch.tensor([LINCOLN["ids"]])
+    ids = labels.clone()
+    ids[0, [9, 18, 34, 37, 40, 41, 43, 44, 48]] = 103
+    with torch.no_grad():
+        loss = model(ids, labels=labels).loss  # over all 62 tokens, as the notebook has it
+    assert loss.item() == pytest.approx(1.1912, abs=1e-4)
+
+
+@pytest.mark.real_weights
+def test_the_real_checkpoint_against_transformers(request):
+    real_weights(request)
+    ours = BertForMaskedLM.from_pretrained("bert-base-uncased", local_files_only=True)
+    theirs = transformers.BertForMaskedLM.from_pretrained(ours.load_report.files[0].parent).eval()
+    batch = make_batch({"vocab_size": 30522}, "right", (3, 37), two_segments=True)
+    with torch.no_grad():
+        # Real weights give logits of order 10.
+        assert_same_logits_and_loss(ours, theirs, batch, logits=2e-4, loss=2e-5, label="bert-base-uncased")

@@ -1,0 +1,356 @@
+"""The tokenizer against transformers' two (the one in Rust, and Google's Python), and against the notebook's ids."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import BertTokenizer
+from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
+
+from minibert import load_tokenizer
+from minibert.tokenizer import encode, from_vocabulary, require_id, special_ids
+
+LINCOLN = (
+    "After Abraham Lincoln won the November 1860 presidential {} on an anti-slavery platform, an initial seven slave "
+    "states declared their secession from the country to form the Confederacy. War broke out in April 1861 when "
+    "secessionist forces {} Fort Sumter in South Carolina, just over a month after Lincoln's inauguration."
+)
+LINCOLN_IDS = """
+    101  2044  8181  5367  2180  1996  2281  7313  4883  2602  2006  2019  3424  1011  8864  4132  1010  2019  3988
+   2698  6658  2163  4161  2037 22965  2013  1996  2406  2000  2433  1996 18179  1012  2162  3631  2041  1999  2258
+   6863  2043 22965  2923  2749  4457  3481  7680  3334  1999  2148  3792  1010  2074  2058  1037  3204  2044  5367
+   1005  1055 17331  1012   102
+"""
+
+TEXTS = {
+    "plain": "The quick brown fox jumps over the lazy dog.",
+    "empty": "",
+    "spaces": "  \t two   words \n\r three \u00a0 four\u2003five\u3000six ",
+    "case": "HELLO Hello hELLo İstanbul ẞ Ǆ",
+    "final sigma": "ΑΣ ΟΔΟΣ",
+    "accents": "Crème brûlée, naïve façade, Ångström, Łódź, Điện Biên Phủ, ñ ö ü",
+    "combining": "e\u0301 a\u0308\u0323 n\u0303o",
+    "lone combining marks": "\u0301 \u0308\u0323 a \u0300",
+    "ligatures and widths": "ﬁsh ﬂow ＡＢＣ １２３ ½ ² ™ Ⅷ",
+    "chinese": "我爱北京天安门 and 上海2024年",
+    "rare ideographs": "𠀀𪛖 㐀 豈 ｶﾀｶﾅ",
+    "japanese": "東京タワーは333メートルです。がぎぐ",
+    "korean": "안녕하세요 세계",
+    "thai and hindi": "สวัสดีชาวโลก नमस्ते दुनिया",
+    "arabic": "مرحبا بالعالم، كَيْفَ حَالُك؟",
+    "hebrew": "שָׁלוֹם עולם, hello שלום",
+    "right-to-left marks": "abc\u202edef\u202c \u200eab\u200f",
+    "emoji": "I ❤️ 🍕 👩‍👩‍👧 🇫🇷 👍🏽!",
+    "control characters": "a\x00b\x01c\x7fd\x1be\u0085f\ufffdg",
+    "zero width": "zero\u200bwidth\u200djoin\u2060er\ufeffbom soft\u00adhyphen",
+    "line separators": "a\u2028b\u2029c\x0bd\x0ce",
+    "long word": "a" * 100 + " " + "b" * 101 + " " + "ab" * 5000,
+    "long subword": "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
+    "punctuation": "don't stop—me now… “quoted” (a)[b]{c} $5.99 50% a_b a-b c++ #1 @me ~^`|<>=&* ¿qué? ¡ay! « » 、。",
+    "numbers": "1,234,567.89 1e-5 0xFF +44 20:30 3/4",
+    "masks": "[MASK] of[MASK]the [mask] [ MASK ] [MASK][MASK]. [MASK",
+    "special tokens": "[CLS] a [SEP] b [PAD] c [UNK] d [UNUSED1] [unused1]",
+    "pieces": "##ing ##s # # un##able",
+    "unknown": "\U0001f9ff\U0010ffff \ue000",
+    "lincoln": LINCOLN.format("election", "attacked"),
+    "masked lincoln": LINCOLN.format("[MASK]", "[MASK]"),
+}
+SETTINGS = [
+    {},
+    {"do_lower_case": False},
+    {"strip_accents": False},
+    {"do_lower_case": False, "strip_accents": True},
+    {"tokenize_chinese_chars": False},
+    {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True, "model_max_length": 512},
+]
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load_tokenizer("minibert-uncased")
+
+
+@pytest.fixture(scope="module")
+def tokens(bundled):
+    vocabulary = bundled.get_vocab()
+    return sorted(vocabulary, key=vocabulary.get)
+
+
+def write_vocabulary(folder, tokens, settings=None):
+    (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **settings}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=json.dumps)
+def family(request, tokens, tmp_path_factory):
+    """Ours, transformers' Rust one and transformers' Python one, from one vocab.txt and its settings."""
+    folder = write_vocabulary(tmp_path_factory.mktemp("vocabulary"), tokens, request.param)
+    settings = {key: value for key, value in request.param.items() if key != "model_max_length"}
+    legacy = BertTokenizerLegacy(str(folder / "vocab.txt"), **settings)
+    return load_tokenizer(folder), BertTokenizer.from_pretrained(folder), legacy
+
+
+@pytest.fixture(scope="module")
+def hub(tokens, tmp_path_factory):
+    return BertTokenizer.from_pretrained(write_vocabulary(tmp_path_factory.mktemp("hub"), tokens, {}))
+
+
+# ----------------------------------------------------------------------------------------------------- the notebook
+
+
+def test_lincoln_gives_the_notebooks_62_ids(bundled):
+    expected = [int(number) for number in LINCOLN_IDS.split()]
+    assert len(expected) == 62
+    assert bundled.encode(LINCOLN.format("election", "attacked")).ids == expected
+
+
+def test_the_masked_text_has_its_masks_at_9_and_43(bundled):
+    ids = bundled.encode(LINCOLN.format("[MASK]", "[MASK]")).ids
+    assert len(ids) == 62
+    assert [place for place, token in enumerate(ids) if token == 103] == [9, 43]
+    filled = [int(number) for number in LINCOLN_IDS.split()]
+    filled[9] = filled[43] = 103
+    assert ids == filled
+
+
+def test_the_bundled_vocabulary_is_berts(bundled):
+    assert bundled.get_vocab_size() == 30522
+    assert special_ids(bundled) == [0, 100, 101, 102, 103]
+    assert [bundled.id_to_token(number) for number in special_ids(bundled)] == [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+    ]
+
+
+# ------------------------------------------------------------------------------------------- against transformers
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_same_ids_as_both_of_transformers(family, name):
+    ours, rust, python = family
+    text = TEXTS[name]
+    encoding = ours.encode(text)
+    assert encoding.tokens == rust.convert_ids_to_tokens(rust(text)["input_ids"])
+    assert encoding.ids == rust(text)["input_ids"]
+    if name != "final sigma":  # Python knows that Σ at the end of a word becomes ς, Rust takes letter by letter
+        assert encoding.ids == python(text)["input_ids"]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_same_ids_from_tokenizer_json(bundled, hub, name):
+    assert bundled.encode(TEXTS[name]).ids == hub(TEXTS[name])["input_ids"]
+
+
+def test_settings_change_the_ids(tokens, tmp_path):
+    """Else the comparisons above would say nothing."""
+    results = set()
+    for number, some in enumerate(SETTINGS[:5]):
+        (tmp_path / str(number)).mkdir()
+        tokenizer = load_tokenizer(write_vocabulary(tmp_path / str(number), tokens, some))
+        results.add(tuple(tokenizer.encode("Émile aime Paris, pâté 北京 naïve").ids))
+    assert len(results) == 5
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(max_size=60))
+def test_any_text_gives_the_same_ids(bundled, hub, text):
+    encoding, theirs = bundled.encode(text), hub(text)
+    assert encoding.ids == theirs["input_ids"]
+    assert encoding.type_ids == theirs["token_type_ids"]
+    assert encoding.attention_mask == theirs["attention_mask"]
+
+
+words = st.sampled_from("the [MASK] café 北京 un ##able don't İ e\u0301 \u200b 👍🏽 . [SEP] ﬁ ß \u0301 \x00".split(" "))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(words, max_size=12), st.sampled_from(["", " ", "\n", "\u3000"]))
+def test_any_mixture_gives_the_same_ids(bundled, hub, parts, between):
+    text = between.join(parts)
+    assert bundled.encode(text).ids == hub(text)["input_ids"]
+
+
+@pytest.mark.parametrize("pair", [("How are you?", "Fine, thanks."), ("a [MASK]", "b"), ("", "北京")])
+def test_pairs_have_two_token_types(family, pair):
+    ours, rust, python = family
+    encoding = ours.encode(*pair)
+    assert encoding.ids == rust(*pair)["input_ids"]
+    assert encoding.ids == python(*pair)["input_ids"]
+    assert encoding.type_ids == rust(*pair)["token_type_ids"]
+    first = len(ours.encode(pair[0]).ids)
+    assert encoding.type_ids == [0] * first + [1] * (len(encoding.ids) - first)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("skip", [True, False])
+def test_same_text_back(family, name, skip):
+    ours, rust, _ = family
+    ids = ours.encode(TEXTS[name]).ids
+    assert ours.decode(ids, skip_special_tokens=skip) == rust.decode(ids, skip_special_tokens=skip)
+
+
+def test_text_comes_back_in_small_letters(bundled):
+    assert bundled.decode(bundled.encode("Hello, unbelievable World!").ids) == "hello, unbelievable world!"
+
+
+def test_a_vocabulary_file_alone_means_lower_case(bundled, tokens, tmp_path):
+    tokenizer = load_tokenizer(write_vocabulary(tmp_path, tokens))
+    for text in TEXTS.values():
+        assert tokenizer.encode(text).ids == bundled.encode(text).ids
+
+
+def test_windows_line_ends_are_line_ends(bundled, tokens, tmp_path):
+    (tmp_path / "vocab.txt").write_bytes("\r\n".join(tokens).encode())
+    assert load_tokenizer(tmp_path).encode(TEXTS["lincoln"]).ids == bundled.encode(TEXTS["lincoln"]).ids
+
+
+def test_saving_keeps_everything(bundled, tmp_path):
+    bundled.save(str(tmp_path / "tokenizer.json"))
+    again = load_tokenizer(tmp_path)
+    for text in TEXTS.values():
+        assert again.encode(text).ids == bundled.encode(text).ids
+
+
+def test_tokenizer_json_comes_before_the_vocabulary(bundled, tmp_path):
+    bundled.save(str(tmp_path / "tokenizer.json"))
+    write_vocabulary(tmp_path, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    assert load_tokenizer(tmp_path).get_vocab_size() == bundled.get_vocab_size()
+
+
+def test_special_tokens_may_have_other_names(tmp_path):
+    settings = {"mask_token": {"content": "<mask>", "__type": "AddedToken"}, "cls_token": "<s>", "sep_token": "</s>"}
+    tokenizer = load_tokenizer(
+        write_vocabulary(tmp_path, ["[PAD]", "[UNK]", "<s>", "</s>", "<mask>", "a", "b"], settings)
+    )
+    assert tokenizer.encode("a <mask> b").tokens == ["<s>", "a", "<mask>", "b", "</s>"]
+    assert special_ids(tokenizer) == [0, 1, 2, 3, 4]
+
+
+# --------------------------------------------------------------------------------------------------------- length
+
+LONG = "the quick brown fox " * 10
+
+
+def test_stored_truncation_and_padding_are_switched_off(bundled, tmp_path):
+    stored = Tokenizer.from_str(bundled.to_str())
+    stored.enable_truncation(8)
+    stored.enable_padding(length=64)
+    stored.save(str(tmp_path / "tokenizer.json"))
+    assert len(Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(LONG).ids) == 64, "it is in the file"
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer.encode(LONG).ids) == 42
+    assert len(tokenizer.encode("fox").ids) == 3
+    assert [len(one.ids) for one in tokenizer.encode_batch(["fox", LONG])] == [3, 42]
+
+
+def test_a_text_that_is_too_long_is_an_error_with_both_numbers(bundled):
+    with pytest.raises(ValueError, match=r"42 tokens long and the model takes 41"):
+        encode(bundled, LONG, 41)
+    assert len(encode(bundled, LONG, 42).ids) == 42
+
+
+@pytest.mark.parametrize("length", [41, 8, 3, 2])
+def test_truncation_keeps_sep_and_the_callers_tokenizer(bundled, length):
+    encoding = encode(bundled, LONG, length, truncate=True)
+    assert encoding.ids == [*bundled.encode(LONG).ids[: length - 1], require_id(bundled, "[SEP]")]
+    assert bundled.truncation is None
+    assert len(bundled.encode(LONG).ids) == 42
+
+
+def test_truncation_leaves_a_callers_own_settings(bundled):
+    own = Tokenizer.from_str(bundled.to_str())
+    own.enable_truncation(20)
+    assert len(encode(own, LONG, 10, truncate=True).ids) == 10
+    assert own.truncation["max_length"] == 20
+
+
+def test_truncation_does_nothing_to_a_short_text(bundled):
+    assert encode(bundled, "fox", 10, truncate=True).ids == bundled.encode("fox").ids
+
+
+def test_no_room_for_cls_and_sep_is_an_error(bundled):
+    with pytest.raises(ValueError, match="1"):
+        encode(bundled, LONG, 1, truncate=True)
+
+
+# --------------------------------------------------------------------------------------------------------- errors
+
+
+def test_text_that_is_not_unicode_is_a_value_error(bundled):
+    """Bytes on the command line that are no UTF-8 arrive as lone surrogates."""
+    with pytest.raises(ValueError, match="surrogates"):
+        encode(bundled, "caf\udce9", 512)
+
+
+def test_a_folder_without_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"neither a tokenizer.json nor a vocab.txt") as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        load_tokenizer(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": "1.0"}', "\x00\x01"])
+def test_a_broken_tokenizer_json_is_named(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="not a tokenizer file") as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / "tokenizer.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_broken_settings_are_named(tmp_path, text):
+    write_vocabulary(tmp_path, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ValueError, match="JSON") as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / "tokenizer_config.json") in str(caught.value)
+
+
+def test_a_vocabulary_without_mask(tmp_path):
+    write_vocabulary(tmp_path, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a"])
+    with pytest.raises(ValueError, match=r"mask_token '\[MASK\]' is not in the vocabulary of 5 tokens") as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / "vocab.txt") in str(caught.value)
+
+
+def test_an_empty_vocabulary(tmp_path):
+    (tmp_path / "vocab.txt").write_text("")
+    with pytest.raises(ValueError, match="not in the vocabulary"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_that_is_not_utf8(tmp_path):
+    (tmp_path / "vocab.txt").write_bytes("[PAD]\ncafé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="UTF-8") as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path / "vocab.txt") in str(caught.value)
+
+
+def test_a_tokenizer_that_is_not_berts():
+    tokenizer = from_vocabulary(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    assert require_id(tokenizer, "[MASK]") == 4
+    with pytest.raises(ValueError, match="no <mask> token"):
+        require_id(tokenizer, "<mask>")
+
+
+def test_loading_a_tokenizer_needs_no_transformers(tmp_path):
+    write_vocabulary(tmp_path, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])
+    code = (
+        "import sys; sys.modules['transformers'] = None; from minibert import load_tokenizer;"
+        f"print(load_tokenizer({str(tmp_path)!r}).encode('a [MASK]').ids)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[2, 5, 4, 3]"

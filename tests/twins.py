@@ -1,0 +1,178 @@
+"""Twins: a minibert and a transformers model with the same random weights, batches of every mask shape, and the
+checks that compare the two. Used by the parity tests and by the test of those tests."""
+
+from dataclasses import asdict
+
+import torch
+import transformers
+
+from minibert import BertConfig, BertForMaskedLM
+from minibert.checkpoint import NAMES, hub_names
+from minibert.packing import PackedBatch
+
+# Awkward on purpose: no two sizes are equal, so that swapped axes and forgotten splits fail.
+CONFIGS = {
+    "batch 13, gelu": dict(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        intermediate_size=37,
+        max_position_embeddings=19,
+        type_vocab_size=2,
+    ),
+    "3 heads, gelu_new": dict(
+        vocab_size=131,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=17,
+        max_position_embeddings=11,
+        type_vocab_size=3,
+        hidden_act="gelu_new",
+        layer_norm_eps=1e-7,
+    ),
+    "1 head, relu": dict(
+        vocab_size=53,
+        hidden_size=10,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=7,
+        max_position_embeddings=23,
+        type_vocab_size=2,
+        hidden_act="relu",
+        pad_token_id=None,
+    ),
+}
+SIZES = {"batch 13, gelu": (13, 7), "3 heads, gelu_new": (3, 11), "1 head, relu": (1, 5)}
+MASKS = ("dense", "right", "left", "holes")
+
+# float32 on the CPU. The logits are of order 1 to 5; one rounding is 6e-8 of that, and a path through the model
+# has some tens of roundings that may differ, since the two add the same numbers in another order where lengths
+# differ.
+LOGITS = 1e-5
+LOSS = 2e-6
+GRADIENT = 1e-5  # of the largest gradient in the tensor
+
+
+MEASURED = {}  # what was compared → the largest difference that passed, and the tolerance
+
+
+def compare(what, got, expected, tolerance):
+    """Assert that two tensors differ by at most `tolerance`, and keep the largest difference for the table at
+    the end."""
+    difference = (got - expected).abs().max().item()
+    assert difference <= tolerance, f"{what} differ by {difference:.2e}, more than {tolerance:.0e}"
+    MEASURED[what] = (max(difference, MEASURED.get(what, (0.0, 0.0))[0]), tolerance)
+
+
+def twins(sizes, attention="eager", dtype=torch.float32):
+    """(ours, theirs), with random weights everywhere, in evaluation mode."""
+    torch.manual_seed(1)
+    ours = BertForMaskedLM(BertConfig(**sizes)).eval()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if name.startswith("embeddings") and parameter.dim() == 2:
+                parameter.normal_(0, 0.02)  # as small as BERT's own, so that the eps of the first LayerNorm counts
+            elif parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+            else:
+                parameter.normal_(1.0 if "norm.weight" in name else 0.0, 0.2)
+    theirs = transformers.BertForMaskedLM(
+        transformers.BertConfig(**asdict(ours.config), attn_implementation=attention)
+    ).eval()
+    copy_weights(ours, theirs)
+    return ours.to(dtype), theirs.to(dtype)
+
+
+def copy_weights(ours, theirs):
+    state = theirs.state_dict()
+    with torch.no_grad():
+        for name, tensor in ours.state_dict().items():
+            hubs = hub_names(name)
+            for hub, part in zip(hubs, tensor.chunk(len(hubs)), strict=True):
+                state[hub].copy_(part)
+
+
+def make_batch(sizes, mask, shape, two_segments=False):
+    """The keyword arguments of both models' forward, labels included."""
+    generator = torch.Generator().manual_seed(2)
+    rows, columns = shape
+    ids = torch.randint(0, sizes["vocab_size"], shape, generator=generator)
+    lengths = torch.randint(1, columns + 1, (rows, 1), generator=generator)
+    lengths[0] = columns
+    column = torch.arange(columns)
+    attention_mask = {
+        "dense": torch.ones(shape, dtype=torch.long),
+        "right": (column < lengths).long(),
+        "left": (column >= columns - lengths).long(),
+        "holes": (torch.rand(shape, generator=generator) < 0.6).long(),
+    }[mask]
+    attention_mask[:, columns // 2] |= attention_mask.sum(1) == 0  # a row of padding alone is another test's matter
+    labels = torch.where(torch.rand(shape, generator=generator) < 0.4, ids, -100)
+    labels[attention_mask == 0] = -100
+    batch = dict(input_ids=ids, attention_mask=attention_mask, labels=labels)
+    if two_segments:
+        batch["token_type_ids"] = (column >= columns // 2).long().expand(shape).contiguous()
+    return batch
+
+
+def pack(batch):
+    return PackedBatch.from_padded(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
+
+
+def assert_same_logits_and_loss(ours, theirs, batch, logits=LOGITS, loss=LOSS, label="float32"):
+    got, expected = ours(**batch), theirs(**batch)
+    seen = batch["attention_mask"].bool()
+    assert expected.logits[seen].abs().max() > 0.5, "logits of order 1, or the tolerance means nothing"
+    compare(f"logits, {label}", got.logits[seen], expected.logits[seen], logits)
+    compare(f"loss, {label}", got.loss, expected.loss, loss)
+    return got, expected
+
+
+def assert_same_gradients(ours, theirs, batch, tolerance=GRADIENT):
+    for model in (ours, theirs):
+        model.zero_grad()
+        model(**batch).loss.backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        hubs = hub_names(name)
+        for hub, part in zip(hubs, parameter.grad.chunk(len(hubs)), strict=True):
+            scale = expected[hub].grad.abs().max().clamp(min=1e-3)
+            try:
+                compare("gradients, of the largest entry", part / scale, expected[hub].grad / scale, tolerance)
+            except AssertionError as error:
+                raise AssertionError(f"{hub}: {error}") from None
+
+
+def assert_same_submodules(ours, theirs, batch, tolerance=LOGITS):
+    """Every module of the name table gives what its counterpart gives: for layer after layer, in packed order."""
+    got, expected, packed = {}, {}, pack(batch)
+    pairs = []
+    for name, hubs in NAMES:
+        if name == "head":
+            continue  # the bias: the logits show it
+        for number in range(ours.config.num_hidden_layers) if ".N." in name else [None]:
+            pairs.append((name.replace(".N.", f".{number}."), [hub.replace(".N.", f".{number}.") for hub in hubs]))
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, store=store, name=name: store.__setitem__(name, output.detach())
+        )
+        for model, store, names in (
+            (ours, got, [name for name, _ in pairs]),
+            (theirs, expected, [hub for _, hubs in pairs for hub in hubs]),
+        )
+        for name in names
+    ]
+    ours(**batch), theirs(**batch)
+    for handle in handles:
+        handle.remove()
+    shape = batch["input_ids"].shape
+    for name, hubs in pairs:
+        parts = [packed.pack(expected[hub].expand(*shape, -1)) for hub in hubs]
+        theirs_here = torch.cat(parts, dim=-1)
+        scale = theirs_here.abs().max().clamp(min=1)
+        try:
+            compare("submodules, of the largest entry", got[name] / scale, theirs_here / scale, tolerance)
+        except AssertionError as error:
+            raise AssertionError(f"{name} against {hubs}: {error}") from None
