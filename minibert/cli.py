@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from minibert.checkpoint import LoadReport
 
 DEFAULT_MODEL = "minibert-uncased"
+WORTH_PREPARING = 16  # texts: with fewer, putting the weights in order takes longer than it saves
 USER_ERRORS = (ValueError, OSError, FloatingPointError)  # OSError: no such file, no connection, disk full
 
 
@@ -58,7 +59,9 @@ def build_parser() -> Parser:
         return sub
 
     sub = command("fill-mask", fill_mask, "The likeliest words for each [MASK].")
-    sub.add_argument("texts", nargs="+", metavar="TEXT", help='such as "The capital of France is [MASK]."')
+    sub.add_argument(
+        "texts", nargs="+", metavar="TEXT", help='such as "The capital of France is [MASK]."; - reads lines'
+    )
     sub.add_argument("--top-k", type=int, default=5, metavar="K", help="answers for each [MASK] (default: %(default)s)")
     sub.add_argument("--targets", metavar="W,W", help="only these words compete")
     sub.add_argument("--truncate", action="store_true", help="cut a text that is too long for the model")
@@ -104,15 +107,26 @@ def build_parser() -> Parser:
 
 def fill_mask(options: argparse.Namespace) -> None:
     from minibert import BertForMaskedLM, FillMask, load_tokenizer
+    from minibert.inference import prepare_for_inference
 
-    fill = FillMask(BertForMaskedLM.from_pretrained(options.model), load_tokenizer(options.model))
+    texts = options.texts
+    if texts == ["-"]:
+        texts = [line.rstrip("\n") for line in sys.stdin]
+    model = BertForMaskedLM.from_pretrained(options.model)
+    if len(texts) >= WORTH_PREPARING:
+        model = prepare_for_inference(model)
+    fill = FillMask(model, load_tokenizer(options.model))
     targets = None if options.targets is None else [word.strip() for word in options.targets.split(",")]
-    answers = fill(options.texts, top_k=options.top_k, targets=targets, truncate=options.truncate)
+    answers = fill.stream(texts, top_k=options.top_k, targets=targets, truncate=options.truncate)
+    if len(texts) > WORTH_PREPARING and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        answers = iter(tqdm(answers, total=len(texts), unit=" texts"))
     if options.json:
-        results = [{"text": text, "answers": answer} for text, answer in zip(options.texts, answers, strict=True)]
+        results = [{"text": text, "answers": answer} for text, answer in zip(texts, answers, strict=True)]
         print(json.dumps(results, ensure_ascii=False, indent=2))
         return
-    for text, answer in zip(options.texts, answers, strict=True):
+    for text, answer in zip(texts, answers, strict=True):
         print(text)
         several = isinstance(answer[0], list)
         for number, one in enumerate(answer if several else [answer], start=1):

@@ -1,14 +1,19 @@
 """The likeliest words for each [MASK] in a text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from minibert.model import BertForMaskedLM
 from minibert.packing import PackedBatch
 from minibert.tokenizer import encode, require_id
+
+WINDOW = 1024  # texts that are sorted by length together
+BATCH_TOKENS = 4096  # tokens that are computed together
 
 
 class FillMask:
@@ -25,7 +30,6 @@ class FillMask:
                 "they are not of one checkpoint"
             )
 
-    @torch.inference_mode()
     def __call__(
         self,
         text: str | Sequence[str],
@@ -34,40 +38,66 @@ class FillMask:
         targets: Sequence[str] | None = None,
         truncate: bool = False,
     ) -> list[Any]:
-        """For a text with one [MASK]: its top_k answers, best first, each a dict with `score` (probability over
-        the whole vocabulary), `token` (id), `token_str` and `sequence` (the text with the answer in place). For
-        a text with several: such a list for each [MASK]. For a list of texts: a list with what each would give
-        alone.
+        """For a text with one [MASK]: its top_k answers, best first, each a dict with `score` (probability over the
+        whole vocabulary), `token` (id), `token_str` and `sequence` (the text with the answer in place). For a text with
+        several: such a list for each [MASK]. For a list of texts: a list with what each would give alone.
 
-        targets: only these words compete; each must be one token. truncate: cut a text that is too long for the
-        model, which is otherwise an error. Raises ValueError for a text without [MASK], one too long, a bad
-        top_k, and a target of several tokens."""
-        texts = [text] if isinstance(text, str) else list(text)
+        targets: only these words compete; each must be one token. truncate: cut a text that is too long for the model,
+        which is otherwise an error. Raises ValueError for a text without [MASK], one too long, a bad top_k, and a
+        target of several tokens.
+        """
+        texts = [text] if isinstance(text, str) else text
+        answers = list(self.stream(texts, top_k=top_k, targets=targets, truncate=truncate))
+        return answers[0] if isinstance(text, str) else answers
+
+    def stream(
+        self,
+        texts: Iterable[str],
+        *,
+        top_k: int = 5,
+        targets: Sequence[str] | None = None,
+        truncate: bool = False,
+    ) -> Iterator[list[Any]]:
+        """The answer for each text, in the order of the texts, while later ones are still to be read.
+
+        Texts of like length are computed together, WINDOW texts at a time: a mistake in one of them is an error before
+        the first answer of its window.
+        """
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {top_k}")
         target_ids = None if targets is None else torch.tensor(self._target_ids(targets))
-        limit = self.model.config.max_position_embeddings
-        ids = [encode(self.tokenizer, one, limit, truncate=truncate).ids for one in texts]
-        for one, row in zip(texts, ids, strict=True):
-            if self.mask_id not in row:
-                shown = one if len(one) <= 60 else one[:57] + "…"
-                if truncate and self.mask_id in self.tokenizer.encode(one).ids:
-                    raise ValueError(f"the [MASK] in {shown!r} was cut off: the model takes {limit} tokens")
-                raise ValueError(f"there is no [MASK] in {shown!r}: write [MASK] where a word should be filled in")
-        if not texts:
-            return []
+        remaining = iter(texts)
+        while window := [self._encode(text, truncate) for text in islice(remaining, WINDOW)]:
+            answers: dict[int, list[Any]] = {}
+            for numbers in _batches_by_length(window):
+                rows = [window[number] for number in numbers]
+                answers.update(zip(numbers, self._answer_batch(rows, top_k, target_ids), strict=True))
+            for number in range(len(window)):
+                yield answers[number]
 
-        batch = PackedBatch.from_lists(ids, device=self.model.embeddings.word.weight.device)
+    def _encode(self, text: str, truncate: bool) -> list[int]:
+        limit = self.model.config.max_position_embeddings
+        ids = encode(self.tokenizer, text, limit, truncate=truncate).ids
+        if self.mask_id not in ids:
+            shown = text if len(text) <= 60 else text[:57] + "…"
+            if truncate and self.mask_id in self.tokenizer.encode(text).ids:
+                raise ValueError(f"the [MASK] in {shown!r} was cut off: the model takes {limit} tokens")
+            raise ValueError(f"there is no [MASK] in {shown!r}: write [MASK] where a word should be filled in")
+        return ids
+
+    @torch.inference_mode()
+    def _answer_batch(self, rows: list[list[int]], top_k: int, target_ids: Tensor | None) -> list[list[Any]]:
+        batch = PackedBatch.from_lists(rows, device=self.model.embeddings.word.weight.device)
         positions = (batch.input_ids == self.mask_id).nonzero().flatten()  # (M,)
-        probabilities = self.model.predict(batch, positions).float().softmax(-1).cpu()  # (M, V)
+        probabilities = self.model.predict(batch, positions).float().softmax(-1)  # (M, V)
         if target_ids is not None:
-            probabilities = probabilities[:, target_ids]  # (M, number of targets)
-        scores, chosen = probabilities.topk(min(top_k, probabilities.shape[-1]))  # both (M, top_k)
+            probabilities = probabilities[:, target_ids.to(probabilities.device)]  # (M, number of targets)
+        scores, chosen = (x.cpu() for x in probabilities.topk(min(top_k, probabilities.shape[-1])))  # both (M, top_k)
         if target_ids is not None:
             chosen = target_ids[chosen]
 
         answers, number = [], 0
-        for row in ids:
+        for row in rows:
             places = [place for place, token in enumerate(row) if token == self.mask_id]
             per_mask = []
             for place in places:
@@ -75,7 +105,7 @@ class FillMask:
                 per_mask.append([self._answer(row, place, token, score, len(places) == 1) for score, token in pairs])
                 number += 1
             answers.append(per_mask[0] if len(places) == 1 else per_mask)
-        return answers[0] if isinstance(text, str) else answers
+        return answers
 
     def _answer(self, row: list[int], place: int, token: int, score: float, single: bool) -> dict[str, Any]:
         padding = self.tokenizer.token_to_id("[PAD]")
@@ -105,3 +135,17 @@ class FillMask:
                 token = pieces.ids[0]
             ids.append(token)
         return list(dict.fromkeys(ids))
+
+
+def _batches_by_length(rows: list[list[int]]) -> Iterator[list[int]]:
+    """The numbers of the rows, the short ones first, in groups of at most BATCH_TOKENS tokens."""
+    group: list[int] = []
+    tokens = 0
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number])):
+        if group and tokens + len(rows[number]) > BATCH_TOKENS:
+            yield group
+            group, tokens = [], 0
+        group.append(number)
+        tokens += len(rows[number])
+    if group:
+        yield group

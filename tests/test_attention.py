@@ -95,7 +95,7 @@ def test_an_empty_sequence_between_others():
             torch.testing.assert_close(attention(*qkv, batch), attention(*qkv, without), rtol=0, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------ the choice
+# ------------------------------------------------------------------------------------------------------ the choice
 
 
 def test_the_choice_on_the_cpu():

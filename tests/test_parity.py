@@ -145,7 +145,7 @@ def test_bert_base_at_full_size():
     assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
 
 
-# ---------------------------------------------------------------------------------------------------------- the notebook
+# ---------------------------------------------------------------------------------------------------- the notebook
 
 LINCOLN = json.loads((Path(__file__).parent / "lincoln.json").read_text())
 
