@@ -3,7 +3,8 @@
     Attention(Q, K, V) = softmax(Q Kᵀ / √K) V            Vaswani et al. 2017, equation 1
 
 Shapes: T packed tokens · B sequences · S the longest of them · H heads · K head size. query, key and value come
-as (T, H, K), and so does the result. A token sees all the tokens of its own sequence, and no other."""
+as (T, H, K), and so does the result. A token sees all the tokens of its own sequence, and no other.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +71,8 @@ def formula(
     query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Equation 1 on padded rows. Returns the context (T, H, K) and the attention probabilities (B, H, S, S),
-    which are 0 wherever the query or the key is padding."""
+    which are 0 wherever the query or the key is padding.
+    """
     q, k, v = to_rows(query, batch), to_rows(key, batch), to_rows(value, batch)  # each (B, H, S, K)
     mask = None if batch.uniform else batch.key_mask[:, None, None, :]  # (B, 1, 1, S)
     context, probabilities = equation_1(q, k, v, mask, dropout)
@@ -83,7 +85,8 @@ def equation_1(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """softmax(Q Kᵀ / √K) V, and the softmax alone. query, key, value (…, S, K); mask (…, S), true where a key
-    may be seen."""
+    may be seen.
+    """
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (…, S, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -101,7 +104,8 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout:
 
 def sequences(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout: float = 0.0) -> Tensor:
     """Each sequence by itself: no padding, no mask. With gradients by equation 1, whose backward pass is the
-    faster on the CPU."""
+    faster on the CPU.
+    """
     contexts = []
     parts = [x.transpose(0, 1).split(batch.lengths, dim=1) for x in (query, key, value)]
     for q, k, v in zip(*parts, strict=True):  # each (H, length, K)

@@ -1,7 +1,8 @@
 """Checkpoints: the names of the tensors, the files that hold them, and where those files are.
 
 This module knows no layer. It is told which tensors of which shape are wanted, and answers with exactly those,
-or with an error that names the file and the tensor. It opens safetensors files and never a pickle."""
+or with an error that names the file and the tensor. It opens safetensors files and never a pickle.
+"""
 
 import hashlib
 import json
@@ -102,7 +103,8 @@ class Source:
 
     def file(self, filename: str) -> Path | None:
         """The path of one file, downloaded into the hub's ordinary cache if need be; None if the checkpoint has
-        none."""
+        none.
+        """
         if self.folder is not None:
             path = self.folder / filename
             return path if path.is_file() else None
@@ -225,7 +227,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(source: Source) -> BertConfig:
     """config.json as a BertConfig. Raises ValueError, naming the file and the key, if it is not a BERT we can
-    compute."""
+    compute.
+    """
     path = source.require(CONFIG)
     try:
         return BertConfig.from_dict(read_json(path))
@@ -254,7 +257,8 @@ class LoadReport:
     @cached_property
     def sha256(self) -> dict[str, str]:
         """File name → SHA-256, read from the disk at the first time of asking. Raises ValueError if a file is
-        no longer the one that was loaded."""
+        no longer the one that was loaded.
+        """
         for path, stamp in zip(self.files, self.stamps, strict=True):
             if _stamp(path) != stamp:
                 raise ValueError(f"{path} has changed since it was loaded")
@@ -277,7 +281,8 @@ def read_weights(
     """The tensors that `shapes` asks for (our names → shapes), and the report of how they were found.
 
     Raises ValueError, naming file and tensor, unless the checkpoint holds these tensors, in these shapes, and
-    nothing else but the leftovers in `IGNORED` and equal copies of tied tensors."""
+    nothing else but the leftovers in `IGNORED` and equal copies of tied tensors.
+    """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type such as torch.float32, not {dtype!r}")
     files = _weight_files(source)
@@ -412,7 +417,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     is not whole.
 
     The library makes the same checks but the one for a name that stands there twice; here each has a sentence
-    of its own."""
+    of its own.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
@@ -479,7 +485,8 @@ class _NoInitialValues(TorchFunctionMode):
 
 def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
     """An untrained head: the transformation is the identity, the scores are dot products with the word
-    embeddings."""
+    embeddings.
+    """
     if name == "head.dense.weight":
         return torch.eye(shape[0], dtype=dtype, device=device)
     return (torch.ones if name == "head.norm.weight" else torch.zeros)(shape, dtype=dtype, device=device)
@@ -501,7 +508,8 @@ def _layer_hint(source: Source, names: list[str]) -> str:
 
 def write(folder: str | os.PathLike[str], config: BertConfig, state: Mapping[str, Tensor]) -> None:
     """config.json and model.safetensors in `folder`, which is made if need be. Each file appears whole or not
-    at all, and config.json last, so that a folder whose writing was cut off does not load."""
+    at all, and config.json last, so that a folder whose writing was cut off does not load.
+    """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}

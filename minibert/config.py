@@ -100,7 +100,8 @@ class BertConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BertConfig":
         """The configuration in a parsed config.json. Keys that change nothing are skipped (`ignored_keys` lists
-        them); a key that changes the computation, or that nobody here knows, is a ValueError that names it."""
+        them); a key that changes the computation, or that nobody here knows, is a ValueError that names it.
+        """
         own = {field.name for field in fields(cls)}
         for key, value in values.items():
             if key in FIXED_KEYS:

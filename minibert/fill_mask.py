@@ -18,7 +18,8 @@ BATCH_TOKENS = 4096  # tokens that are computed together
 
 class FillMask:
     """Call it with a text, or several, each with one [MASK] or more. The answers are those of transformers'
-    fill-mask pipeline."""
+    fill-mask pipeline.
+    """
 
     def __init__(self, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
         self.model = model

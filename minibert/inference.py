@@ -33,7 +33,8 @@ def prepare_for_inference(model: BertForMaskedLM, dtype: torch.dtype | None = No
     """The fastest form of `model` for inference on its device. `model` itself stays as it is.
 
     dtype: of the weights and the arithmetic; None is the model's own on the CPU, bfloat16 on CUDA. Raises
-    ValueError for a dtype that this device has no instructions for."""
+    ValueError for a dtype that this device has no instructions for.
+    """
     device = model.embeddings.word.weight.device
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else model.embeddings.word.weight.dtype
@@ -132,7 +133,8 @@ def _prepack_layer(layer: EncoderLayer, hidden_act: str) -> None:
 @cache
 def _prepacking_pays(dtype: torch.dtype) -> bool:
     """Whether oneDNN on prepacked weights is there, gives what nn.Linear gives, and is faster. Measured once in
-    a process, some milliseconds, on a layer of BERT's size."""
+    a process, some milliseconds, on a layer of BERT's size.
+    """
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     with torch.inference_mode():

@@ -17,7 +17,8 @@ class MaskedLMLoss:
     """The sum of the negative log-likelihoods (in nats), over how many labels, and their quotient. All are scalars.
 
     Sum and count are both here because the mean over several batches or processes is the sum of the sums over
-    the sum of the counts, not the mean of the means."""
+    the sum of the counts, not the mean of the means.
+    """
 
     sum: Tensor
     count: Tensor
@@ -29,7 +30,8 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> MaskedLMLoss:
 
     Computed in float32 whatever the dtype of the logits (float64 stays). With no target at all the loss is 0
     and still has a graph, where a plain mean would be NaN. Raises ValueError for a target that is neither an id
-    nor −100."""
+    nor −100.
+    """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, not {tuple(targets.shape)}"

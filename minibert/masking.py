@@ -6,7 +6,8 @@ asked.
 
 The random draws are those of transformers' DataCollatorForLanguageModeling, in its order: with the same
 generator and settings the result is the same, token for token. (google-research/bert,
-create_pretraining_data.py, draws with Python's random.)"""
+create_pretraining_data.py, draws with Python's random.)
+"""
 
 import hashlib
 from enum import IntEnum
@@ -30,7 +31,8 @@ class Outcome(IntEnum):
 
 class MaskedTokens(NamedTuple):
     """All (B, S). input_ids: what the model sees. labels: the original id where a token was chosen, −100
-    elsewhere. outcome: an `Outcome` for each token, int8."""
+    elsewhere. outcome: an `Outcome` for each token, int8.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -61,7 +63,8 @@ def mask_tokens(
     its own account, as in Google's code.
 
     generator: must be on the device of input_ids. Raises ValueError for shapes, dtypes or fractions that do not
-    fit."""
+    fit.
+    """
     _check(input_ids, special_tokens_mask, word_ids, probability, mask_fraction, random_fraction)
     shape, device = input_ids.shape, input_ids.device
 
@@ -98,7 +101,8 @@ def mask_tokens(
 
 def example_generator(seed: int, epoch: int, example: int) -> torch.Generator:
     """A generator for one example in one epoch. Masks drawn from it do not depend on the order of the batches,
-    on the number of worker processes, or on the examples beside it."""
+    on the number of worker processes, or on the examples beside it.
+    """
     digest = hashlib.blake2b(f"{seed},{epoch},{example}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 

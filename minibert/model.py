@@ -15,9 +15,11 @@ Shapes, here and everywhere in this package:
 
 The model works on packed tokens: all the real tokens of a batch in one list of T, no padding (packing.py).
 Every part treats each token alone, except attention (attention.py), which is where tokens of one sequence look
-at each other."""
+at each other.
+"""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from typing import NamedTuple
 
@@ -34,7 +36,7 @@ from minibert.packing import PackedBatch
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # x Φ(x), with the exact erf: what the released BERT checkpoints were trained with
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),  # the tanh approximation in google-research/bert, gelu()
+    "gelu_new": partial(F.gelu, approximate="tanh"),  # the tanh approximation in google-research/bert, gelu()
     "relu": F.relu,
 }
 
@@ -152,7 +154,8 @@ class BertForMaskedLM(nn.Module):
 
     The familiar one is `model(input_ids, …)`: padded batches in, a logit for every word at every position out,
     as transformers' BertForMaskedLM has it. The fast one is `encode` and `predict`: packed tokens, and logits
-    only at the positions you ask for (BERT's loss needs 15 % of them)."""
+    only at the positions you ask for (BERT's loss needs 15 % of them).
+    """
 
     load_report: LoadReport | None = None
 
@@ -166,7 +169,8 @@ class BertForMaskedLM(nn.Module):
 
     def _initialise(self, module: nn.Module) -> None:
         """modeling.py, create_initializer: a normal distribution cut off at two standard deviations; biases are
-        0."""
+        0.
+        """
         if isinstance(module, nn.Linear | nn.Embedding):
             std = self.config.initializer_range
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
@@ -218,7 +222,8 @@ class BertForMaskedLM(nn.Module):
     def attention_maps(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, Tensor]:
         """Who looks at whom: for each of the given layers (from 0) the attention probabilities, (B, H, S, S), S
         being the longest sequence; 0 beyond the end of a shorter one. The other layers stay on the fused
-        kernel."""
+        kernel.
+        """
         wrong = [number for number in layers if not 0 <= number < len(self.layers)]
         if wrong or not layers:
             raise ValueError(f"layers must name some of 0 to {len(self.layers) - 1}, not {list(layers)}")
@@ -267,5 +272,6 @@ class BertForMaskedLM(nn.Module):
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write config.json and model.safetensors, under the names that transformers (and `from_pretrained`)
-        reads."""
+        reads.
+        """
         checkpoint.write(folder, self.config, self.state_dict())

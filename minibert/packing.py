@@ -54,7 +54,8 @@ class PackedBatch:
         input_ids (B, S) integers; attention_mask (B, S) of 0 and 1, or bool (default: all 1); token_type_ids
         (B, S) (default: all 0); position_ids (B, S) or (1, S) (default: the column, counted from 0 whatever the
         mask says, so that a left-padded row starts late: the same as transformers). Raises ValueError for other
-        shapes or types."""
+        shapes or types.
+        """
         if input_ids.dim() != 2:
             raise ValueError(
                 f"input_ids must be (batch, length), not {tuple(input_ids.shape)}: add the batch dimension"
@@ -157,7 +158,8 @@ class PackedBatch:
     @cached_property
     def uniform(self) -> bool:
         """Whether all sequences have one length: then (T, …) is also (B, max_seqlen, …), and attention needs no
-        mask."""
+        mask.
+        """
         return min(self.lengths, default=0) == self.max_seqlen
 
     @cached_property
@@ -194,7 +196,8 @@ class PackedBatch:
     def require_embeddings(self, vocab_size: int, type_vocab_size: int, max_position_embeddings: int) -> None:
         """Raise ValueError if a token id, type or position has no embedding in tables of these sizes. Reads
         host numbers only: on a GPU an index out of range would otherwise end the process, and asking for it
-        would stall the queue."""
+        would stall the queue.
+        """
         token_id, token_type, position = self.largest
         if token_id >= vocab_size:
             raise ValueError(

@@ -2,7 +2,8 @@
 
 BERT's tokenizer cleans the text, splits it at spaces and punctuation, and cuts each word into the longest
 pieces that the vocabulary has (WordPiece; all but a word's first piece start with ##). Source:
-google-research/bert, tokenization.py."""
+google-research/bert, tokenization.py.
+"""
 
 import os
 from typing import Any
@@ -105,7 +106,8 @@ def encode(tokenizer: Tokenizer, text: str, max_length: int, *, truncate: bool =
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:
     """The ids of the special tokens ([PAD], [UNK], [CLS], [SEP], [MASK]): never masked, never predicted by
-    BERT's recipe."""
+    BERT's recipe.
+    """
     return sorted(number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)
 
 

@@ -1,5 +1,6 @@
 """A test of the parity tests: each fault that ports of BERT really have, planted in our model, must make a
-parity check fail."""
+parity check fail.
+"""
 
 import pytest
 import torch

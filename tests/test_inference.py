@@ -1,5 +1,6 @@
 """The fast form of a model: the same answers through both doors, on every shape of batch, and without touching
-the original."""
+the original.
+"""
 
 import pytest
 import torch

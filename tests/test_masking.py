@@ -1,7 +1,8 @@
 """Masking against transformers' DataCollatorForLanguageModeling, token for token; and the loss.
 
 Proportions are checked to five standard deviations of the binomial: a right recipe fails once in 1.7 million
-draws, and the seeds are fixed."""
+draws, and the seeds are fixed.
+"""
 
 import math
 import warnings

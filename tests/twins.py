@@ -1,5 +1,6 @@
 """Twins: a minibert and a transformers model with the same random weights, batches of every mask shape, and the
-checks that compare the two. Used by the parity tests and by the test of those tests."""
+checks that compare the two. Used by the parity tests and by the test of those tests.
+"""
 
 from dataclasses import asdict
 
@@ -60,7 +61,8 @@ MEASURED = {}  # what was compared → the largest difference that passed, and t
 
 def compare(what, got, expected, tolerance):
     """Assert that two tensors differ by at most `tolerance`, and keep the largest difference for the table at
-    the end."""
+    the end.
+    """
     difference = (got - expected).abs().max().item()
     assert difference <= tolerance, f"{what} differ by {difference:.2e}, more than {tolerance:.0e}"
     MEASURED[what] = (max(difference, MEASURED.get(what, (0.0, 0.0))[0]), tolerance)

@@ -2,7 +2,8 @@
 
 A text file holds one paragraph a line (.txt, or .txt.gz). A hundredth of the lines, chosen by their own
 content, is held out: it is never trained on, so the accuracy on it says what the model has learnt and not what
-it remembers."""
+it remembers.
+"""
 
 import gzip
 import hashlib
@@ -24,7 +25,8 @@ from minibert.tokenizer import require_id, special_ids
 @dataclass(frozen=True)
 class TextFile:
     """One file, tokenized. tokens: all training lines end to end, int32. starts: where each line begins, and
-    the end."""
+    the end.
+    """
 
     name: str
     weight: float
@@ -49,7 +51,8 @@ def is_held_out(line: str) -> bool:
 
 def read_lines(path: Path) -> Iterator[str]:
     """The lines of a text file that are not blank. Raises ValueError, naming the file, if it is not UTF-8 text
-    (or gzip)."""
+    (or gzip).
+    """
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
             for line in file:
@@ -61,7 +64,8 @@ def read_lines(path: Path) -> Iterator[str]:
 
 def read_text_file(spec: str, tokenizer: Tokenizer) -> TextFile:
     """Tokenize one file. `spec` is its path, or path:weight; the weight says how often its text is drawn,
-    beside its length."""
+    beside its length.
+    """
     match = re.fullmatch(r"(.+?)(?::([0-9]+(?:\.[0-9]+)?))?", spec)
     assert match is not None
     path, weight = Path(match[1]), float(match[2] or 1)
@@ -86,7 +90,8 @@ class ExampleMaker:
     """Draws rows of text and masks them. Row number n is the same whoever makes it, in whatever order.
 
     A row is either one line alone (`short_fraction` of the rows) or a stretch of text that goes on over the
-    ends of lines."""
+    ends of lines.
+    """
 
     def __init__(
         self,
@@ -123,7 +128,8 @@ class ExampleMaker:
 
     def examples(self, numbers: Sequence[int], rows: Sequence[list[int]] | None = None) -> Example:
         """The rows with these numbers as one packed batch, masked by BERT's recipe. `rows` replaces the drawn
-        text."""
+        text.
+        """
         rows = [self.row(number) for number in numbers] if rows is None else rows
         ids, labels = [], []
         for number, row in zip(numbers, rows, strict=True):

@@ -1,7 +1,8 @@
 """The training loop: one process, packed batches, the head on the masked positions only.
 
 Recipe: Devlin et al. 2019, appendix A.2: Adam with decoupled weight decay 0.01 (none on biases and LayerNorm),
-warm-up, then linear decay of the learning rate; google-research/bert, optimization.py."""
+warm-up, then linear decay of the learning rate; google-research/bert, optimization.py.
+"""
 
 import time
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ from minibert.training.data import ExampleMaker, TextFile
 class Settings:
     """steps: optimizer steps. batch_size: rows in each. max_length: tokens in a row, at most. short_fraction:
     share of rows that are one line alone. learning_rate: its peak, after `warmup` of the steps. dropout: use
-    the model's own dropout rates. save_every: steps between saves."""
+    the model's own dropout rates. save_every: steps between saves.
+    """
 
     steps: int
     batch_size: int = 64
@@ -58,7 +60,8 @@ def train(
     """Train `model` in place and save it, with its tokenizer, in `out`. Returns the loss of every step.
 
     Raises ValueError if the rows are longer than the model allows, FloatingPointError if the loss is not a
-    number any more; what was saved before stays."""
+    number any more; what was saved before stays.
+    """
     if settings.max_length > model.config.max_position_embeddings:
         raise ValueError(
             f"max_length {settings.max_length} is more than the {model.config.max_position_embeddings} positions "
@@ -124,7 +127,8 @@ def evaluate(
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Loss (nats a token) and top-1 accuracy on masked tokens of each file's held-out lines, the first `lines`
-    of each, one line a row, masked by BERT's recipe; and over all of them together, under "all"."""
+    of each, one line a row, masked by BERT's recipe; and over all of them together, under "all".
+    """
     maker = ExampleMaker(files, tokenizer, vocab_size=model.config.vocab_size, max_length=max_length, seed=seed)
     device = model.embeddings.word.weight.device
     result: dict[str, dict[str, float]] = {}
