@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from minibert.config import BertConfig, ignored_keys
+from minibert.config import BertConfig, defaulted_keys, ignored_keys
 
 # The name table: our module, and the module (or the three modules) of the hub's BERT checkpoints. N is a
 # layer's number. Loading, saving and layer-by-layer parity all read it.
@@ -251,7 +251,8 @@ class LoadReport:
     ignored: dict[str, str] = field(default_factory=dict)  # name → why it is not needed
     initialised: tuple[str, ...] = ()  # our names, with init_missing_head=True
     non_finite: tuple[str, ...] = ()  # our names of tensors with a NaN or an infinity in them
-    ignored_config_keys: tuple[str, ...] = ()
+    ignored_config_keys: tuple[str, ...] = ()  # in config.json, and without effect
+    defaulted_config_keys: tuple[str, ...] = ()  # not in config.json: BertConfig's defaults hold
     stamps: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
     @cached_property
@@ -294,13 +295,15 @@ def read_weights(
             entries[key] = (path, entry)
     where = files[0] if len(files) == 1 else files[0].parent
 
+    config_values = read_json(source.require(CONFIG))
     report = LoadReport(
         name=source.name,
         files=files,
         file_dtypes=dict(Counter(entry["dtype"] for _, entry in entries.values())),
         dtype=str(dtype).removeprefix("torch."),
         loaded=(),
-        ignored_config_keys=tuple(ignored_keys(read_json(source.require(CONFIG)))),
+        ignored_config_keys=tuple(ignored_keys(config_values)),
+        defaulted_config_keys=tuple(defaulted_keys(config_values)),
         stamps=tuple(_stamp(path) for path in files),
     )
     spelled = _resolve_names(where, entries, report)

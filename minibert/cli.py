@@ -303,6 +303,7 @@ def _report(report: "LoadReport") -> dict[str, Any]:
         "initialised": list(report.initialised),
         "non_finite": list(report.non_finite),
         "ignored_config_keys": list(report.ignored_config_keys),
+        "defaulted_config_keys": list(report.defaulted_config_keys),
     }
 
 
@@ -319,6 +320,7 @@ def _report_lines(report: "LoadReport") -> "Iterator[str]":
         ("initialised, not loaded", report.initialised),
         ("NaN or infinite values in", report.non_finite),
         ("config keys that change nothing", report.ignored_config_keys),
+        ("config keys left to their default", report.defaulted_config_keys),
     ):
         if listed:
             yield f"{title}: {', '.join(listed)}"

@@ -8,6 +8,9 @@ from typing import Any
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu")
 
+# Without these nobody can say which model it is: the number of heads, for one, shows in no tensor's shape.
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
 # Keys that would change what the model computes. Only the value given here is BERT as the paper has it.
 FIXED_KEYS: dict[str, Any] = {
     "model_type": "bert",
@@ -61,15 +64,7 @@ class BertConfig:
     pad_token_id: int | None = 0
 
     def __post_init__(self) -> None:
-        for key in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-            "type_vocab_size",
-        ):
+        for key in (*SIZES, "max_position_embeddings", "type_vocab_size"):
             value = getattr(self, key)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{key} must be a whole number of at least 1, not {value!r}")
@@ -100,7 +95,8 @@ class BertConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "BertConfig":
         """The configuration in a parsed config.json. Keys that change nothing are skipped (`ignored_keys` lists
-        them); a key that changes the computation, or that nobody here knows, is a ValueError that names it.
+        them), and keys other than `SIZES` may be missing (`defaulted_keys` lists them). A key that changes the
+        computation, or that nobody here knows, or a missing size, is a ValueError that names it.
         """
         own = {field.name for field in fields(cls)}
         for key, value in values.items():
@@ -115,6 +111,8 @@ class BertConfig:
                     f"unknown key {key!r} (value {value!r}): it may change what the model computes. "
                     "If you know that it does not, take it out of config.json"
                 )
+        if missing := [key for key in SIZES if key not in values]:
+            raise ValueError(f"there is no {missing[0]}: without it nobody can say which model this is")
         return cls(**{key: value for key, value in values.items() if key in own})
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +124,11 @@ class BertConfig:
             "tie_word_embeddings": True,
             **asdict(self),
         }
+
+
+def defaulted_keys(values: dict[str, Any]) -> list[str]:
+    """The keys of BertConfig that a parsed config.json leaves to their default."""
+    return [field.name for field in fields(BertConfig) if field.name not in values]
 
 
 def ignored_keys(values: dict[str, Any]) -> list[str]:

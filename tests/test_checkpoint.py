@@ -842,3 +842,25 @@ def test_peak_memory_of_loading(tmp_path):
     # word embeddings), which is there twice while it is copied out of the file, and a few MB of code that is first
     # run, modules and headers. Holding the file and the model side by side would be 2.0.
     assert size < int(done.stdout) < 1.25 * size
+
+
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+)
+def test_a_missing_size_is_an_error(tmp_path, key):
+    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values[key]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"config\.json: there is no {key}"):
+        BertForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_other_missing_keys_are_defaulted_and_reported(tmp_path):
+    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["layer_norm_eps"], values["hidden_act"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    model = BertForMaskedLM.from_pretrained(tmp_path)
+    assert (model.config.layer_norm_eps, model.config.hidden_act) == (1e-12, "gelu")
+    assert set(model.load_report.defaulted_config_keys) == {"layer_norm_eps", "hidden_act"}
