@@ -307,55 +307,78 @@ def read_weights(
         stamps=tuple(_stamp(path) for path in files),
     )
     spelled = _resolve_names(where, entries, report)
+    _require_the_wanted(where, source, shapes, spelled, report, init_missing_head)
+    _require_equal_copies(where, entries, spelled, report)
+    state: dict[str, Tensor] = {}
+    for ours, shape in shapes.items():
+        if ours in report.initialised:
+            state[ours] = _initial(ours, shape, dtype, device)
+        else:
+            state[ours] = torch.empty(shape, dtype=dtype, device=device)
+            _fill(state[ours], [(spelled[hub], *entries[spelled[hub]]) for hub in hub_names(ours)])
+    report.loaded = tuple(sorted(spelled[hub] for ours in shapes for hub in hub_names(ours) if hub in spelled))
+    report.non_finite = tuple(name for name, tensor in state.items() if _has_non_finite(tensor))
+    if report.non_finite:
+        warnings.warn(f"{where}: NaN or infinite weights in {', '.join(report.non_finite)}", stacklevel=3)
+    return state, report
+
+
+def _require_the_wanted(
+    where: Path,
+    source: Source,
+    shapes: Mapping[str, torch.Size],
+    spelled: Mapping[str, str],
+    report: LoadReport,
+    init_missing_head: bool,
+) -> None:
+    """Raise ValueError for a tensor too few or too many. A missing head, where that is allowed, goes on the report."""
     wanted = {hub: ours for ours in shapes for hub in hub_names(ours)}
     absent = [hub for hub in wanted if hub not in spelled]
-    head = {ours for hub, ours in wanted.items() if hub.startswith(HEAD)}
-    if absent and all(hub.startswith(HEAD) for hub in absent) and not any(hub.startswith(HEAD) for hub in spelled):
+    has_head = any(hub.startswith(HEAD) for hub in spelled)
+    if absent and not has_head and all(hub.startswith(HEAD) for hub in absent):
         if not init_missing_head:
             raise ValueError(
                 f"{where}: this is an encoder without the masked-language-model head ({len(absent)} tensors, {HEAD}*). "
                 "Pass init_missing_head=True to start with an untrained one"
             )
-        report.initialised = tuple(sorted(head))
+        report.initialised = tuple(sorted({wanted[hub] for hub in absent}))
     elif absent:
         raise ValueError(f"{where}: {_several('tensor', absent)} missing{_layer_hint(source, absent)}")
     if extra := [spelled[hub] for hub in spelled if hub not in wanted]:
         raise ValueError(f"{where}: {_several('tensor', extra)} not expected{_layer_hint(source, extra)}")
 
-    state: dict[str, Tensor] = {}
-    suspicious = []
-    for ours, shape in shapes.items():
-        if ours in report.initialised:
-            state[ours] = _initial(ours, shape, dtype, device)
-            continue
-        hubs = hub_names(ours)
-        part_shape = [shape[0] // len(hubs), *shape[1:]]
-        target = torch.empty(shape, dtype=dtype, device=device)
-        for hub, part in zip(hubs, target.chunk(len(hubs)), strict=True):
-            path, entry = entries[spelled[hub]]
-            if entry["shape"] != part_shape:
-                raise ValueError(
-                    f"{path}: {spelled[hub]} has shape {tuple(entry['shape'])}, and {CONFIG} asks for "
-                    f"{tuple(part_shape)}: one of the two files belongs to another model"
-                )
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{path}: {spelled[hub]} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
-            part.copy_(_read_tensor(path, spelled[hub]))
-        if not bool(target.sum(dtype=torch.float32).isfinite()) and not bool(target.isfinite().all()):
-            suspicious.append(ours)
-        state[ours] = target
+
+def _require_equal_copies(
+    where: Path, entries: Mapping[str, tuple[Path, Any]], spelled: Mapping[str, str], report: LoadReport
+) -> None:
+    """Raise ValueError if a second copy of a tied tensor is not the same as the first. NaN counts as equal to NaN."""
     for copy, original in report.tied.items():
         one = _read_tensor(entries[copy][0], copy)
         other = _read_tensor(entries[spelled[original]][0], spelled[original])
-        if not torch.equal(one, other) and not (  # the second look takes NaN for equal to NaN
+        same = torch.equal(one, other) or (
             torch.equal(one.isnan(), other.isnan()) and torch.equal(one[~one.isnan()], other[~other.isnan()])
-        ):
+        )
+        if not same:
             raise ValueError(f"{where}: {copy} and {spelled[original]} must be the same tensor, but they differ")
-    if suspicious:
-        report.non_finite = tuple(suspicious)
-        warnings.warn(f"{where}: NaN or infinite weights in {', '.join(suspicious)}", stacklevel=3)
-    report.loaded = tuple(sorted(spelled[hub] for hub in wanted if hub in spelled))
-    return state, report
+
+
+def _fill(target: Tensor, parts: list[tuple[str, Path, dict[str, Any]]]) -> None:
+    """Copy the parts (name in the file, file, dtype and shape) into `target`, one under the other."""
+    shape = [target.shape[0] // len(parts), *target.shape[1:]]
+    for (name, path, entry), part in zip(parts, target.chunk(len(parts)), strict=True):
+        if entry["shape"] != shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(entry['shape'])}, and {CONFIG} asks for {tuple(shape)}: "
+                "one of the two files belongs to another model"
+            )
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+        part.copy_(_read_tensor(path, name))
+
+
+def _has_non_finite(tensor: Tensor) -> bool:
+    # The sum is quick and makes no copy; it can overflow where no entry does, so it only says where to look closely.
+    return not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all())
 
 
 def _resolve_names(where: Path, entries: Mapping[str, Any], report: LoadReport) -> dict[str, str]:
