@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -113,7 +114,7 @@ class Source:
     def require(self, filename: str) -> Path:
         path = self.file(filename)
         if path is None:
-            raise FileNotFoundError(f"{self.name}: there is no {filename}{self.only_cache}")
+            raise FileNotFoundError(f"{self.folder or self.name}: there is no {filename}{self.only_cache}")
         return path
 
     @property
@@ -548,10 +549,15 @@ def write(folder: str | os.PathLike[str], config: BertConfig, state: Mapping[str
     (target / CONFIG).unlink(missing_ok=True)
     temporary = target / f".{WEIGHTS}.{os.getpid()}"
     try:
+        temporary.write_text(text, encoding="utf-8")
+        readable = stat.S_IMODE(temporary.stat().st_mode)  # what the umask gives; save_file makes its files private
         save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.chmod(readable)
         _replace(temporary, target / WEIGHTS)
         temporary.write_text(text, encoding="utf-8")
         _replace(temporary, target / CONFIG)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{target / WEIGHTS}: could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,9 +1,11 @@
 """The `minibert` command. Each subcommand imports what it needs, so that `minibert --help` is quick."""
 
 import argparse
+import io
 import json
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -25,9 +27,14 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: "Sequence[str] | None" = None) -> int:
     """Run the command; returns the exit status. A user's mistake is one line on stderr and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal or pipe that is not UTF-8
     options = build_parser().parse_args(arguments)
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _one_line_warning
+            options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # `minibert … | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -41,12 +48,16 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
     return 0
 
 
+def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"minibert: warning: {message}", file=sys.stderr)
+
+
 def build_parser() -> Parser:
     parser = Parser(prog="minibert", description="BERT's masked language model: ask it, look into it, train it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help: str, *, json_output: bool = True) -> Parser:
-        sub: Parser = commands.add_parser(name, help=help, description=help)
+        sub: Parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.set_defaults(run=run)
         sub.add_argument("--traceback", action="store_true", help="on an error, show where it happened")
         if json_output:
@@ -109,9 +120,11 @@ def fill_mask(options: argparse.Namespace) -> None:
     from minibert import BertForMaskedLM, FillMask, load_tokenizer
     from minibert.inference import prepare_for_inference
 
-    texts = options.texts
-    if texts == ["-"]:
-        texts = [line.rstrip("\n") for line in sys.stdin]
+    texts = []
+    for text in options.texts:
+        texts += [line.rstrip("\n") for line in sys.stdin if line.strip()] if text == "-" else [text]
+    if not texts:
+        raise ValueError("there was no line on standard input")
     model = BertForMaskedLM.from_pretrained(options.model)
     if len(texts) >= WORTH_PREPARING:
         model = prepare_for_inference(model)
@@ -124,7 +137,7 @@ def fill_mask(options: argparse.Namespace) -> None:
         answers = iter(tqdm(answers, total=len(texts), unit=" texts"))
     if options.json:
         results = [{"text": text, "answers": answer} for text, answer in zip(texts, answers, strict=True)]
-        print(json.dumps(results, ensure_ascii=False, indent=2))
+        print(json.dumps(results, ensure_ascii=False, allow_nan=False, indent=2))
         return
     for text, answer in zip(texts, answers, strict=True):
         print(text)
@@ -133,7 +146,8 @@ def fill_mask(options: argparse.Namespace) -> None:
             if several:
                 print(f"  [MASK] number {number}")
             for row in one:
-                print(f"  {row['score']:7.2%}  {row['token_str']}")
+                score = f"{row['score']:.2%}" if row["score"] >= 5e-5 else f"{100 * row['score']:.0e}%"
+                print(f"  {score:>7}  {row['token_str']}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ mlm
@@ -219,7 +233,7 @@ def mlm(options: argparse.Namespace) -> None:
         "count": int(loss.count),
     }
     if options.json:
-        print(json.dumps(result, ensure_ascii=False, indent=2))
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=2))
         return
     print(f"{len(encoding.ids)} tokens; what the model saw:")
     print(" ".join(str(tokenizer.id_to_token(token)) for token in result["input_ids"]))
@@ -237,6 +251,8 @@ def mlm(options: argparse.Namespace) -> None:
     if rows:
         right = sum(scored["predictions"][0]["token_str"] == scored["token"] for scored in rows)
         print(f"loss {result['loss']:.4f} over {result['count']} tokens ({options.score}), {right} guessed right")
+    elif len(encoding.ids) == 2:
+        print("the text has no word to mask")
     else:
         print("no token was chosen: try another --seed, or a higher --probability")
 
@@ -337,6 +353,8 @@ def train(options: argparse.Namespace) -> None:
     from minibert.training.loop import Settings, evaluate
     from minibert.training.loop import train as run
 
+    if not options.out.strip():
+        raise ValueError("--out needs the name of a folder")
     settings = Settings(
         steps=options.steps,
         batch_size=options.batch_size,
@@ -349,7 +367,9 @@ def train(options: argparse.Namespace) -> None:
     model = BertForMaskedLM.from_pretrained(options.init, init_missing_head=True)
     tokenizer = load_tokenizer(options.init)
     files = [read_text_file(spec, tokenizer) for spec in options.texts]
-    run(model, tokenizer, files, Path(options.out), settings)
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)  # now, and not after hours, if it cannot be made
+    run(model, tokenizer, files, out, settings)
     print(f"{'held out':<20} {'masked tokens':>13} {'loss':>7} {'top-1':>7}")
     for name, figures in evaluate(model, tokenizer, files, max_length=options.max_length).items():
         print(f"{name:<20} {figures['masked_tokens']:>13.0f} {figures['loss']:>7.3f} {figures['top1']:>7.1%}")

@@ -66,8 +66,8 @@ class BertConfig:
     def __post_init__(self) -> None:
         for key in (*SIZES, "max_position_embeddings", "type_vocab_size"):
             value = getattr(self, key)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{key} must be a whole number of at least 1, not {value!r}")
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise ValueError(f"{key} must be a whole number from 1 to 2^31 - 1, not {value!r}")
         for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, key)
             if type(value) not in (int, float) or not 0 <= value < 1:

@@ -79,10 +79,12 @@ class FillMask:
     def _encode(self, text: str, truncate: bool) -> list[int]:
         limit = self.model.config.max_position_embeddings
         ids = encode(self.tokenizer, text, limit, truncate=truncate).ids
+        shown = text if len(text) <= 60 else text[:57] + "…"
+        if truncate and len(ids) == limit:
+            lost = self.tokenizer.encode(text).ids.count(self.mask_id) - ids.count(self.mask_id)
+            if lost:
+                raise ValueError(f"{lost} [MASK] in {shown!r} would be cut off: the model takes {limit} tokens")
         if self.mask_id not in ids:
-            shown = text if len(text) <= 60 else text[:57] + "…"
-            if truncate and self.mask_id in self.tokenizer.encode(text).ids:
-                raise ValueError(f"the [MASK] in {shown!r} was cut off: the model takes {limit} tokens")
             raise ValueError(f"there is no [MASK] in {shown!r}: write [MASK] where a word should be filled in")
         return ids
 

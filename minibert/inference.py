@@ -65,6 +65,7 @@ class PreparedBert(BertForMaskedLM):
 
     def predict(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """As in BertForMaskedLM; the last layer runs for these positions only."""
+        batch.require_positions(positions)
         x = self.embeddings(batch)  # (T, D)
         *layers, last = self.layers
         for layer in layers:

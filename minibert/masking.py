@@ -66,6 +66,8 @@ def mask_tokens(
     fit.
     """
     _check(input_ids, special_tokens_mask, word_ids, probability, mask_fraction, random_fraction)
+    # Whole numbers are fine to give; as a fill value they would make a tensor of integers, from which nothing is drawn.
+    probability, mask_fraction, random_fraction = float(probability), float(mask_fraction), float(random_fraction)
     shape, device = input_ids.shape, input_ids.device
 
     def draw(p: float | Tensor) -> Tensor:

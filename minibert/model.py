@@ -19,9 +19,9 @@ at each other.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,8 @@ from minibert.loss import IGNORE, masked_lm_loss
 from minibert.packing import PackedBatch
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,  # x Φ(x), with the exact erf: what the released BERT checkpoints were trained with
-    "gelu_new": partial(F.gelu, approximate="tanh"),  # the tanh approximation in google-research/bert, gelu()
+    "gelu": F.gelu,  # x Φ(x), with the exact erf: what "gelu" means in the hub's config.json files
+    "gelu_new": partial(F.gelu, approximate="tanh"),  # the tanh approximation: gelu() in google-research/bert
     "relu": F.relu,
 }
 
@@ -90,7 +90,10 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with an activation between them, for each token alone. Vaswani et al., section 3.3."""
+    """Two linear maps with an activation between them, for each token alone.
+
+    Vaswani et al., section 3.3; modeling.py, transformer_model, "intermediate" and "output".
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -142,11 +145,24 @@ class MLMHead(nn.Module):
         return F.linear(x, word_embeddings, self.bias)  # (M, V)
 
 
-class MaskedLMOutput(NamedTuple):
-    """loss: a scalar, or None without labels. logits: (B, S, V), zeros where the attention mask is 0."""
+@dataclass(frozen=True)
+class MaskedLMOutput:
+    """loss: a scalar, or None without labels. logits: (B, S, V), zeros where the attention mask is 0.
+
+    `out.logits`, `out["logits"]` and `out.keys()` work as in transformers; numbers as in `out[0]` do not.
+    """
 
     loss: Tensor | None
     logits: Tensor
+
+    def keys(self) -> tuple[str, ...]:
+        return ("logits",) if self.loss is None else ("loss", "logits")
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.keys():
+            raise KeyError(f"there is no {key!r}, only {', '.join(self.keys())}")
+        value: Tensor = getattr(self, key)
+        return value
 
 
 class BertForMaskedLM(nn.Module):
@@ -189,6 +205,7 @@ class BertForMaskedLM(nn.Module):
 
     def predict(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """The logits at `positions` (M,), which count packed tokens from 0 to T − 1: (M, V)."""
+        batch.require_positions(positions)
         return self.head(self.encode(batch)[positions], self.embeddings.word.weight)
 
     def forward(
@@ -209,11 +226,15 @@ class BertForMaskedLM(nn.Module):
         logits = self.head(self.encode(batch), self.embeddings.word.weight)  # (T, V)
         loss = None
         if labels is not None:
-            targets = batch.pack(labels)  # (T,)
-            hidden = int((labels != IGNORE).sum() - (targets != IGNORE).sum())
-            if hidden:
+            if labels.shape != input_ids.shape:
                 raise ValueError(
-                    f"{hidden} labels stand where attention_mask is 0, and nothing is predicted there: "
+                    f"labels is {tuple(labels.shape)}, but input_ids is {tuple(input_ids.shape)}: give both alike"
+                )
+            targets = batch.pack(labels)  # (T,)
+            under_padding = int((labels != IGNORE).sum() - (targets != IGNORE).sum())
+            if under_padding:
+                raise ValueError(
+                    f"{under_padding} labels stand where attention_mask is 0, and nothing is predicted there: "
                     f"make them {IGNORE}"
                 )
             loss = masked_lm_loss(logits, targets).mean
@@ -224,9 +245,10 @@ class BertForMaskedLM(nn.Module):
         being the longest sequence; 0 beyond the end of a shorter one. The other layers stay on the fused
         kernel.
         """
+        layers = list(layers)
         wrong = [number for number in layers if not 0 <= number < len(self.layers)]
         if wrong or not layers:
-            raise ValueError(f"layers must name some of 0 to {len(self.layers) - 1}, not {list(layers)}")
+            raise ValueError(f"layers must name some of 0 to {len(self.layers) - 1}, not {layers}")
         maps = {}
         x = self.embeddings(batch)  # (T, D)
         for number, layer in enumerate(self.layers[: max(layers) + 1]):
@@ -234,7 +256,8 @@ class BertForMaskedLM(nn.Module):
                 assert isinstance(layer, EncoderLayer)
                 query, key, value = layer.attention.split_heads(x)  # each (T, H, K)
                 maps[number] = formula(query, key, value, batch)[1]  # (B, H, S, S)
-            x = layer(x, batch)
+            if number < max(layers):
+                x = layer(x, batch)  # (T, D)
         return maps
 
     @classmethod

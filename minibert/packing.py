@@ -211,6 +211,19 @@ class PackedBatch:
                 "shorten the text, or ask for truncation when it is tokenized"
             )
 
+    def require_positions(self, positions: Tensor) -> None:
+        """Raise ValueError unless `positions` is (M,) whole numbers between 0 and T − 1. On a GPU the range is left to
+        the indexing itself, since asking would stall the queue.
+        """
+        if positions.dim() != 1 or positions.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"positions must be (M,) whole numbers, not {tuple(positions.shape)} {positions.dtype}")
+        if positions.is_cpu and positions.numel():
+            low, high = int(positions.min()), int(positions.max())
+            if low < 0 or high >= self.num_tokens:
+                raise ValueError(
+                    f"positions go from {low} to {high}, but they count packed tokens, from 0 to {self.num_tokens - 1}"
+                )
+
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
         names = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "padded_index")

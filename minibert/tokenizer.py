@@ -46,8 +46,8 @@ def load_tokenizer(
     tokens = text.removesuffix("\n").split("\n")
     try:
         return from_vocabulary(tokens, settings)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{settings_path or path}: the tokenizer cannot be made: {error}") from error
 
 
 def from_vocabulary(tokens: list[str], settings: dict[str, Any] | None = None) -> Tokenizer:
@@ -99,9 +99,11 @@ def encode(tokenizer: Tokenizer, text: str, max_length: int, *, truncate: bool =
             f"the text is {len(encoding.ids)} tokens long and the model takes {max_length}: "
             "shorten it, or ask for truncation"
         )
-    cut = Tokenizer.from_str(tokenizer.to_str())  # a copy: the setting would stay on the caller's tokenizer
-    cut.enable_truncation(max_length)
-    return cut.encode(text)
+    body = tokenizer.encode(
+        text, add_special_tokens=False
+    )  # not enable_truncation: it would stay on the caller's tokenizer
+    body.truncate(max_length - special)
+    return tokenizer.post_process(body)
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:

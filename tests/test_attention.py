@@ -106,6 +106,20 @@ def test_the_choice_on_the_cpu():
     assert choose_kernel(query.bfloat16().requires_grad_(), packed(UNIFORM), 0.0) == "formula"
 
 
+def test_uniform_lengths_need_no_mask(monkeypatch):
+    masks = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        module.F, "scaled_dot_product_attention", lambda *a, **k: masks.append(k.get("attn_mask")) or real(*a, **k)
+    )
+    for lengths in (UNIFORM, UNEVEN):
+        batch = packed(lengths)
+        with use_kernel("sdpa"):
+            attention(*random_qkv(batch), batch)
+    assert masks[0] is None
+    assert masks[1].shape == (4, 1, 1, 9)
+
+
 def test_the_choice_on_cuda():
     def choice(lengths, dtype, dropout=0.0, head_size=64):
         with FakeTensorMode():

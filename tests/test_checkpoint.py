@@ -864,3 +864,23 @@ def test_other_missing_keys_are_defaulted_and_reported(tmp_path):
     model = BertForMaskedLM.from_pretrained(tmp_path)
     assert (model.config.layer_norm_eps, model.config.hidden_act) == (1e-12, "gelu")
     assert set(model.load_report.defaulted_config_keys) == {"layer_norm_eps", "hidden_act"}
+
+
+def test_others_may_read_what_is_saved(tmp_path):
+    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    code = (
+        "import resource, signal, sys; from minibert import *; "
+        f"model = BertForMaskedLM(BertConfig(**{SIZES})); "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "try: model.save_pretrained(sys.argv[1])\n"
+        "except OSError as error: print('stopped', error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("stopped")
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """The `minibert` command, and FillMask against transformers' fill-mask pipeline, on a tiny random model."""
 
+import io
 import json
 import os
 import re
@@ -476,3 +477,68 @@ def test_python_m_minibert_with_a_mistake(folder):
     assert done.stderr.startswith(b"minibert mlm: ")
     done = process("nonsense")
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
+
+
+# ------------------------------------------------------------------------------------------- what a first review found
+
+
+def test_some_of_the_masks_beyond_the_cut_are_an_error_too(fill):
+    with pytest.raises(ValueError, match=r"1 \[MASK\] in .* would be cut off"):
+        fill(f"[MASK] {LONG} [MASK]", truncate=True)
+
+
+def test_texts_from_standard_input(run, fill, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("paris [MASK]\n\n[MASK] france\n"))
+    results = json.loads(run("fill-mask", "-", "the [MASK]", "--json"))
+    assert [result["text"] for result in results] == ["paris [MASK]", "[MASK] france", "the [MASK]"]
+    assert results[1]["answers"][0]["token"] == fill("[MASK] france")[0]["token"]
+
+
+def test_nothing_on_standard_input(fails, folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "no line" in fails("fill-mask", "-", "--model", str(folder))
+
+
+def test_many_texts_take_the_fast_form_and_answer_the_same(run, fill):
+    texts = [f"{'the ' * (number % 5)}[MASK]" for number in range(20)]
+    results = json.loads(run("fill-mask", *texts, "--json"))
+    for text, result in zip(texts, results, strict=True):
+        expected = fill(text)
+        assert [row["token"] for row in result["answers"]] == [row["token"] for row in expected]
+        assert result["answers"][0]["score"] == pytest.approx(expected[0]["score"], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("always")
+def test_weights_that_are_not_numbers(folder, tmp_path, capsys):
+    model = BertForMaskedLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.head.bias[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    load_tokenizer(folder).save(str(tmp_path / "tokenizer.json"))
+    assert main(["fill-mask", "[MASK]", "--json", "--model", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 2
+    assert "minibert: warning:" in err
+    assert "head.bias" in err
+
+
+def test_options_are_not_abbreviated(fails):
+    assert "--mod" in fails("info", "--mod", "x")
+
+
+def test_a_reader_that_has_seen_enough(folder):
+    command = f"{sys.executable} -m minibert fill-mask '[MASK]' --top-k 30 --model {folder} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[MASK]\n"
+    assert done.stderr == ""
+
+
+def test_a_pipe_that_is_not_utf_8(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "minibert", "mlm", "--help"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        timeout=120,
+    )
+    assert done.returncode == 0

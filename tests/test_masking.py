@@ -403,3 +403,23 @@ def test_labels_are_whole_numbers():
     for dtype in (torch.float32, torch.bool):
         with pytest.raises(ValueError, match=str(dtype)):
             masked_lm_loss(logits, targets.to(dtype))
+
+
+@pytest.mark.parametrize(("mask_fraction", "random_fraction"), [(1, 0), (0, 1), (0, 0)])
+def test_whole_numbers_are_fractions_too(mask_fraction, random_fraction):
+    ids = torch.randint(5, 90, (3, 40))
+    results = [
+        mask_tokens(
+            ids,
+            torch.zeros_like(ids),
+            vocab_size=99,
+            mask_token_id=4,
+            probability=kind(1),
+            mask_fraction=kind(mask_fraction),
+            random_fraction=kind(random_fraction),
+            generator=torch.Generator().manual_seed(0),
+        )
+        for kind in (int, float)
+    ]
+    assert torch.equal(results[0].input_ids, results[1].input_ids)
+    assert torch.equal(results[0].labels, ids)

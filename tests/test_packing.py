@@ -245,7 +245,8 @@ def test_predict_is_forward_where_asked(model):
 def test_a_fully_masked_row_gives_zeros_and_no_nan(model):
     labels = IDS.masked_fill(MASK == 0, -100)
     model.zero_grad()
-    loss, logits = model(IDS, MASK, labels=labels)
+    out = model(IDS, MASK, labels=labels)
+    loss, logits = out.loss, out.logits
     assert (logits[2] == 0).all()
     assert torch.isfinite(logits).all()
     assert loss > 0
@@ -256,11 +257,11 @@ def test_a_fully_masked_row_gives_zeros_and_no_nan(model):
 
 
 def test_a_batch_with_no_token_at_all_has_a_loss_of_zero(model):
-    loss, logits = model(IDS, torch.zeros_like(MASK), labels=torch.full_like(IDS, -100))
-    assert loss.item() == 0
-    assert logits.shape == (4, 4, 99)
-    assert (logits == 0).all()
-    loss.backward()
+    out = model(IDS, torch.zeros_like(MASK), labels=torch.full_like(IDS, -100))
+    assert out.loss.item() == 0
+    assert out.logits.shape == (4, 4, 99)
+    assert (out.logits == 0).all()
+    out.loss.backward()
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
@@ -299,7 +300,7 @@ ROW = torch.tensor([[1, 2, 3]])
         ({"position_ids": -ROW}, "position_ids may not be negative"),
         ({"position_ids": ROW.double()}, "position_ids must hold integers"),
         ({"position_ids": ROW[0]}, r"position_ids is \(3,\)"),
-        ({"labels": ROW[:, :2]}, r"expected \(batch, length\) = \(1, 3\), not \(1, 2\)"),
+        ({"labels": ROW[:, :2]}, r"labels is \(1, 2\), but input_ids is \(1, 3\)"),
         ({"labels": ROW + 96}, "label 99 is not an id below 99.*-100"),
         ({"labels": ROW, "attention_mask": torch.tensor([[1, 0, 0]])}, "2 labels stand where attention_mask is 0"),
     ],
@@ -321,3 +322,13 @@ def test_packing_a_tensor_of_another_batch():
     for wrong in (torch.zeros(4, 5), torch.zeros(3, 4, 2), torch.zeros(4)):
         with pytest.raises(ValueError, match=r"expected \(batch, length\) = \(4, 4\)"):
             batch.pack(wrong)
+
+
+@pytest.mark.parametrize("positions", [[-1], [5], [0, 99]])
+def test_positions_that_are_not_there(positions):
+    batch = PackedBatch.from_lists([[1, 2, 3], [4, 5]])
+    with pytest.raises(ValueError, match="count packed tokens, from 0 to 4"):
+        batch.require_positions(torch.tensor(positions))
+    for wrong in (torch.tensor(1), torch.tensor([True]), torch.tensor([1.0])):
+        with pytest.raises(ValueError, match=r"\(M,\) whole numbers"):
+            batch.require_positions(wrong)

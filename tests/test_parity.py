@@ -76,9 +76,10 @@ def test_positions_of_your_own():
 
 
 @every_shape
-def test_twenty_steps_of_adamw_give_the_same_losses(mask):
+@both_kernels
+def test_twenty_steps_of_adamw_give_the_same_losses(mask, attention):
     sizes = CONFIGS["batch 13, gelu"]
-    ours, theirs = twins(sizes)
+    ours, theirs = twins(sizes, attention)
     batch = make_batch(sizes, mask, (13, 7), two_segments=True)
     losses = []
     for model in (ours, theirs):
@@ -154,6 +155,11 @@ def test_the_notebooks_shapes():
     model = BertForMaskedLM(BertConfig(num_hidden_layers=1)).eval()
     ids = torch.tensor([LINCOLN["ids"]])
     with torch.no_grad():
+        assert tuple(model(ids).keys()) == ("logits",)
+        assert tuple(model(ids, labels=ids).keys()) == ("loss", "logits")
+        assert model(ids)["logits"].shape == (1, 62, 30522)
+        with pytest.raises(KeyError, match="only logits"):
+            model(ids)[0]
         out = model(ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
         assert out.loss is None
         assert out.logits.shape == (1, 62, 30522)

@@ -78,7 +78,6 @@ def test_the_same_seed_gives_the_same_weights(text, start, tmp_path):
     results = []
     for out in ("one", "two"):
         model, tokenizer = BertForMaskedLM.from_pretrained(start), load_tokenizer(start)
-        torch.manual_seed(7)  # dropout
         train(model, tokenizer, [read_text_file(str(text), tokenizer)], tmp_path / out,
               Settings(steps=3, batch_size=4, max_length=16))  # fmt: skip
         results.append(model.state_dict())
@@ -180,3 +179,37 @@ def test_rows_longer_than_the_model_are_refused(text, start, tmp_path):
 def _write(path, content):
     path.write_bytes(content)
     return path
+
+
+def test_an_out_that_cannot_be_made_is_found_before_training(text, start, tmp_path, capsys):
+    for out, message in ((str(text), "File exists"), (" ", "--out needs")):
+        assert main(["train", str(text), "--init", str(start), "--out", out, "--steps", "100000"]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_texts_of_no_weight_and_no_name(text, start, tmp_path, capsys):
+    for spec, message in ((f"{text}:0", "weight 0"), ("", "is not FILE")):
+        arguments = ["--init", str(start), "--out", str(tmp_path / "o"), "--steps", "1", "--max-length", "16"]
+        assert main(["train", spec, *arguments]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_with_nothing_held_out_no_figure_is_made_up(start, tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("the cat\n")
+    tokenizer = load_tokenizer(start)
+    figures = evaluate(BertForMaskedLM.from_pretrained(start), tokenizer, [read_text_file(str(path), tokenizer)])
+    assert figures["all"]["masked_tokens"] == 0
+    assert figures["all"]["top1"] != figures["all"]["top1"], "not a number"
+
+
+def test_an_encoder_without_a_head_can_be_trained(text, start, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    weights = {name: x for name, x in load_file(start / "model.safetensors").items() if not name.startswith("cls.")}
+    save_file(weights, start / "model.safetensors")
+    out = tmp_path / "out"
+    assert (
+        main(["train", str(text), "--init", str(start), "--out", str(out), "--steps", "1", "--max-length", "16"]) == 0
+    )
+    assert not BertForMaskedLM.from_pretrained(out).load_report.initialised

@@ -66,8 +66,9 @@ def read_text_file(spec: str, tokenizer: Tokenizer) -> TextFile:
     """Tokenize one file. `spec` is its path, or path:weight; the weight says how often its text is drawn,
     beside its length.
     """
-    match = re.fullmatch(r"(.+?)(?::([0-9]+(?:\.[0-9]+)?))?", spec)
-    assert match is not None
+    match = re.fullmatch(r"(.+?)(?::([0-9]+(?:\.[0-9]+)?))?", spec, flags=re.DOTALL)
+    if match is None:
+        raise ValueError(f"{spec!r} is not FILE or FILE:WEIGHT")
     path, weight = Path(match[1]), float(match[2] or 1)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such text file")
@@ -109,6 +110,8 @@ class ExampleMaker:
         self.short_fraction = short_fraction
         self.seed = seed
         self.shares = torch.tensor([file.weight * len(file.tokens) for file in files], dtype=torch.float64)
+        if not self.shares.sum() > 0:
+            raise ValueError("all texts have weight 0: nothing would be drawn")
         self.cls, self.sep, self.mask = (require_id(tokenizer, token) for token in ("[CLS]", "[SEP]", "[MASK]"))
         self.special = torch.tensor(special_ids(tokenizer))
 

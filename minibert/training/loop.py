@@ -4,6 +4,7 @@ Recipe: Devlin et al. 2019, appendix A.2: Adam with decoupled weight decay 0.01 
 warm-up, then linear decay of the learning rate; google-research/bert, optimization.py.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ def train(
         seed=settings.seed,
     )
     device = model.embeddings.word.weight.device
+    torch.manual_seed(settings.seed)  # dropout draws from torch's own generator
     model.train(settings.dropout)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, eps=1e-6, fused=True
@@ -151,4 +153,6 @@ def evaluate(
 
 def _figures(sums: torch.Tensor) -> dict[str, float]:
     loss, right, count = sums.tolist()
-    return {"loss": loss / max(count, 1), "top1": right / max(count, 1), "masked_tokens": count}
+    if not count:
+        return {"loss": math.nan, "top1": math.nan, "masked_tokens": 0}
+    return {"loss": loss / count, "top1": right / count, "masked_tokens": count}
