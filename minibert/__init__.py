@@ -1,12 +1,16 @@
 """minibert: BERT's masked language model, from scratch, in pure PyTorch."""
 
-from minibert.config import BertConfig
-from minibert.fill_mask import FillMask
-from minibert.loss import masked_lm_loss
-from minibert.masking import mask_tokens
-from minibert.model import BertForMaskedLM
-from minibert.packing import PackedBatch
-from minibert.tokenizer import load_tokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minibert.config import BertConfig
+    from minibert.fill_mask import FillMask
+    from minibert.loss import masked_lm_loss
+    from minibert.masking import mask_tokens
+    from minibert.model import BertForMaskedLM
+    from minibert.packing import PackedBatch
+    from minibert.tokenizer import load_tokenizer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,3 +22,20 @@ __all__ = [
     "mask_tokens",
     "masked_lm_loss",
 ]
+
+_ROOMS = {
+    "BertConfig": "config",
+    "BertForMaskedLM": "model",
+    "FillMask": "fill_mask",
+    "PackedBatch": "packing",
+    "load_tokenizer": "tokenizer",
+    "mask_tokens": "masking",
+    "masked_lm_loss": "loss",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `minibert --help` does not wait for torch."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'minibert' has no attribute {name!r}")
+    return getattr(import_module(f"minibert.{_ROOMS[name]}"), name)

@@ -8,6 +8,8 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from minibert import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -34,6 +36,8 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _one_line_warning
+            # torch says so when it is imported where there is no NumPy. Nothing here needs it.
+            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
             options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # `minibert … | head` has seen enough
@@ -54,6 +58,7 @@ def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="minibert", description="BERT's masked language model: ask it, look into it, train it.")
+    parser.add_argument("--version", action="version", version=f"minibert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help: str, *, json_output: bool = True) -> Parser:

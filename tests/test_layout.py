@@ -69,11 +69,21 @@ def test_the_core_does_without_transformers(name):
 
 def test_importing_minibert_imports_nothing_heavy_but_torch():
     code = (
-        "import sys, torch; before = set(sys.modules); import minibert; "
+        "import sys, torch; before = set(sys.modules); from minibert import *; "
         "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
     )
     names = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert not names & {"transformers", "huggingface_hub", "requests", "httpx", "tqdm", "onnxruntime", "sympy"}
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, minibert.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'BertModel'"):
+        _ = minibert.BertModel
 
 
 def test_no_pickle_is_opened_anywhere():
