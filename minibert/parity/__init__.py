@@ -1,0 +1,6 @@
+"""The parity instrument: write what a model computes (trace), find the first tensor that differs (diff), and name the
+fault (diagnose). `assert_parity` is for pytest."""
+
+from minibert.parity.trace import Trace, TraceFile, trace
+
+__all__ = ["Trace", "TraceFile", "trace"]
