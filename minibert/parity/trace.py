@@ -51,13 +51,21 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("layers.N.intermediate", "B S F", "into the feed-forward: its first projection, before the activation"),
     ("layers.N.activation", "B S F", "the activation function (hidden_act) of that"),
     ("layers.N.feed_forward", "B S D", "out of the feed-forward: its second projection, before the residual is added"),
-    ("layers.N.feed_forward_norm", "B S D", "the LayerNorm of feed_forward + attention_norm: what the next layer reads"),
+    (
+        "layers.N.feed_forward_norm",
+        "B S D",
+        "the LayerNorm of feed_forward + attention_norm: what the next layer reads",
+    ),
     ("head.dense", "B S D", "the head's projection, before the activation"),
     ("head.activation", "B S D", "the activation function of that"),
     ("head.norm", "B S D", "the LayerNorm of that"),
     ("logits", "B S V", "head.norm · word embeddingsᵀ + bias"),
     ("loss", "", "the mean cross-entropy over the labels that are not −100, in float32"),
-    ("gradient.NAME", "", "of the loss by each parameter, NAME and shape as in the checkpoint; from head to embeddings"),
+    (
+        "gradient.NAME",
+        "",
+        "of the loss by each parameter, NAME and shape as in the checkpoint; from head to embeddings",
+    ),
 )
 INPUTS = tuple(name for name, _, _ in TABLE[:4])
 SHAPES = {name: shape.split() for name, shape, _ in TABLE}
@@ -136,9 +144,7 @@ def check_inputs(
         raise ValueError(f"an id in the padding is not an id below {config.vocab_size}: transformers looks it up too")
     if labels is not None:
         if labels.shape != input_ids.shape or labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels must be {tuple(input_ids.shape)} int64, not {tuple(labels.shape)} {labels.dtype}"
-            )
+            raise ValueError(f"labels must be {tuple(input_ids.shape)} int64, not {tuple(labels.shape)} {labels.dtype}")
         asked = labels != IGNORE
         if not bool(asked.any()):
             raise ValueError(f"all labels are {IGNORE}: a mean over no position is no number. Leave labels out")
@@ -379,7 +385,7 @@ def trace(
         if loss is not None:
             tensors["loss"] = loss.detach()
         if grad:
-            tensors.update(_gradients(model, loss))
+            tensors.update(gradients(model, loss))
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -407,7 +413,8 @@ def _version(package: str) -> str:
     return version(package)
 
 
-def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of every parameter, by its name in a trace. No .grad is touched."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
         raise ValueError("no parameter of this model requires a gradient: call model.requires_grad_(True) first")
