@@ -40,10 +40,12 @@ class Steps:
         yield "embeddings.norm", x
         for number, layer in enumerate(self.model.layers):
             assert isinstance(layer, EncoderLayer)
-            for name, x in self.layer(f"layers.{number}.", layer, x):
+            steps = self.layer(f"layers.{number}.", layer, x)
+            for name, x in steps:  # the last one is what comes next
                 if name:
                     yield name, x
-        for name, x in self.head(x):
+        steps = self.head(x)
+        for name, x in steps:
             if name:
                 yield name, x
         logits = self.decode(x)
