@@ -34,6 +34,10 @@ def eager(monkeypatch, scale=1.0, swap=False, mask="before"):
     monkeypatch.setattr(hub, "eager_attention_forward", forward)
 
 
+def unscaled(model, patch):
+    eager(patch, scale=(model.config.hidden_size / model.config.num_attention_heads) ** 0.5)
+
+
 def norms(model):
     return [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
 
@@ -114,11 +118,11 @@ PLANTED = {
     "token type embedding missing": (no_types, "embeddings.sum"),
     "token types ignored": (constant_types, "embeddings.sum"),
     "positions off by one": (off_by_one, "embeddings.sum"),
-    "scores not scaled": (lambda m, p: eager(p, scale=m.config.hidden_size**0.5 / m.config.num_attention_heads**0.5), "layers.0.scores"),
+    "scores not scaled": (unscaled, "layers.0.scores"),
     "scores scaled by √D": (lambda m, p: eager(p, scale=m.config.num_attention_heads**-0.5), "layers.0.scores"),
     "query and key swapped": (lambda m, p: eager(p, swap=True), "layers.0.query"),
     "attention mask ignored": (lambda m, p: eager(p, mask="ignored"), "layers.0.probabilities"),
-    "attention mask inverted": (lambda m, p: eager(p, mask="inverted"), "layers.0.probabilities"),
+    "attention mask inverted": (lambda m, p: eager(p, mask="inverted"), "layers.0.scores"),
     "attention mask after the softmax": (lambda m, p: eager(p, mask="after"), "layers.0.probabilities"),
     "square weights transposed": (transposed, "layers.0.query"),
     "head transform skipped": (no_transform, "logits"),

@@ -1,4 +1,5 @@
-"""The commands trace, diff, diagnose and parity: what cli.py calls with the parsed options. Each returns the exit status."""
+"""The commands trace, diff and diagnose: what cli.py calls with its options.
+Each returns the exit status."""
 
 import argparse
 import json

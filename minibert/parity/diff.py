@@ -231,7 +231,8 @@ class _Judge:
             if not error <= most:
                 yield (
                     f"{side} is {error / usual:,.0f} times worse than {_name(stick.dtype)} explains, "
-                    f"from {row.name} on: {error:.1e} from float64, where rounding alone makes {usual:.1e} ({given.title})"
+                    f"from {row.name} on: {error:.1e} from float64, where rounding alone makes {usual:.1e} "
+                    f"({given.title})"
                 )
             else:
                 yield f"{side} is right up to here: {error:.1e} from float64, allowed {most:.1e} ({given.title})"

@@ -88,7 +88,7 @@ class Steps:
         yield prefix + "query", query
         yield prefix + "key", key
         yield prefix + "value", value
-        scores = query @ key.transpose(-1, -2) * self.scale
+        scores = self.masked(query @ key.transpose(-1, -2) * self.scale)
         yield prefix + "scores", scores
         probabilities = self.dropout(prefix + "probabilities", self.softmax(scores))
         yield prefix + "probabilities", probabilities
@@ -116,7 +116,7 @@ class Steps:
         return x.transpose(1, 2).flatten(-2)  # (B, S, D)
 
     def softmax(self, scores: Tensor) -> Tensor:
-        return self.masked(scores).softmax(-1)
+        return scores.softmax(-1)
 
     def masked(self, scores: Tensor) -> Tensor:
         return scores.masked_fill(~self.seen[:, None, None, :], torch.finfo(scores.dtype).min)
@@ -380,6 +380,9 @@ class MaskAfterSoftmax(Steps):
     remedy = "mask the scores, not the probabilities: they must sum to 1 over the tokens"
     source = "modeling.py, attention_layer: the mask is added before the softmax"
 
+    def masked(self, scores: Tensor) -> Tensor:
+        return scores
+
     def softmax(self, scores: Tensor) -> Tensor:
         return scores.softmax(-1) * self.seen[:, None, None, :]
 
@@ -401,7 +404,7 @@ class HalfSoftmax(Steps):
 
     def softmax(self, scores: Tensor) -> Tensor:
         most = torch.finfo(torch.float16).max
-        powers = self.masked(scores).exp()
+        powers = scores.exp()
         powers = torch.where(powers > most, float("inf"), powers)
         total = powers.sum(-1, keepdim=True)
         return powers / torch.where(total > most, float("inf"), total)

@@ -43,8 +43,8 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("layers.N.query", "B H S K", "the query projection of what the layer reads, split into heads"),
     ("layers.N.key", "B H S K", "the key projection, split into heads"),
     ("layers.N.value", "B H S K", "the value projection, split into heads"),
-    ("layers.N.scores", "B H S S", "query · keyᵀ / √K; compared between tokens only, so the mask does not show here"),
-    ("layers.N.probabilities", "B H S S", "the softmax of the masked scores over the keys"),
+    ("layers.N.scores", "B H S S", "query · keyᵀ / √K with the mask on it: what the softmax reads"),
+    ("layers.N.probabilities", "B H S S", "the softmax of the scores over the keys"),
     ("layers.N.context", "B S D", "probabilities · value, the heads side by side again"),
     ("layers.N.attention_output", "B S D", "the output projection of the context, before the residual is added"),
     ("layers.N.attention_norm", "B S D", "the LayerNorm of attention_output + what the layer reads"),
@@ -67,6 +67,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
         "of the loss by each parameter, NAME and shape as in the checkpoint; from head to embeddings",
     ),
 )
+MASKED = -1e4  # a score below this is masked, whatever number was used for it: compared as this one
 INPUTS = tuple(name for name, _, _ in TABLE[:4])
 SHAPES = {name: shape.split() for name, shape, _ in TABLE}
 MEANINGS = {name: meaning for name, _, meaning in TABLE}
@@ -453,6 +454,8 @@ def _in_heads(name: str, x: Tensor) -> bool:
 
 def hide_padding(row: str, x: Tensor, mask: Tensor) -> Tensor:
     """`x` with zeros wherever it belongs to padding. mask: (B, S) bool, of the same rows."""
+    if row == "layers.N.scores":
+        x = x.clamp(min=MASKED)
     shape = SHAPES.get(row, [])
     if "S" not in shape or x.dim() != len(shape) or bool(mask.all()):
         return x
