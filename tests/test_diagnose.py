@@ -15,7 +15,7 @@ SIZES = [
 ]
 
 
-def eager(monkeypatch, scale=1.0, swap=False, mask="before"):
+def eager(monkeypatch, scale=1.0, swap=False, mask="before", merge=True):
     def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **rest):
         if swap:
             query, key = key, query
@@ -25,11 +25,16 @@ def eager(monkeypatch, scale=1.0, swap=False, mask="before"):
             scores = scores.masked_fill(~seen, -1e9)
         elif mask == "inverted":
             scores = scores.masked_fill(seen, -1e9)
+        elif mask == "raw":
+            scores = scores + seen
+        elif mask == "causal":
+            scores = scores.masked_fill(~seen | torch.ones(scores.shape[-2:]).triu(1).bool(), -1e9)
         probabilities = scores.softmax(-1)
         if mask == "after":
             probabilities = probabilities * seen
         probabilities = F.dropout(probabilities, dropout, module.training)
-        return torch.matmul(probabilities, value).transpose(1, 2), probabilities
+        context = torch.matmul(probabilities, value)
+        return context.transpose(1, 2) if merge else context.reshape(len(context), context.shape[2], -1), probabilities
 
     monkeypatch.setattr(hub, "eager_attention_forward", forward)
 
@@ -109,7 +114,40 @@ def transposed(model, patch):
     dense.weight.data = dense.weight.data.T.contiguous()
 
 
+def pre_norm(model, patch):
+    def forward(self, x, attention_mask=None, *rest, **more):
+        attention, output = self.attention, self.output
+        update = attention.output.dense(attention.self(attention.output.LayerNorm(x), attention_mask)[0])
+        x = x + attention.output.dropout(update)
+        return x + output.dropout(output.dense(self.intermediate(output.LayerNorm(x))))
+
+    patch.setattr(hub.BertLayer, "forward", forward)
+
+
+def key_as_value(model, patch):
+    for layer in model.bert.encoder.layer:
+        inner = layer.attention.self
+        inner.key, inner.value = inner.value, inner.key
+
+
+def interleaved(model, patch):
+    """The three projections are split, and the context is put together, in (head size, heads) order."""
+    heads = model.config.num_attention_heads
+    order = torch.arange(model.config.hidden_size).view(-1, heads).T.flatten()
+    for layer in model.bert.encoder.layer:
+        inner, dense = layer.attention.self, layer.attention.output.dense
+        for part in (inner.query, inner.key, inner.value):
+            part.weight.data, part.bias.data = part.weight.data[order], part.bias.data[order]
+        dense.register_forward_pre_hook(lambda module, inputs: inputs[0][..., order.argsort()])
+
+
 PLANTED = {
+    "pre-LayerNorm": (pre_norm, "layers.0.query"),
+    "key and value swapped": (key_as_value, "layers.0.key"),
+    "heads split in the wrong order": (interleaved, "layers.0.query"),
+    "heads put together without the transpose": (lambda m, p: eager(p, merge=False), "layers.0.context"),
+    "attention mask added as 0 and 1": (lambda m, p: eager(p, mask="raw"), "layers.0.scores"),
+    "causal mask": (lambda m, p: eager(p, mask="causal"), "layers.0.scores"),
     "tanh-GELU": (tanh_gelu, "layers.0.activation"),
     "LayerNorm eps 1e-5": (eps(1e-5), "embeddings.norm"),
     "LayerNorm eps 1e-6": (eps(1e-6), "embeddings.norm"),

@@ -31,6 +31,7 @@ ORDER = {
     "parity.diff": 7,
     "parity.faults": 7,
     "parity.diagnose": 8,
+    "parity.check": 8,
     "parity.__init__": 9,
     "parity.commands": 10,
     "cli": 11,

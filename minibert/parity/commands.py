@@ -14,6 +14,7 @@ from minibert.checkpoint import DTYPES
 from minibert.config import BertConfig
 from minibert.loss import IGNORE
 from minibert.model import BertForMaskedLM
+from minibert.parity.check import standard_inputs
 from minibert.parity.diagnose import diagnose
 from minibert.parity.diff import diff
 from minibert.parity.trace import INPUTS, TraceFile, trace
@@ -87,26 +88,8 @@ def transformers_model(name: str, dtype: torch.dtype, device: torch.device) -> t
     folder = source.require(checkpoint.CONFIG).parent
     source.file(checkpoint.WEIGHTS)  # into the same folder of the cache, checked
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.BertForMaskedLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    result: torch.nn.Module = model.to(device).eval()
-    return result
-
-
-def standard_inputs(config: BertConfig) -> dict[str, Tensor]:
-    """Three rows of random ids, always the same, with all that ports get wrong: padding on the right and on the
-    left, two segments, and labels at a few places."""
-    generator = torch.Generator().manual_seed(0)
-    length = min(16, config.max_position_embeddings)
-    shape = (3, length)
-    column = torch.arange(length)
-    short = max(1, 2 * length // 3)
-    mask = torch.stack([column < length, column < short, column >= length - short]).long()
-    ids = torch.randint(config.vocab_size, shape, generator=generator)
-    labels = torch.where((torch.rand(shape, generator=generator) < 0.3) & (mask == 1), ids, IGNORE)
-    labels[:, length - short if short > length // 2 else 0] = IGNORE
-    labels[0, 0] = ids[0, 0]  # at least one, whatever was drawn
-    types = (column >= length // 2).long().clamp(max=config.type_vocab_size - 1).expand(shape).contiguous()
-    return dict(zip(INPUTS, (ids, mask, types, labels), strict=True))
+    model: torch.nn.Module = transformers.BertForMaskedLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.to(device).eval()
 
 
 def tokenized(texts: list[str], name: str, config: BertConfig) -> dict[str, Tensor]:

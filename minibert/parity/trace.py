@@ -277,6 +277,7 @@ def _json_object(text: str) -> dict[str, Any]:
 OURS = (
     ("embeddings.norm", "in", "embeddings.sum"),
     ("embeddings.dropout", "out", "embeddings.norm"),
+    ("layers.N.attention.output", "in", "layers.N.context"),
     ("layers.N.dropout", "out", "layers.N.attention_output layers.N.feed_forward"),
     ("layers.N.attention_norm", "out", "layers.N.attention_norm"),
     ("layers.N.feed_forward.intermediate", "out", "layers.N.intermediate"),
@@ -290,6 +291,7 @@ OURS = (
 THEIRS = (
     ("bert.embeddings.LayerNorm", "in", "embeddings.sum"),
     ("bert.embeddings.dropout", "out", "embeddings.norm"),
+    ("bert.encoder.layer.N.attention.output.dense", "in", "layers.N.context"),
     ("bert.encoder.layer.N.attention.output.dropout", "out", "layers.N.attention_output"),
     ("bert.encoder.layer.N.attention.output.LayerNorm", "out", "layers.N.attention_norm"),
     ("bert.encoder.layer.N.intermediate.dense", "out", "layers.N.intermediate"),
@@ -336,7 +338,6 @@ class _Attention(TorchFunctionMode):
             self.keep(layer + "key", args[1].transpose(-1, -2))
         elif name != "dropout":
             self.keep(layer + "value", args[1])
-            self.keep(layer + "context", result)
         return result
 
 
@@ -430,7 +431,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def _from_padded(mask: Tensor) -> Callable[[str, Tensor], Tensor]:
-    return lambda name, x: hide_padding(row_of(name), x.transpose(1, 2).flatten(2) if _in_heads(name, x) else x, mask)
+    return lambda name, x: hide_padding(row_of(name), x, mask)
 
 
 def _from_packed(batch: PackedBatch, mask: Tensor) -> Callable[[str, Tensor], Tensor]:
@@ -443,13 +444,9 @@ def _from_packed(batch: PackedBatch, mask: Tensor) -> Callable[[str, Tensor], Te
         x = x.take_along_dim(column[:, None, :, None], 2)  # (B, H, S, …)
         if SHAPES[row_of(name)][-1] == "S":
             x = x.take_along_dim(column[:, None, None, :], 3)  # (B, H, S, S)
-        return hide_padding(row_of(name), x.transpose(1, 2).flatten(2) if _in_heads(name, x) else x, mask)
+        return hide_padding(row_of(name), x, mask)
 
     return place
-
-
-def _in_heads(name: str, x: Tensor) -> bool:
-    return name.endswith(".context") and x.dim() == 4
 
 
 def hide_padding(row: str, x: Tensor, mask: Tensor) -> Tensor:
