@@ -197,3 +197,11 @@ def test_a_pair_and_an_unknown_fault(monkeypatch):
     diagnosis = diagnose(trace(theirs, **batch), ours)
     assert not diagnosis.found
     assert any("none of the known faults" in line for line in diagnosis.lines)
+
+
+@pytest.mark.parametrize("mask", ["dense", "right", "left", "holes"])
+def test_without_a_fault_the_steps_give_what_the_model_gives(mask):
+    ours, theirs = twins(SIZES[1])
+    batch = make_batch(SIZES[1], mask, (5, 7), two_segments=True)
+    for model in (ours, theirs):
+        assert diagnose(trace(model, **batch, grad=True), ours).ok
