@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from minibert import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -38,10 +38,11 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
             warnings.showwarning = _one_line_warning
             # torch says so when it is imported where there is no NumPy. Nothing here needs it.
             warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-            options.run(options)
+            status = options.run(options) or 0  # None, or the exit status of a command that judges
         sys.stdout.flush()
     except BrokenPipeError:  # `minibert … | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
     except USER_ERRORS as error:
@@ -49,7 +50,7 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
             raise
         print(f"minibert {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
+    return int(status)
 
 
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -61,7 +62,9 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"minibert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, help: str, *, json_output: bool = True) -> Parser:
+    def command(
+        name: str, run: Any, help: str, *, json_output: bool = True, model: str | None = DEFAULT_MODEL
+    ) -> Parser:
         sub: Parser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
         sub.set_defaults(run=run)
         sub.add_argument("--traceback", action="store_true", help="on an error, show where it happened")
@@ -69,7 +72,7 @@ def build_parser() -> Parser:
             sub.add_argument("--json", action="store_true", help="print JSON")
             sub.add_argument(
                 "--model",
-                default=DEFAULT_MODEL,
+                default=model,
                 help="a folder, a bundled name, bert-base-uncased, or a hub id (default: %(default)s)",
             )
         return sub
@@ -115,7 +118,37 @@ def build_parser() -> Parser:
     sub.add_argument("--no-dropout", action="store_true", help="train without dropout")
     sub.add_argument("--seed", type=int, default=0, metavar="N")
     sub.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="(default: %(default)s)")
+
+    _add_parity_commands(command)
     return parser
+
+
+def _add_parity_commands(command: "Callable[..., Parser]") -> None:
+    sub = command("trace", trace, "Write every intermediate tensor of a model, for `diff` and `diagnose`.")
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument("--text", action="append", metavar="TEXT", help="may be given several times: rows of one batch")
+    what.add_argument("--ids", metavar="FILE", help="JSON: input_ids, and attention_mask, token_type_ids, labels")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the safetensors file to write")
+    sub.add_argument("--backend", choices=("minibert", "transformers"), default="minibert")
+    sub.add_argument("--grad", action="store_true", help="also the gradient of every parameter")
+    _where_to_run(sub)
+
+    sub = command(
+        "diff", diff, "The first tensor in which two traces differ. Exit status 1 if there is one.", model=None
+    )
+    sub.add_argument("a", metavar="A", help="a trace")
+    sub.add_argument("b", metavar="B", help="another")
+    sub.add_argument("--all", action="store_true", help="do not stop at the first tensor that differs")
+
+    sub = command(
+        "diagnose", diagnose, "Which known porting fault computes what is in a trace. Exit status 1 if wrong."
+    )
+    sub.add_argument("trace", metavar="TRACE")
+
+
+def _where_to_run(sub: Parser) -> None:
+    sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32")
+    sub.add_argument("--device", default="cpu", help="cpu, cuda, … (default: %(default)s)")
 
 
 # ------------------------------------------------------------------------------------------------------------ fill-mask
@@ -378,3 +411,24 @@ def train(options: argparse.Namespace) -> None:
     print(f"{'held out':<20} {'masked tokens':>13} {'loss':>7} {'top-1':>7}")
     for name, figures in evaluate(model, tokenizer, files, max_length=options.max_length).items():
         print(f"{name:<20} {figures['masked_tokens']:>13.0f} {figures['loss']:>7.3f} {figures['top1']:>7.1%}")
+
+
+# --------------------------------------------------------------------------------------------------------------- parity
+
+
+def trace(options: argparse.Namespace) -> int:
+    from minibert.parity import commands
+
+    return commands.write_trace(options)
+
+
+def diff(options: argparse.Namespace) -> int:
+    from minibert.parity import commands
+
+    return commands.compare(options)
+
+
+def diagnose(options: argparse.Namespace) -> int:
+    from minibert.parity import commands
+
+    return commands.name_fault(options)

@@ -26,8 +26,16 @@ ORDER = {
     "training.__init__": 4,
     "training.data": 5,
     "training.loop": 6,
-    "cli": 9,
-    "__main__": 10,
+    "parity.trace": 5,
+    "parity.yardstick": 6,
+    "parity.diff": 7,
+    "parity.faults": 7,
+    "parity.diagnose": 8,
+    "parity.check": 8,
+    "parity.__init__": 9,
+    "parity.commands": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 
 

@@ -1,0 +1,123 @@
+"""The commands trace, diff and diagnose: what cli.py calls with its options.
+Each returns the exit status."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minibert import checkpoint
+from minibert.checkpoint import DTYPES
+from minibert.config import BertConfig
+from minibert.loss import IGNORE
+from minibert.model import BertForMaskedLM
+from minibert.parity.check import standard_inputs
+from minibert.parity.diagnose import diagnose
+from minibert.parity.diff import diff
+from minibert.parity.trace import INPUTS, TraceFile, trace
+from minibert.tokenizer import encode, load_tokenizer
+
+
+def write_trace(options: argparse.Namespace) -> int:
+    device, dtype = torch_device(options.device), getattr(torch, options.dtype)
+    model: torch.nn.Module
+    if options.backend == "transformers":
+        model = transformers_model(options.model, dtype, device)
+        config = checkpoint.read_config(checkpoint.locate(options.model))
+    else:
+        model = BertForMaskedLM.from_pretrained(options.model, dtype=dtype, device=device)
+        config = model.config
+    if options.ids:
+        inputs = read_ids(Path(options.ids))
+    elif options.text:
+        inputs = tokenized(options.text, options.model, config)
+    else:
+        inputs = standard_inputs(config)
+    result = trace(model, **inputs, grad=options.grad)
+    result.save(options.out)
+    print(f"{options.out}: {len(result.tensors)} tensors of {result.metadata['backend']}, {options.dtype}")
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    a, b = TraceFile(options.a), TraceFile(options.b)
+    model = None if options.model is None else BertForMaskedLM.from_pretrained(options.model)
+    report = diff(a, b, model, everything=options.all)
+    print(json.dumps(finite(report.to_dict()), indent=2) if options.json else "\n".join(report.lines()))
+    return 0 if report.ok else 1
+
+
+def name_fault(options: argparse.Namespace) -> int:
+    given = TraceFile(options.trace)
+    diagnosis = diagnose(given, BertForMaskedLM.from_pretrained(options.model))
+    print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else "\n".join(diagnosis.lines))
+    return 0 if diagnosis.ok else 1
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become the words."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def torch_device(name: str) -> torch.device:
+    """Raises ValueError if torch knows no such device, or this machine has none."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def transformers_model(name: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """transformers' own model, read by transformers' own code from the files that we read."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            "transformers is not installed: pip install transformers, or trace --backend minibert"
+        ) from error
+    source = checkpoint.locate(name)
+    folder = source.require(checkpoint.CONFIG).parent
+    source.file(checkpoint.WEIGHTS)  # into the same folder of the cache, checked
+    transformers.utils.logging.disable_progress_bar()
+    model: torch.nn.Module = transformers.BertForMaskedLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.to(device).eval()
+
+
+def tokenized(texts: list[str], name: str, config: BertConfig) -> dict[str, Tensor]:
+    """The texts as rows, padded on the right. Every token is its own label, so that there is a loss."""
+    tokenizer = load_tokenizer(name)
+    rows = [encode(tokenizer, text, config.max_position_embeddings).ids for text in texts]
+    length = max(len(row) for row in rows)
+    padding = config.pad_token_id or 0
+    ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE)}
+
+
+def read_ids(path: Path) -> dict[str, Tensor]:
+    """A JSON object of lists of rows: input_ids, and if wanted attention_mask, token_type_ids, labels."""
+    values = checkpoint.read_json(path)
+    if "input_ids" not in values or (unknown := values.keys() - set(INPUTS)):
+        said = f"the key {sorted(unknown)[0]!r} is not known" if "input_ids" in values else "there is no input_ids"
+        raise ValueError(f"{path}: {said}; it holds {', '.join(INPUTS)}, each a list of rows")
+    result = {}
+    for name, rows in values.items():
+        try:
+            result[name] = torch.tensor(rows)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path}: {name} must be rows of whole numbers, all of one length: {error}") from error
+        if result[name].dtype != torch.int64:
+            raise ValueError(f"{path}: {name} must be rows of whole numbers, not {result[name].dtype}")
+    return result
+
+
+DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())

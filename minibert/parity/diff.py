@@ -1,0 +1,300 @@
+"""Comparing two traces, tensor by tensor in order of execution, up to the first that is wrong.
+
+Files are read in pieces of some rows: memory is bounded by the largest tensor (and, with a model, by its traces).
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from minibert.model import BertForMaskedLM
+from minibert.parity.trace import GRADIENT, INPUTS, MEANINGS, Trace, expected_names, hide_padding, row_of
+from minibert.parity.yardstick import K, Yardstick, distance, scales, yardstick
+
+PIECE = 2**22  # entries that are looked at together
+# Without a model there is no truth to measure from. Two right traces then differ by less than this many roundings
+# of the coarser of their dtypes, over the depth of BERT-large.
+ROUNDINGS = 64.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor in both traces. relative: max_abs by the tensor's scale. first: the first index where they differ by
+    more than the tolerance. errors: of either trace from float64, relative to the scale, if there is a model;
+    allowed: the same for what their dtypes may do. verdict: "ok", or what is wrong."""
+
+    name: str
+    shape: tuple[int, ...]
+    max_abs: float
+    relative: float
+    cosine: float
+    first: tuple[int, ...] | None
+    verdict: str
+    errors: tuple[float, float] | None = None
+    allowed: tuple[float, float] | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == "ok"
+
+
+@dataclass
+class Report:
+    """What `diff` found. notes: what could not be compared, and other things to know. summary: the answer."""
+
+    titles: tuple[str, str]
+    notes: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    summary: list[str] = field(default_factory=list)
+    ok: bool = True
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        yield f"A  {self.titles[0]}"
+        yield f"B  {self.titles[1]}"
+        yield from self.notes
+        if self.rows:
+            measured = self.rows[0].errors is not None
+            width = max(len(row.name) for row in self.rows)
+            shape_width = max(len(_shape(row.shape)) for row in self.rows)
+            header = f"{'max abs':>8} {'relative':>8} {'cosine':>9}"
+            extra = f" {'A to f64':>8} {'B to f64':>8} {'allowed':>8}" if measured else ""
+            yield f"{'tensor':<{width}}  {'shape':<{shape_width}} {header}{extra}  verdict"
+            for row in self.rows:
+                extra = ""
+                if row.errors and row.allowed:
+                    extra = f" {row.errors[0]:>8.1e} {row.errors[1]:>8.1e} {max(row.allowed):>8.1e}"
+                where = f", first at {row.first}" if row.first is not None else ""
+                yield (
+                    f"{row.name:<{width}}  {_shape(row.shape):<{shape_width}} {row.max_abs:>8.1e} {row.relative:>8.1e} "
+                    f"{row.cosine:>9.6f}{extra}  {row.verdict}{where}"
+                )
+        yield from self.summary
+
+
+def diff(a: Trace, b: Trace, model: BertForMaskedLM | None = None, *, everything: bool = False) -> Report:
+    """Compare two traces up to the first tensor that differs, or all of them with `everything`.
+
+    With the `model` that both are traces of, each is measured from the same computation in float64
+    (yardstick.py) and the report says which is wrong; without, from each other. Raises ValueError if one has no
+    usable inputs, or is of another model's size.
+    """
+    report = Report((a.title, b.title), notes=list(_config_notes(a, b)))
+    (inputs, _), (others, _) = a.inputs(), b.inputs()
+    for name, mine, other in zip(INPUTS, inputs, others, strict=True):
+        if (said := _different_inputs(name, mine, other)) is not None:
+            report.ok = False
+            report.summary.append(f"the two models were asked different things: {said}. Trace both on the same inputs")
+            return report
+    shapes_a, shapes_b = a.shapes(), b.shapes()
+    report.notes += _absent(a, shapes_a, shapes_b)
+    names = [name for name in a.names if name in shapes_b and name not in INPUTS and row_of(name) in MEANINGS]
+    if not names:
+        raise ValueError(
+            f"{a.name} and {b.name} have no tensor in common but their inputs: there is nothing to compare"
+        )
+    sticks = None
+    if model is not None:
+        first = yardstick(model, a)
+        sticks = (first, first if a.dtype == b.dtype and len(a.names) >= len(b.names) else yardstick(model, b))
+    judge = _Judge(a, b, inputs.attention_mask.bool(), sticks, names)
+    last_good = "the inputs"
+    for name in names:
+        row = judge.row(name)
+        report.rows.append(row)
+        if row.ok:
+            last_good = name if report.ok else last_good
+            continue
+        if report.ok:
+            report.ok = False
+            report.summary += judge.accuse(row, last_good)
+        if not everything:
+            break
+    if report.ok:
+        report.summary += judge.acquit(report.rows)
+    return report
+
+
+class _Judge:
+    def __init__(
+        self, a: Trace, b: Trace, mask: Tensor, sticks: tuple[Yardstick, Yardstick] | None, names: list[str]
+    ) -> None:
+        self.a, self.b, self.mask, self.sticks = a, b, mask, sticks
+        self.coarser = max((a.dtype, b.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+        magnitudes = {}
+        for name in names:
+            if name.startswith(GRADIENT) and a.shapes()[name] == b.shapes()[name]:
+                magnitudes[name] = max(_largest(piece) for pieces in self.pieces(name) for piece in pieces[1:3])
+        self.gradient_scales = scales(magnitudes)
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor, Tensor, list[Tensor]]]:
+        """(first row, A's rows, B's rows, [each one's truth]) in float64, zeros in the padding."""
+        shape = self.a.shapes()[name]
+        rows = shape[0] if shape else 1
+        size = 1
+        for length in shape[1:]:
+            size *= length
+        step = max(1, PIECE // size)
+        row = row_of(name)
+        batched = len(shape) > 1 and shape[0] == self.mask.shape[0] and not name.startswith(GRADIENT)
+        for start in range(0, rows, step):
+            found = [self.a.rows(name, start, start + step), self.b.rows(name, start, start + step)]
+            found += [stick.truth.rows(name, start, start + step) for stick in self.sticks or ()]
+            if batched:
+                found = [hide_padding(row, x, self.mask[start : start + step]) for x in found]
+            one, two, *truths = (x.double() for x in found)
+            yield start, one, two, truths
+
+    def row(self, name: str) -> Row:
+        shape, other = self.a.shapes()[name], self.b.shapes()[name]
+        nothing = float("nan")
+        swapped = None
+        if shape != other or (self.sticks and shape != self.sticks[0].truth.shapes().get(name, shape)):
+            swapped = self.transposed(name)
+            said = swapped or f"the shapes differ: {_shape(shape)} and {_shape(other)}"
+            if shape == other:
+                said = f"the shape is {_shape(shape)}, and a model of this size has another"
+            return Row(name, shape, nothing, nothing, nothing, None, said)
+        max_abs = scale = dot = norm_a = norm_b = 0.0
+        errors = [0.0, 0.0]
+        finite = [True, True]
+        for _, one, two, truths in self.pieces(name):
+            finite = [ok and bool(x.isfinite().all()) for ok, x in zip(finite, (one, two), strict=True)]
+            max_abs = max(max_abs, distance(one, two))
+            scale = max(scale, _largest(one), _largest(two))
+            dot += (one * two).sum().item()
+            norm_a += one.square().sum().item()
+            norm_b += two.square().sum().item()
+            errors = [max(e, distance(x, y)) for e, x, y in zip(errors, (one, two), truths, strict=False)] or errors
+        cosine = dot / (norm_a * norm_b) ** 0.5 if norm_a and norm_b else float(norm_a == norm_b)
+        sizes = self.gradient_scales.get(name, scale) or 1.0
+        relative = max_abs / sizes
+        measured = allowed = None
+        tolerance = ROUNDINGS * torch.finfo(self.coarser).eps
+        wrong = ["A", "B"] if relative > tolerance else []
+        if self.sticks and name in self.sticks[0].scale and name in self.sticks[1].scale:
+            measured = (errors[0] / self.sticks[0].scale[name], errors[1] / self.sticks[1].scale[name])
+            allowed = (self.sticks[0].allowed[name], self.sticks[1].allowed[name])
+            wrong = [side for side, e, most in zip("AB", measured, allowed, strict=True) if not e <= most]
+            tolerance, sizes = max(allowed), self.sticks[0].scale[name]
+        verdict = "ok"
+        if not all(finite):
+            wrong = wrong or ["A", "B"]
+            sides = " and ".join(side for side, ok in zip("AB", finite, strict=True) if not ok)
+            verdict = f"NaN or infinity in {sides}"
+        elif wrong:
+            verdict = (
+                "both wrong" if measured and len(wrong) == 2 else f"{wrong[0]} is wrong" if measured else "differs"
+            )
+            verdict = self.transposed(name) or verdict
+        first = self.first(name, tolerance * sizes) if wrong else None
+        return Row(name, shape, max_abs, relative, cosine, first, verdict, measured, allowed)
+
+    def first(self, name: str, tolerance: float) -> tuple[int, ...] | None:
+        """The first index, in row-major order, where the two are further apart than `tolerance`, or not numbers."""
+        for start, one, two, _ in self.pieces(name):
+            apart = ~((one - two).abs() <= tolerance)
+            if bool(apart.any()):
+                if not apart.dim():
+                    return None
+                index = apart.nonzero()[0].tolist()
+                return (start + index[0], *index[1:])
+        return None
+
+    def transposed(self, name: str) -> str | None:
+        """What to say if the one tensor is the other with two axes exchanged."""
+        one, two = self.a.read(name).double(), self.b.read(name).double()
+        if one.dim() != two.dim():
+            return None
+        limit = ROUNDINGS * torch.finfo(self.coarser).eps * (_largest(one) or 1.0)
+        for i in range(one.dim()):
+            for j in range(i + 1, one.dim()):
+                if one.shape == two.transpose(i, j).shape and distance(one, two.transpose(i, j)) <= limit:
+                    return f"B is A transposed: axes {i} and {j} are exchanged"
+        return None
+
+    def accuse(self, row: Row, last_good: str) -> Iterator[str]:
+        yield f"first wrong: {row.name}. The last good one is {last_good}"
+        yield f"between them: {MEANINGS[row_of(row.name)]}"
+        if not row.errors or not self.sticks or not row.allowed:
+            if self.sticks is None:
+                yield f"which of the two is wrong, only a model can tell (--model); {_without_model(self.coarser)}"
+            return
+        for side, given, error, stick, most in zip(
+            "AB", (self.a, self.b), row.errors, self.sticks, row.allowed, strict=True
+        ):
+            usual = most / K
+            if not error <= most:
+                yield (
+                    f"{side} is {error / usual:,.0f} times worse than {_name(stick.dtype)} explains, "
+                    f"from {row.name} on: {error:.1e} from float64, where rounding alone makes {usual:.1e} "
+                    f"({given.title})"
+                )
+            else:
+                yield f"{side} is right up to here: {error:.1e} from float64, allowed {most:.1e} ({given.title})"
+
+    def acquit(self, rows: list[Row]) -> Iterator[str]:
+        forward = [row for row in rows if not row.name.startswith(GRADIENT)]
+        last = next((row for row in rows if row.name == "logits"), (forward or rows)[-1])
+        if last.errors is None:
+            yield f"no difference in {len(rows)} tensors; {_without_model(self.coarser)}"
+            return
+        dtypes = " and ".join(dict.fromkeys((_name(self.a.dtype), _name(self.b.dtype))))
+        yield (
+            f"{last.name}: A {last.errors[0]:.1e}, B {last.errors[1]:.1e} from float64: both right for {dtypes} "
+            f"({len(rows)} tensors)"
+        )
+
+
+def _without_model(dtype: torch.dtype) -> str:
+    return f"the tolerance was {ROUNDINGS:.0f} roundings of {_name(dtype)}, {ROUNDINGS * torch.finfo(dtype).eps:.1e}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " ".join(str(length) for length in shape) or "-"
+
+
+def _largest(x: Tensor) -> float:
+    x = x.abs()
+    x = x[x.isfinite()]
+    return x.max().item() if x.numel() else 0.0
+
+
+def _config_notes(a: Trace, b: Trace) -> Iterator[str]:
+    mine, others = asdict(a.config), asdict(b.config)
+    for key, value in mine.items():
+        if value != others[key]:
+            yield f"note: {key} is {value!r} in A's config and {others[key]!r} in B's"
+
+
+def _different_inputs(name: str, mine: Tensor | None, other: Tensor | None) -> str | None:
+    if mine is None or other is None:
+        return None if mine is other else f"only {'B' if mine is None else 'A'} has {name}"
+    if mine.shape != other.shape:
+        return f"{name} is {tuple(mine.shape)} in A and {tuple(other.shape)} in B"
+    apart = (mine != other).nonzero()
+    if not len(apart):
+        return None
+    place = tuple(apart[0].tolist())
+    return f"{name} at {place} is {int(mine[place])} in A and {int(other[place])} in B"
+
+
+def _absent(a: Trace, shapes_a: dict[str, tuple[int, ...]], shapes_b: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    known = set(expected_names(a.config))
+    for title, mine, others in (("A", shapes_a, shapes_b), ("B", shapes_b, shapes_a)):
+        if lost := sorted(known & others.keys() - mine.keys() - set(INPUTS)):
+            yield f"note: {title} does not have {_some(lost)}"
+        if extra := sorted(mine.keys() - known):
+            yield f"note: {title} has {_some(extra)}, which no trace of this model has; not compared"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

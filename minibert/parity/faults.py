@@ -1,0 +1,493 @@
+"""The faults that ports of BERT really have, each a small change of our own model.
+
+`Steps` runs our modules on padded rows, one method for each thing that goes wrong in ports. A fault replaces one
+of these methods; two faults together are a class that inherits from both. Without a fault the steps give what the
+model gives (tests/test_diagnose.py compares every tensor)."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minibert.loss import masked_lm_loss
+from minibert.model import ACTIVATIONS, BertForMaskedLM, EncoderLayer
+from minibert.parity.trace import Inputs, Trace, gradients
+
+
+class Steps:
+    """BERT on padded rows: `run` yields (name, tensor) in order of execution, as TABLE in trace.py names them.
+
+    title: the fault's name. remedy: what to change. source: where it is known from. given: the trace under
+    examination, for the one fault (dropout) that cannot be computed again without looking at it.
+    """
+
+    title = "none"
+    remedy = "nothing"
+    source = ""
+
+    def __init__(self, model: BertForMaskedLM, inputs: Inputs, given: Trace) -> None:
+        self.model, self.config, self.inputs, self.given = model, model.config, inputs, given
+        self.seen = inputs.attention_mask.bool()  # (B, S)
+        self.eps = model.config.layer_norm_eps
+        self.scale = model.config.head_size**-0.5
+
+    def run(self) -> Iterator[tuple[str, Tensor]]:
+        embeddings = self.model.embeddings
+        x = self.embed()
+        yield "embeddings.sum", x
+        x = self.dropout("embeddings.norm", self.layer_norm(x, embeddings.norm))
+        yield "embeddings.norm", x
+        for number, layer in enumerate(self.model.layers):
+            assert isinstance(layer, EncoderLayer)
+            steps = self.layer(f"layers.{number}.", layer, x)
+            for name, x in steps:  # the last one is what comes next
+                if name:
+                    yield name, x
+        steps = self.head(x)
+        for name, x in steps:
+            if name:
+                yield name, x
+        logits = self.decode(x)
+        yield "logits", logits
+        if self.inputs.labels is not None:
+            self.loss = masked_lm_loss(logits, self.inputs.labels).mean
+            yield "loss", self.loss
+
+    def gradients(self) -> dict[str, Tensor]:
+        """After `run`, if the inputs have labels."""
+        return gradients(self.model, self.loss)
+
+    def embed(self) -> Tensor:
+        embeddings = self.model.embeddings
+        return embeddings.word(self.inputs.input_ids) + self.types() + embeddings.position(self.positions())
+
+    def types(self) -> Tensor:
+        result: Tensor = self.model.embeddings.token_type(self.inputs.token_type_ids)
+        return result
+
+    def positions(self) -> Tensor:
+        return torch.arange(self.seen.shape[1], device=self.seen.device).expand_as(self.seen)
+
+    def clamp(self, positions: Tensor) -> Tensor:
+        return positions.clamp(0, self.config.max_position_embeddings - 1)
+
+    def layer(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The last thing yielded is what the next layer reads."""
+        update = x
+        for name, update in self.attend(prefix, layer, x):
+            yield name, update
+        x = self.layer_norm(update + x, layer.attention_norm)
+        yield prefix + "attention_norm", x
+        for name, update in self.feed_forward(prefix, layer, x):
+            yield name, update
+        yield prefix + "feed_forward_norm", self.layer_norm(update + x, layer.feed_forward_norm)
+
+    def attend(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        query, key, value = (self.split(part) for part in self.project(layer, x))  # each (B, H, S, K)
+        yield prefix + "query", query
+        yield prefix + "key", key
+        yield prefix + "value", value
+        scores = self.masked(query @ key.transpose(-1, -2) * self.scale)
+        yield prefix + "scores", scores
+        probabilities = self.dropout(prefix + "probabilities", self.softmax(scores))
+        yield prefix + "probabilities", probabilities
+        context = self.merge(probabilities @ value)
+        yield prefix + "context", context
+        output = layer.attention.output
+        yield (
+            prefix + "attention_output",
+            self.dropout(prefix + "attention_output", self.square(context, output.weight, output.bias)),
+        )
+
+    def project(self, layer: EncoderLayer, x: Tensor) -> tuple[Tensor, ...]:
+        qkv = layer.attention.qkv
+        parts = zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True)
+        return tuple(self.square(x, weight, bias) for weight, bias in parts)
+
+    def square(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """A projection from D to D."""
+        return F.linear(x, weight, bias)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)  # (B, H, S, K)
+
+    def merge(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(-2)  # (B, S, D)
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        return scores.softmax(-1)
+
+    def masked(self, scores: Tensor) -> Tensor:
+        return scores.masked_fill(~self.seen[:, None, None, :], torch.finfo(scores.dtype).min)
+
+    def feed_forward(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        x = layer.feed_forward.intermediate(x)
+        yield prefix + "intermediate", x
+        x = self.activation(x)
+        yield prefix + "activation", x
+        yield prefix + "feed_forward", self.dropout(prefix + "feed_forward", layer.feed_forward.output(x))
+
+    def activation(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.config.hidden_act](x)
+
+    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, self.eps)
+
+    def dropout(self, name: str, x: Tensor) -> Tensor:
+        return x
+
+    def head(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        head = self.model.head
+        x = self.square(x, head.dense.weight, head.dense.bias)
+        yield "head.dense", x
+        x = self.activation(x)
+        yield "head.activation", x
+        yield "head.norm", self.layer_norm(x, head.norm)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.decoder(), self.decoder_bias())
+
+    def decoder(self) -> Tensor:
+        return self.model.embeddings.word.weight
+
+    def decoder_bias(self) -> Tensor | None:
+        return self.model.head.bias
+
+
+# ----------------------------------------------------------------------------------------------------------- embeddings
+
+
+class MissingTypes(Steps):
+    title = "token type embedding missing"
+    remedy = "add the token type embedding to the sum, also when every type is 0: row 0 is not zero"
+    source = "Devlin et al. 2019, figure 2; modeling.py, embedding_postprocessor"
+
+    def types(self) -> Tensor:
+        return torch.zeros_like(super().types())
+
+
+class ConstantTypes(Steps):
+    title = "token types ignored"
+    remedy = "look up token_type_ids as they were given, not 0 for every token"
+    source = "transformers, modeling_bert.py, BertEmbeddings.forward: all 0 where token_type_ids are not passed on"
+
+    def types(self) -> Tensor:
+        result: Tensor = self.model.embeddings.token_type(torch.zeros_like(self.inputs.token_type_ids))
+        return result
+
+
+class PositionsFromOne(Steps):
+    title = "positions off by one"
+    remedy = "count positions from 0"
+    source = "an embedding table that keeps row 0 for padding counts from 1 (padding_idx in fairseq)"
+
+    def positions(self) -> Tensor:
+        return self.clamp(super().positions() + 1)
+
+
+class PositionsOfTokens(Steps):
+    title = "positions count tokens, not columns"
+    remedy = "the position is the column, whatever the mask says: a left-padded row starts late"
+    source = "transformers, generation: position_ids = attention_mask.cumsum(-1) - 1, for left-padded decoders"
+
+    def positions(self) -> Tensor:
+        return self.clamp(self.seen.long().cumsum(1) - 1)
+
+
+class PositionsOfRoberta(Steps):
+    title = "positions off by the padding id (RoBERTa's)"
+    remedy = "count positions from 0; RoBERTa counts tokens from padding_idx + 1"
+    source = "transformers, modeling_roberta.py, create_position_ids_from_input_ids"
+
+    def positions(self) -> Tensor:
+        padding = 1  # RoBERTa's id, whatever this model's is
+        return self.clamp(self.seen.long().cumsum(1) * self.seen + padding)
+
+
+# ------------------------------------------------------------------------------------------------------------ LayerNorm
+
+
+class Eps5(Steps):
+    title = "LayerNorm eps 1e-5"
+    remedy = "set eps to config's layer_norm_eps (1e-12 for BERT)"
+    source = "the default of torch.nn.LayerNorm"
+
+    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        self.eps = 1e-5
+        return super().layer_norm(x, norm)
+
+
+class Eps6(Steps):
+    title = "LayerNorm eps 1e-6"
+    remedy = "set eps to config's layer_norm_eps (1e-12 for BERT)"
+    source = "the default of flax.linen.LayerNorm"
+
+    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        self.eps = 1e-6
+        return super().layer_norm(x, norm)
+
+
+class NormNotLoaded(Steps):
+    title = "LayerNorm weight and bias not loaded"
+    remedy = "load LayerNorm.gamma and LayerNorm.beta as weight and bias: they are still ones and zeros"
+    source = "google-research/bert's checkpoints say gamma and beta; transformers renames them when it loads"
+
+    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x, norm.normalized_shape, None, None, self.eps)
+
+
+class SampleVariance(Steps):
+    title = "LayerNorm divides by n - 1"
+    remedy = "divide the variance by n (torch.var(..., correction=0))"
+    source = "torch.var and torch.std divide by n - 1 unless told; Ba et al. 2016, arXiv:1607.06450, equation 3, by n"
+
+    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        variance, mean = torch.var_mean(x, -1, keepdim=True)
+        return (x - mean) / (variance + self.eps).sqrt() * norm.weight + norm.bias
+
+
+class PreNorm(Steps):
+    title = "pre-LayerNorm"
+    remedy = "normalise the sum after the residual (post-LayerNorm), not what a block reads"
+    source = "Xiong et al. 2020, arXiv:2002.04745, figure 1"
+
+    def layer(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        update = read = self.layer_norm(x, layer.attention_norm)
+        for name, update in self.attend(prefix, layer, read):
+            yield name, update
+        yield prefix + "attention_norm", read
+        x = x + update
+        read = self.layer_norm(x, layer.feed_forward_norm)
+        for name, update in self.feed_forward(prefix, layer, read):
+            yield name, update
+        yield prefix + "feed_forward_norm", read
+        yield "", x + update  # no module gives this, so no trace has it; the next layer reads it
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+class QueryKeySwapped(Steps):
+    title = "query and key swapped"
+    remedy = "exchange the query's and the key's weights"
+    source = "in a fused projection the order is by convention; transformers' names are query, key, value"
+
+    def project(self, layer: EncoderLayer, x: Tensor) -> tuple[Tensor, ...]:
+        query, key, value = super().project(layer, x)
+        return key, query, value
+
+
+class KeyValueSwapped(Steps):
+    title = "key and value swapped"
+    remedy = "exchange the key's and the value's weights"
+    source = "in a fused projection the order is by convention; transformers' names are query, key, value"
+
+    def project(self, layer: EncoderLayer, x: Tensor) -> tuple[Tensor, ...]:
+        query, key, value = super().project(layer, x)
+        return query, value, key
+
+
+class SquareTransposed(Steps):
+    title = "square weights transposed"
+    remedy = "transpose the D × D weights: TensorFlow and Flax hold (in, out), torch (out, in); no shape complains"
+    source = "transformers, the conversion of TensorFlow checkpoints: np.transpose for every kernel"
+
+    def square(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return super().square(x, weight.T, bias)
+
+
+class HeadsInterleaved(Steps):
+    title = "heads split in the wrong order"
+    remedy = "D is (heads, head size), head by head: view(B, S, H, K), then exchange S and H"
+    source = "modeling.py, transpose_for_scores"
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.config.num_attention_heads)).permute(0, 3, 1, 2)
+
+    def merge(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).flatten(-2)
+
+
+class HeadsSplitWithoutTranspose(Steps):
+    title = "heads split by a view, without the transpose"
+    remedy = "view(B, S, H, K), then transpose(1, 2): a view to (B, H, S, K) mixes tokens and heads"
+    source = "modeling.py, transpose_for_scores"
+
+    def split(self, x: Tensor) -> Tensor:
+        rows, length, _ = x.shape
+        return x.reshape(rows, self.config.num_attention_heads, length, -1)
+
+
+class HeadsMergedWithoutTranspose(Steps):
+    title = "heads put together without the transpose"
+    remedy = "transpose(1, 2) the context to (B, S, H, K) before it is flattened to (B, S, D)"
+    source = "modeling.py, attention_layer: the transpose of context_layer"
+
+    def merge(self, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], x.shape[2], -1)
+
+
+class Unscaled(Steps):
+    title = "scores not scaled"
+    remedy = "divide query · key by √K, K the size of a head"
+    source = "Vaswani et al. 2017, section 3.2.1"
+
+    def __init__(self, model: BertForMaskedLM, inputs: Inputs, given: Trace) -> None:
+        super().__init__(model, inputs, given)
+        self.scale = 1.0
+
+
+class ScaledByHidden(Steps):
+    title = "scores scaled by √D"
+    remedy = "divide query · key by √K, K the size of a head, not by √D of all heads together"
+    source = "Vaswani et al. 2017, section 3.2.1: d_k is a head's"
+
+    def __init__(self, model: BertForMaskedLM, inputs: Inputs, given: Trace) -> None:
+        super().__init__(model, inputs, given)
+        self.scale = model.config.hidden_size**-0.5
+
+
+class MaskIgnored(Steps):
+    title = "attention mask ignored"
+    remedy = "keep the padding's keys out of the softmax"
+    source = "transformers warns where a batch with padding comes without an attention_mask"
+
+    def masked(self, scores: Tensor) -> Tensor:
+        return scores
+
+
+class MaskInverted(Steps):
+    title = "attention mask inverted"
+    remedy = "1 (true) means a token that is seen; some libraries mean a key that is hidden"
+    source = "torch: key_padding_mask of nn.MultiheadAttention hides what is true, a bool attn_mask of sdpa shows it"
+
+    def masked(self, scores: Tensor) -> Tensor:
+        return scores.masked_fill(self.seen[:, None, None, :], torch.finfo(scores.dtype).min)
+
+
+class MaskAddedRaw(Steps):
+    title = "attention mask added as 0 and 1"
+    remedy = "add 0 for a token and a very negative number for padding, not the mask itself"
+    source = "modeling.py, attention_layer: adder = (1.0 - mask) * -10000.0"
+
+    def masked(self, scores: Tensor) -> Tensor:
+        return scores + self.seen[:, None, None, :].to(scores.dtype)
+
+
+class MaskAfterSoftmax(Steps):
+    title = "attention mask after the softmax"
+    remedy = "mask the scores, not the probabilities: they must sum to 1 over the tokens"
+    source = "modeling.py, attention_layer: the mask is added before the softmax"
+
+    def masked(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        return scores.softmax(-1) * self.seen[:, None, None, :]
+
+
+class Causal(Steps):
+    title = "causal mask"
+    remedy = "BERT looks both ways: switch the causal mask off (is_causal=False)"
+    source = "Devlin et al. 2019, figure 3"
+
+    def masked(self, scores: Tensor) -> Tensor:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        return super().masked(scores).masked_fill(later, torch.finfo(scores.dtype).min)
+
+
+class HalfSoftmax(Steps):
+    title = "fp16 softmax overflow"
+    remedy = "subtract the largest score before exp, or compute the softmax in float32: exp(11.1) overflows in fp16"
+    source = "Micikevicius et al. 2018, arXiv:1710.03740, section 4: softmax in float32"
+
+    def softmax(self, scores: Tensor) -> Tensor:
+        most = torch.finfo(torch.float16).max
+        powers = scores.exp()
+        powers = torch.where(powers > most, float("inf"), powers)
+        total = powers.sum(-1, keepdim=True)
+        return powers / torch.where(total > most, float("inf"), total)
+
+
+# --------------------------------------------------------------------------------------- feed-forward, head and dropout
+
+
+class TanhGelu(Steps):
+    title = "tanh-GELU"
+    remedy = "use the GELU with erf (torch: approximate='none'); jax.nn.gelu is the tanh form unless told"
+    source = "Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2, has both forms"
+
+    def activation(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh")
+
+
+class ErfGelu(Steps):
+    title = "erf-GELU"
+    remedy = "hidden_act is not gelu: use what it says (gelu_new is the tanh form)"
+    source = "Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2, has both forms"
+
+    def activation(self, x: Tensor) -> Tensor:
+        return F.gelu(x)
+
+
+class TransformSkipped(Steps):
+    title = "head transform skipped"
+    remedy = "dense, activation and LayerNorm (cls.predictions.transform) stand between the encoder and the decoder"
+    source = "google-research/bert, run_pretraining.py, get_masked_lm_output"
+
+    def head(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        yield "", x
+
+
+class BiasMissing(Steps):
+    title = "MLM bias missing"
+    remedy = "add cls.predictions.bias to the logits"
+    source = "run_pretraining.py, get_masked_lm_output: output_bias"
+
+    def decoder_bias(self) -> Tensor | None:
+        return None
+
+
+class BiasDoubled(Steps):
+    title = "MLM bias doubled"
+    remedy = "cls.predictions.bias and cls.predictions.decoder.bias are one tensor: add it once"
+    source = "transformers: _tied_weights_keys of BertForMaskedLM"
+
+    def decoder_bias(self) -> Tensor | None:
+        return 2 * self.model.head.bias
+
+
+class Untied(Steps):
+    title = "decoder untied"
+    remedy = "the decoder's weight is the word embedding itself, not a copy: both uses add to one gradient"
+    source = "Press and Wolf 2017, arXiv:1608.05859; run_pretraining.py, get_masked_lm_output"
+
+    def decoder(self) -> Tensor:
+        return super().decoder().detach().clone()
+
+
+class DropoutOn(Steps):
+    title = "dropout left on"
+    remedy = "switch to evaluation (torch: model.eval()) before comparing"
+    source = "torch.nn.Module.eval"
+
+    def dropout(self, name: str, x: Tensor) -> Tensor:
+        # Which entries were dropped is chance; the given trace shows it. What is checked is all the rest.
+        rate = self.config.hidden_dropout_prob
+        if name.endswith("probabilities"):
+            rate = self.config.attention_probs_dropout_prob
+        if self.given.shapes().get(name) != tuple(x.shape):
+            return x
+        return x * (self.given.read(name).to(x.device) != 0) / (1 - rate)
+
+
+CATALOGUE: tuple[type[Steps], ...] = (
+    *(MissingTypes, ConstantTypes, PositionsFromOne, PositionsOfTokens, PositionsOfRoberta),
+    *(Eps5, Eps6, NormNotLoaded, SampleVariance, PreNorm),
+    *(QueryKeySwapped, KeyValueSwapped, SquareTransposed),
+    *(HeadsInterleaved, HeadsSplitWithoutTranspose, HeadsMergedWithoutTranspose),
+    *(Unscaled, ScaledByHidden),
+    *(MaskIgnored, MaskInverted, MaskAddedRaw, MaskAfterSoftmax, Causal, HalfSoftmax),
+    *(TanhGelu, ErfGelu, TransformSkipped, BiasMissing, BiasDoubled, Untied, DropoutOn),
+)

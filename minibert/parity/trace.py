@@ -1,0 +1,538 @@
+"""Traces: every named intermediate of one pass through BERT, from our model or from transformers', and their files.
+
+A trace is a safetensors file that a port in any language can write. TABLE says which tensors it holds. They are
+in the padded layout, (B, S, …). Where attention_mask is 0 a model may compute anything, so nobody compares
+those places; the traces written here hold 0 there. Only `input_ids` has to be in a file: what else is missing
+is said, and the rest is compared.
+
+The file's metadata are strings: `format` and `version` (below), `config` (config.json's keys, as JSON), `dtype`
+(of the weights: float32, …), and, to be read by people, `backend`, `device`, `torch` and `settings`."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from minibert.attention import use_kernel
+from minibert.checkpoint import DTYPES, NAMES, hub_names, read_header
+from minibert.config import FIXED_KEYS, BertConfig
+from minibert.loss import IGNORE
+from minibert.model import BertForMaskedLM
+from minibert.packing import PackedBatch
+
+FORMAT, VERSION = "minibert-trace", "1"
+
+# Name, shape (the letters of model.py), meaning: how it comes from what stands above it. In order of execution.
+# Dropout belongs to the tensor it is applied to: a trace holds what the next step reads.
+TABLE: tuple[tuple[str, str, str], ...] = (
+    ("input_ids", "B S", "the token ids"),
+    ("attention_mask", "B S", "1 for a token, 0 for padding; all 1 if it is left out"),
+    ("token_type_ids", "B S", "the segment of each token; all 0 if it is left out"),
+    ("labels", "B S", "the id to predict, −100 where nothing is asked; needed for loss and gradients"),
+    ("embeddings.sum", "B S D", "word + token type + position, the position counted from 0"),
+    ("embeddings.norm", "B S D", "the LayerNorm of that sum: what layer 0 reads"),
+    ("layers.N.query", "B H S K", "the query projection of what the layer reads, split into heads"),
+    ("layers.N.key", "B H S K", "the key projection, split into heads"),
+    ("layers.N.value", "B H S K", "the value projection, split into heads"),
+    ("layers.N.scores", "B H S S", "query · keyᵀ / √K with the mask on it: what the softmax reads"),
+    ("layers.N.probabilities", "B H S S", "the softmax of the scores over the keys"),
+    ("layers.N.context", "B S D", "probabilities · value, the heads side by side again"),
+    ("layers.N.attention_output", "B S D", "the output projection of the context, before the residual is added"),
+    ("layers.N.attention_norm", "B S D", "the LayerNorm of attention_output + what the layer reads"),
+    ("layers.N.intermediate", "B S F", "into the feed-forward: its first projection, before the activation"),
+    ("layers.N.activation", "B S F", "the activation function (hidden_act) of that"),
+    ("layers.N.feed_forward", "B S D", "out of the feed-forward: its second projection, before the residual is added"),
+    (
+        "layers.N.feed_forward_norm",
+        "B S D",
+        "the LayerNorm of feed_forward + attention_norm: what the next layer reads",
+    ),
+    ("head.dense", "B S D", "the head's projection, before the activation"),
+    ("head.activation", "B S D", "the activation function of that"),
+    ("head.norm", "B S D", "the LayerNorm of that"),
+    ("logits", "B S V", "head.norm · word embeddingsᵀ + bias"),
+    ("loss", "", "the mean cross-entropy over the labels that are not −100, in float32"),
+    (
+        "gradient.NAME",
+        "",
+        "of the loss by each parameter, NAME and shape as in the checkpoint; from head to embeddings",
+    ),
+)
+MASKED = -1e4  # a score below this is masked, whatever number was used for it: compared as this one
+INPUTS = tuple(name for name, _, _ in TABLE[:4])
+SHAPES = {name: shape.split() for name, shape, _ in TABLE}
+MEANINGS = {name: meaning for name, _, meaning in TABLE}
+GRADIENT = "gradient."
+
+
+def row_of(name: str) -> str:
+    """The name under which TABLE has a tensor: "layers.3.scores" → "layers.N.scores"."""
+    if name.startswith(GRADIENT):
+        return "gradient.NAME"
+    parts = name.split(".")
+    return ".".join(["layers", "N", *parts[2:]]) if parts[0] == "layers" and len(parts) > 2 else name
+
+
+def expected_names(config: BertConfig) -> list[str]:
+    """The names of all tensors of a trace, inputs first, then in order of execution."""
+    layer = [name for name, _, _ in TABLE if ".N." in name]
+    names = []
+    for name, _, _ in TABLE[:-1]:
+        if name == layer[0]:
+            for number in range(config.num_hidden_layers):
+                names += [each.replace(".N.", f".{number}.") for each in layer]
+        elif name not in layer:
+            names.append(name)
+    return names + [GRADIENT + name for name in reversed(parameter_names(config))]
+
+
+def parameter_names(config: BertConfig) -> list[str]:
+    """The parameters under their names in a checkpoint, from the embeddings to the head."""
+    names = []
+    numbers = range(config.num_hidden_layers)
+    blocks = [[ours for ours, _ in NAMES if ours.startswith(start)] for start in ("embeddings.", "layers.", "head")]
+    for module in blocks[0]:
+        names += hub_names(f"{module}.weight") + (hub_names(f"{module}.bias") if module.endswith("norm") else [])
+    for number in numbers:
+        for module in blocks[1]:
+            for parameter in ("weight", "bias"):
+                names += hub_names(f"{module.replace('.N.', f'.{number}.')}.{parameter}")
+    for module in blocks[2]:
+        names += ([] if module == "head" else hub_names(f"{module}.weight")) + hub_names(f"{module}.bias")
+    return names
+
+
+class Inputs(NamedTuple):
+    """What a model was asked, each (B, S) int64. labels may be None: then there is no loss."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor
+    labels: Tensor | None
+
+    def to(self, device: torch.device | str) -> "Inputs":
+        return Inputs(*(None if x is None else x.to(device) for x in self))  # type: ignore[arg-type]
+
+
+def check_inputs(
+    config: BertConfig,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> tuple[Inputs, PackedBatch]:
+    """The inputs with nothing left out, and packed. Raises ValueError unless a model of this size can run on them."""
+    if input_ids.dim() == 2 and attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if token_type_ids is None:
+        token_type_ids = torch.zeros_like(input_ids)
+    batch = PackedBatch.from_padded(input_ids, attention_mask, token_type_ids)
+    assert attention_mask is not None  # from_padded refuses input_ids of another dimension
+    if batch.num_tokens == 0:
+        raise ValueError(f"there is no token to trace: input_ids is {tuple(input_ids.shape)}, and no mask is 1")
+    batch.require_embeddings(config.vocab_size, config.type_vocab_size, config.max_position_embeddings)
+    inside = input_ids.new_zeros(1), input_ids.new_full((1,), config.vocab_size - 1)
+    if bool(((input_ids < inside[0]) | (input_ids > inside[1])).any()):
+        raise ValueError(f"an id in the padding is not an id below {config.vocab_size}: transformers looks it up too")
+    if labels is not None:
+        if labels.shape != input_ids.shape or labels.dtype != torch.int64:
+            raise ValueError(f"labels must be {tuple(input_ids.shape)} int64, not {tuple(labels.shape)} {labels.dtype}")
+        asked = labels != IGNORE
+        if not bool(asked.any()):
+            raise ValueError(f"all labels are {IGNORE}: a mean over no position is no number. Leave labels out")
+        if bool((asked & (attention_mask == 0)).any()):
+            raise ValueError(f"a label stands where attention_mask is 0: make it {IGNORE}")
+        if bool((asked & ((labels < 0) | (labels >= config.vocab_size))).any()):
+            raise ValueError(f"a label is neither {IGNORE} nor an id below {config.vocab_size}")
+    return Inputs(input_ids.long(), attention_mask.long(), token_type_ids.long(), labels), batch
+
+
+# --------------------------------------------------------------------------------------------------- a trace, in memory
+
+
+@dataclass
+class Trace:
+    """A trace in memory: tensors by name, and the file's metadata."""
+
+    tensors: dict[str, Tensor]
+    config: BertConfig
+    metadata: dict[str, str]
+    name: str = "the trace"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(dtype for dtype in DTYPES.values() if str(dtype) == f"torch.{self.metadata['dtype']}")
+
+    @property
+    def names(self) -> list[str]:
+        """In order of execution; names that TABLE does not have come last."""
+        known = expected_names(self.config)
+        found = set(self.shapes())
+        return [name for name in known if name in found] + sorted(found - set(known))
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.metadata.get('backend') or 'backend not said'}, {self.metadata['dtype']})"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of the first axis of a tensor, or the number itself if it has no axis."""
+        return self.tensors[name][start:stop] if self.tensors[name].dim() else self.tensors[name]
+
+    def inputs(self) -> tuple[Inputs, PackedBatch]:
+        """What the model was asked. Raises ValueError, naming the trace, if no model could run on it."""
+        if "input_ids" not in self.shapes():
+            raise ValueError(f"{self.name}: there is no input_ids in it, so nobody can compute the same again")
+        found = self.shapes()
+        try:
+            return check_inputs(self.config, *(self.read(name) if name in found else None for name in INPUTS))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write it as a safetensors file."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        save_file(tensors, path, metadata=self.metadata)
+
+
+class TraceFile(Trace):
+    """A trace in a file, of which only what is asked for is read.
+
+    Raises OSError if it is not there, ValueError if it is no trace: each names the file."""
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        header = read_header(self.path)
+        with safe_open(self.path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: its metadata say format {metadata.get('format')!r}, and a trace says {FORMAT!r}. Write one "
+                "with `minibert trace`, or from your port as the README's section Traces has it"
+            )
+        if metadata.get("version") != VERSION:
+            raise ValueError(f"{path}: a trace of version {metadata.get('version')!r}; this minibert reads {VERSION!r}")
+        try:
+            config = BertConfig.from_dict(_json_object(metadata.get("config", "")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: the config in its metadata: {error}") from error
+        known = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
+        if metadata.get("dtype") not in known:
+            raise ValueError(f"{path}: dtype in its metadata is {metadata.get('dtype')!r}, not {', '.join(known)}")
+        for name, entry in header.items():
+            wanted = ("I64", "I32", "I16", "I8", "U8", "BOOL") if name in INPUTS else tuple(DTYPES)
+            if entry["dtype"] not in wanted:
+                raise ValueError(f"{path}: {name} is {entry['dtype']}, and must be one of {', '.join(wanted)}")
+            if 0 in entry["shape"]:
+                raise ValueError(f"{path}: {name} is empty, {tuple(entry['shape'])}: there is nothing to compare")
+        self.header = header
+        super().__init__({}, config, dict(metadata), str(path))
+        self.inputs()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(entry["shape"]) for name, entry in self.header.items()}
+
+    def read(self, name: str) -> Tensor:
+        # Opened anew each time: the pages of a memory-mapped file count as ours until it is closed.
+        with safe_open(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if not self.header[name]["shape"]:
+            return self.read(name)
+        with safe_open(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_slice(name)[start:stop]
+        return tensor
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------ recording
+
+# Module · "in" or "out" · what its input or output is called. N is a layer's number. Our layer has one dropout
+# module for two places; the names are in the order in which it is called.
+OURS = (
+    ("embeddings.norm", "in", "embeddings.sum"),
+    ("embeddings.dropout", "out", "embeddings.norm"),
+    ("layers.N.attention.output", "in", "layers.N.context"),
+    ("layers.N.dropout", "out", "layers.N.attention_output layers.N.feed_forward"),
+    ("layers.N.attention_norm", "out", "layers.N.attention_norm"),
+    ("layers.N.feed_forward.intermediate", "out", "layers.N.intermediate"),
+    ("layers.N.feed_forward.output", "in", "layers.N.activation"),
+    ("layers.N.feed_forward_norm", "out", "layers.N.feed_forward_norm"),
+    ("head.dense", "out", "head.dense"),
+    ("head.norm", "in", "head.activation"),
+    ("head.norm", "out", "head.norm"),
+    ("head", "out", "logits"),
+)
+THEIRS = (
+    ("bert.embeddings.LayerNorm", "in", "embeddings.sum"),
+    ("bert.embeddings.dropout", "out", "embeddings.norm"),
+    ("bert.encoder.layer.N.attention.output.dense", "in", "layers.N.context"),
+    ("bert.encoder.layer.N.attention.output.dropout", "out", "layers.N.attention_output"),
+    ("bert.encoder.layer.N.attention.output.LayerNorm", "out", "layers.N.attention_norm"),
+    ("bert.encoder.layer.N.intermediate.dense", "out", "layers.N.intermediate"),
+    ("bert.encoder.layer.N.output.dense", "in", "layers.N.activation"),
+    ("bert.encoder.layer.N.output.dropout", "out", "layers.N.feed_forward"),
+    ("bert.encoder.layer.N.output.LayerNorm", "out", "layers.N.feed_forward_norm"),
+    ("cls.predictions.transform.dense", "out", "head.dense"),
+    ("cls.predictions.transform.LayerNorm", "in", "head.activation"),
+    ("cls.predictions.transform.LayerNorm", "out", "head.norm"),
+    ("cls.predictions", "out", "logits"),
+)
+
+
+class _Attention(TorchFunctionMode):
+    """Watches the written-out attention of a layer: its two matrix products, and the softmax (and dropout)
+    between them. Asking the products, and not the projections, shows heads that were split wrongly."""
+
+    def __init__(self, keep: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self.keep = keep
+        self.layer: int | None = None
+        self.seen_softmax = False
+
+    def enter(self, number: int) -> None:
+        self.layer, self.seen_softmax = number, False
+
+    def leave(self) -> None:
+        self.layer = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if self.layer is None or name not in ("matmul", "__matmul__", "softmax", "dropout"):
+            return result
+        layer = f"layers.{self.layer}."
+        if name == "softmax":
+            self.seen_softmax = True
+            self.keep(layer + "scores", args[0])
+            self.keep(layer + "probabilities", result)
+        elif name == "dropout" and self.seen_softmax:
+            self.keep(layer + "probabilities", result)
+        elif name != "dropout" and not self.seen_softmax:
+            self.keep(layer + "query", args[0])
+            self.keep(layer + "key", args[1].transpose(-1, -2))
+        elif name != "dropout":
+            self.keep(layer + "value", args[1])
+        return result
+
+
+def trace(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    grad: bool = False,
+) -> Trace:
+    """Run our BertForMaskedLM, or transformers', and keep every tensor of TABLE. The inputs are (B, S), as for
+    the model's own call. With `grad` also the gradient of the loss by every parameter; their .grad is not touched.
+
+    The model runs in the mode it is in (dropout too, if it is in training mode), on the written-out attention,
+    and without TF32, reduced-precision sums or autocast. Raises ValueError for inputs that no BERT of this size takes.
+    """
+    ours = isinstance(model, BertForMaskedLM)
+    if not ours and not (type(model).__module__.startswith("transformers.") and hasattr(model, "cls")):
+        raise ValueError(
+            f"trace reads minibert's or transformers' BertForMaskedLM, not {type(model).__module__}."
+            f"{type(model).__name__}: write the trace from your port, as the README's section Traces has it"
+        )
+    config = model.config if isinstance(model, BertForMaskedLM) else _our_config(model)
+    device = next(model.parameters()).device
+    given = (x if x is None else x.to(device) for x in (input_ids, attention_mask, token_type_ids, labels))
+    inputs, batch = check_inputs(config, *given)  # type: ignore[arg-type]
+    if grad and inputs.labels is None:
+        raise ValueError("gradients are of the loss, and there is no loss without labels: give labels too")
+    tensors = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
+    place = _from_packed(batch, inputs.attention_mask.bool()) if ours else _from_padded(inputs.attention_mask.bool())
+
+    def keep(name: str, tensor: Tensor) -> None:
+        tensors[name] = place(name, tensor.detach())
+
+    with ExitStack() as stack:
+        settings = stack.enter_context(_exact_arithmetic(device.type))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        stack.enter_context(_written_out_attention(model))
+        stack.enter_context(_hooks(model, OURS if ours else THEIRS, config.num_hidden_layers, keep))
+        if ours:
+            loss = model(*inputs[:3], labels=inputs.labels).loss
+        else:
+            asked = dict(zip(INPUTS, inputs, strict=True))
+            loss = model(**{name: x for name, x in asked.items() if x is not None}).loss
+        if loss is not None:
+            tensors["loss"] = loss.detach()
+        if grad:
+            tensors.update(gradients(model, loss))
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": json.dumps(asdict(config)),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "backend": "minibert" if ours else f"transformers {_version('transformers')}",
+        "device": str(device) if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}",
+        "torch": torch.__version__,
+        "settings": json.dumps(settings),
+    }
+    return Trace({name: tensor.cpu() for name, tensor in tensors.items()}, config, metadata)
+
+
+def _our_config(model: nn.Module) -> BertConfig:
+    theirs: Any = model.config
+    for key, value in FIXED_KEYS.items():
+        if getattr(theirs, key, value) not in (value, None):
+            raise ValueError(f"{key} is {getattr(theirs, key)!r}, and a trace is of a BERT with {value!r}")
+    return BertConfig(**{field.name: getattr(theirs, field.name) for field in fields(BertConfig)})
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of every parameter, by its name in a trace. No .grad is touched."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise ValueError("no parameter of this model requires a gradient: call model.requires_grad_(True) first")
+    found = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
+    result = {}
+    for (name, parameter), gradient in zip(named, found, strict=True):
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        hubs = hub_names(name) if isinstance(model, BertForMaskedLM) else [name]
+        for hub, part in zip(hubs, gradient.chunk(len(hubs)), strict=True):
+            result[GRADIENT + hub] = part.detach().clone()  # a part would keep, and save, the whole
+    return result
+
+
+def _from_padded(mask: Tensor) -> Callable[[str, Tensor], Tensor]:
+    return lambda name, x: hide_padding(row_of(name), x, mask)
+
+
+def _from_packed(batch: PackedBatch, mask: Tensor) -> Callable[[str, Tensor], Tensor]:
+    """Our model has no padding: tokens are (T, …), and attention's rows are (B, H, longest sequence, …)."""
+    column = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, S): where each token stands in a row without holes
+
+    def place(name: str, x: Tensor) -> Tensor:
+        if x.dim() == 2:  # (T, …)
+            return batch.unpack(x)
+        x = x.take_along_dim(column[:, None, :, None], 2)  # (B, H, S, …)
+        if SHAPES[row_of(name)][-1] == "S":
+            x = x.take_along_dim(column[:, None, None, :], 3)  # (B, H, S, S)
+        return hide_padding(row_of(name), x, mask)
+
+    return place
+
+
+def hide_padding(row: str, x: Tensor, mask: Tensor) -> Tensor:
+    """`x` with zeros wherever it belongs to padding. mask: (B, S) bool, of the same rows."""
+    if row == "layers.N.scores":
+        x = x.clamp(min=MASKED)
+    shape = SHAPES.get(row, [])
+    if "S" not in shape or x.dim() != len(shape) or bool(mask.all()):
+        return x
+    for axis, letter in enumerate(shape):
+        if letter == "S":
+            view = [mask.shape[0]] + [1] * (len(shape) - 1)
+            view[axis] = mask.shape[1]
+            x = x.masked_fill(~mask.view(view), 0)
+    return x
+
+
+@contextmanager
+def _hooks(
+    model: nn.Module, places: tuple[tuple[str, str, str], ...], layers: int, keep: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    handles = []
+
+    def keeper(names: str) -> Callable[[Tensor], None]:
+        in_turn = iter(names.split())
+        return lambda tensor: keep(next(in_turn), tensor)
+
+    def add(path: str, side: str, names: str) -> None:
+        save = keeper(names)
+        module = model.get_submodule(path)
+        if side == "in":
+            handles.append(module.register_forward_pre_hook(lambda module, inputs: save(inputs[0])))
+        else:
+            handles.append(module.register_forward_hook(lambda module, inputs, output: save(output)))
+
+    attention = _Attention(keep)
+    inner = "layers.{}.attention" if isinstance(model, BertForMaskedLM) else "bert.encoder.layer.{}.attention.self"
+
+    def watch(number: int) -> None:
+        module = model.get_submodule(inner.format(number))
+        handles.append(module.register_forward_pre_hook(lambda module, inputs: attention.enter(number)))
+        handles.append(module.register_forward_hook(lambda module, inputs, output: attention.leave()))
+
+    try:
+        for path, side, names in places:
+            for number in range(layers) if ".N." in path else [0]:
+                add(path.replace(".N.", f".{number}."), side, names.replace(".N.", f".{number}."))
+        for number in range(layers):
+            watch(number)
+        with attention:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _written_out_attention(model: nn.Module) -> Iterator[None]:
+    """The fused kernels keep the probabilities to themselves."""
+    if isinstance(model, BertForMaskedLM):
+        with use_kernel("formula"):
+            yield
+        return
+    theirs: Any = model
+    before = theirs.config._attn_implementation
+    theirs.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        theirs.set_attn_implementation(before)
+
+
+@contextmanager
+def _exact_arithmetic(device: str) -> Iterator[dict[str, Any]]:
+    """Without TF32, without sums in half precision, without autocast. Yields the settings, for the record."""
+    matmul = torch.backends.cuda.matmul
+    half = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = torch.get_float32_matmul_precision()
+    before_half = [getattr(matmul, name) for name in half]
+    torch.set_float32_matmul_precision("highest")
+    for name in half:
+        setattr(matmul, name, False)
+    try:
+        with torch.autocast(device, enabled=False):
+            yield {"float32_matmul_precision": "highest", "autocast": False, **dict.fromkeys(half, False)}
+    finally:
+        torch.set_float32_matmul_precision(before)
+        for name, value in zip(half, before_half, strict=True):
+            setattr(matmul, name, value)

@@ -1,0 +1,207 @@
+"""Faults planted in transformers' own model, by patching it, are found at the right tensor and named."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers.models.bert.modeling_bert as hub
+from torch import nn
+from twins import CONFIGS, make_batch, twins
+
+from minibert.parity import diagnose, trace
+
+SIZES = [
+    {**CONFIGS["batch 13, gelu"], "num_hidden_layers": 1},
+    {**CONFIGS["batch 13, gelu"], "num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 3},
+]
+
+
+def eager(monkeypatch, scale=1.0, swap=False, mask="before", merge=True):
+    def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **rest):
+        if swap:
+            query, key = key, query
+        scores = torch.matmul(query, key.transpose(2, 3)) * scaling * scale
+        seen = attention_mask == 0
+        if mask == "before":
+            scores = scores.masked_fill(~seen, -1e9)
+        elif mask == "inverted":
+            scores = scores.masked_fill(seen, -1e9)
+        elif mask == "raw":
+            scores = scores + seen
+        elif mask == "causal":
+            scores = scores.masked_fill(~seen | torch.ones(scores.shape[-2:]).triu(1).bool(), -1e9)
+        probabilities = scores.softmax(-1)
+        if mask == "after":
+            probabilities = probabilities * seen
+        probabilities = F.dropout(probabilities, dropout, module.training)
+        context = torch.matmul(probabilities, value)
+        return context.transpose(1, 2) if merge else context.reshape(len(context), context.shape[2], -1), probabilities
+
+    monkeypatch.setattr(hub, "eager_attention_forward", forward)
+
+
+def unscaled(model, patch):
+    eager(patch, scale=(model.config.hidden_size / model.config.num_attention_heads) ** 0.5)
+
+
+def norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+
+
+def tanh_gelu(model, patch):
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn = nn.GELU("tanh")
+    model.cls.predictions.transform.transform_act_fn = nn.GELU("tanh")
+
+
+def eps(value):
+    def plant(model, patch):
+        for norm in norms(model):
+            norm.eps = value
+
+    return plant
+
+
+def not_loaded(model, patch):
+    for norm in norms(model):
+        norm.reset_parameters()
+
+
+def sample_variance(model, patch):
+    for norm in norms(model):
+        norm.forward = lambda x, n=norm: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) * n.weight + n.bias
+
+
+def no_types(model, patch):
+    nn.init.zeros_(model.bert.embeddings.token_type_embeddings.weight)
+
+
+def constant_types(model, patch):
+    table = model.bert.embeddings.token_type_embeddings.weight
+    table.data[1:] = table.data[0]
+
+
+def off_by_one(model, patch):
+    table = model.bert.embeddings.position_embeddings.weight
+    table.data = torch.cat([table.data[1:], table.data[-1:]])
+
+
+def double_bias(model, patch):
+    model.cls.predictions.decoder.register_forward_hook(lambda m, i, output: output + model.cls.predictions.bias)
+
+
+def no_bias(model, patch):
+    model.cls.predictions.decoder.register_forward_hook(lambda m, i, output: F.linear(i[0], m.weight))
+
+
+def no_transform(model, patch):
+    model.cls.predictions.transform.forward = lambda x: x
+
+
+def untied(model, patch):
+    model.cls.predictions.decoder.weight = nn.Parameter(model.cls.predictions.decoder.weight.detach().clone())
+
+
+def dropout_on(model, patch):
+    model.train()
+
+
+def transposed(model, patch):
+    for layer in model.bert.encoder.layer:
+        attention = layer.attention
+        for dense in (attention.self.query, attention.self.key, attention.self.value, attention.output.dense):
+            dense.weight.data = dense.weight.data.T.contiguous()
+    dense = model.cls.predictions.transform.dense
+    dense.weight.data = dense.weight.data.T.contiguous()
+
+
+def pre_norm(model, patch):
+    def forward(self, x, attention_mask=None, *rest, **more):
+        attention, output = self.attention, self.output
+        update = attention.output.dense(attention.self(attention.output.LayerNorm(x), attention_mask)[0])
+        x = x + attention.output.dropout(update)
+        return x + output.dropout(output.dense(self.intermediate(output.LayerNorm(x))))
+
+    patch.setattr(hub.BertLayer, "forward", forward)
+
+
+def key_as_value(model, patch):
+    for layer in model.bert.encoder.layer:
+        inner = layer.attention.self
+        inner.key, inner.value = inner.value, inner.key
+
+
+def interleaved(model, patch):
+    """The three projections are split, and the context is put together, in (head size, heads) order."""
+    heads = model.config.num_attention_heads
+    order = torch.arange(model.config.hidden_size).view(-1, heads).T.flatten()
+    for layer in model.bert.encoder.layer:
+        inner, dense = layer.attention.self, layer.attention.output.dense
+        for part in (inner.query, inner.key, inner.value):
+            part.weight.data, part.bias.data = part.weight.data[order], part.bias.data[order]
+        dense.register_forward_pre_hook(lambda module, inputs: inputs[0][..., order.argsort()])
+
+
+PLANTED = {
+    "pre-LayerNorm": (pre_norm, "layers.0.query"),
+    "key and value swapped": (key_as_value, "layers.0.key"),
+    "heads split in the wrong order": (interleaved, "layers.0.query"),
+    "heads put together without the transpose": (lambda m, p: eager(p, merge=False), "layers.0.context"),
+    "attention mask added as 0 and 1": (lambda m, p: eager(p, mask="raw"), "layers.0.scores"),
+    "causal mask": (lambda m, p: eager(p, mask="causal"), "layers.0.scores"),
+    "tanh-GELU": (tanh_gelu, "layers.0.activation"),
+    "LayerNorm eps 1e-5": (eps(1e-5), "embeddings.norm"),
+    "LayerNorm eps 1e-6": (eps(1e-6), "embeddings.norm"),
+    "LayerNorm weight and bias not loaded": (not_loaded, "embeddings.norm"),
+    "LayerNorm divides by n - 1": (sample_variance, "embeddings.norm"),
+    "token type embedding missing": (no_types, "embeddings.sum"),
+    "token types ignored": (constant_types, "embeddings.sum"),
+    "positions off by one": (off_by_one, "embeddings.sum"),
+    "scores not scaled": (unscaled, "layers.0.scores"),
+    "scores scaled by √D": (lambda m, p: eager(p, scale=m.config.num_attention_heads**-0.5), "layers.0.scores"),
+    "query and key swapped": (lambda m, p: eager(p, swap=True), "layers.0.query"),
+    "attention mask ignored": (lambda m, p: eager(p, mask="ignored"), "layers.0.probabilities"),
+    "attention mask inverted": (lambda m, p: eager(p, mask="inverted"), "layers.0.scores"),
+    "attention mask after the softmax": (lambda m, p: eager(p, mask="after"), "layers.0.probabilities"),
+    "square weights transposed": (transposed, "layers.0.query"),
+    "head transform skipped": (no_transform, "logits"),
+    "MLM bias missing": (no_bias, "logits"),
+    "MLM bias doubled": (double_bias, "logits"),
+    "decoder untied": (untied, "gradient.bert.embeddings.word_embeddings.weight"),
+    "dropout left on": (dropout_on, "embeddings.norm"),
+}  # fmt: skip
+
+
+def port(sizes):
+    ours, theirs = twins(sizes)
+    return ours, theirs, make_batch(sizes, "right", (5, 7), two_segments=True)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["one layer", "two layers"])
+@pytest.mark.parametrize("title", PLANTED)
+def test_a_planted_fault_is_named(title, sizes, monkeypatch):
+    ours, theirs, batch = port(sizes)
+    plant, place = PLANTED[title]
+    plant(theirs, monkeypatch)
+    grad = title == "decoder untied"
+    diagnosis = diagnose(trace(theirs, **batch, grad=grad), ours)
+    assert diagnosis.first_wrong == place
+    assert diagnosis.found == [[title]], "\n".join(diagnosis.lines)
+
+
+def test_a_pair_and_an_unknown_fault(monkeypatch):
+    ours, theirs, batch = port(SIZES[0])
+    tanh_gelu(theirs, monkeypatch)
+    no_bias(theirs, monkeypatch)
+    assert sorted(diagnose(trace(theirs, **batch), ours).found[0]) == ["MLM bias missing", "tanh-GELU"]
+    theirs.bert.encoder.layer[0].output.dense.bias.data += 0.1
+    diagnosis = diagnose(trace(theirs, **batch), ours)
+    assert not diagnosis.found
+    assert any("none of the known faults" in line for line in diagnosis.lines)
+
+
+@pytest.mark.parametrize("mask", ["dense", "right", "left", "holes"])
+def test_without_a_fault_the_steps_give_what_the_model_gives(mask):
+    ours, theirs = twins(SIZES[1])
+    batch = make_batch(SIZES[1], mask, (5, 7), two_segments=True)
+    for model in (ours, theirs):
+        assert diagnose(trace(model, **batch, grad=True), ours).ok
