@@ -26,6 +26,9 @@ ORDER = {
     "training.__init__": 4,
     "training.data": 5,
     "training.loop": 6,
+    "bench.__init__": 4,
+    "bench.contenders": 5,
+    "bench.run": 6,
     "cli": 9,
     "__main__": 10,
 }
