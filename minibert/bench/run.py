@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,17 +18,16 @@ from time import perf_counter, sleep
 import torch
 from torch import Tensor
 
-from minibert.bench.contenders import PEERS, SHAPES, Absent, Contender, Workload, build, lineup
+from minibert.bench.contenders import PEERS, SHAPES, Absent, Contender, Workload, build, lineup, random_model
 from minibert.bench.contenders import make_workload as make
-from minibert.bench.contenders import random_model
 from minibert.config import BertConfig
 from minibert.inference import PrepackedLinear
 from minibert.model import BertForMaskedLM
 
 TASKS = ("inference", "training")
 TRAINING_SHAPES = ("8x128", "mixed")
-# The largest difference of a logit from minibert's in float32, over the largest logit. float32: the same sums in another
-# order; bfloat16: some tens of roundings of 2^-8. int8 is reported and has no gate.
+# The largest difference of a logit from minibert's in float32, over the largest logit. float32: the same sums in
+# another order; bfloat16: some tens of roundings of 2^-8. int8 is reported and has no gate.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 SHORT = 0.3  # seconds: a call that is shorter is preceded by one that is not timed, in every round
 SETTLE = 0.01  # seconds between two contenders, in which the threads of the last one go to sleep
@@ -71,11 +71,14 @@ class Settings:
 
 @dataclass
 class Row:
-    """One contender on one workload. status: timed, refused (by the parity gate), absent or failed; reason: why.
-    Times are seconds; quartiles are those of the rounds. ratio: our median over this one; ours is `against`."""
+    """One contender on one workload. key: its name in the options. status: timed, refused (by the parity gate),
+    absent or failed; reason: why. Times are seconds; quartiles are those of the rounds. ratio: our median over this
+    one; ours is `against`.
+    """
 
     task: str
     shape: str
+    key: str
     contender: str
     precision: str
     status: str = "timed"
@@ -166,7 +169,7 @@ def _run_task(
     gated = {}
     for work in works:
         for key, contender in contenders.items():
-            row = gated[work.name, key] = Row(task, work.name, *_label(key, contender), tokens=work.tokens)
+            row = gated[work.name, key] = Row(task, work.name, key[0], *_label(key, contender), tokens=work.tokens)
             if isinstance(contender, tuple):
                 row.status, row.reason = contender
             else:
@@ -281,25 +284,28 @@ def slower(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
 
 @torch.inference_mode()
 def matmul_rate(precision: str, device: str) -> float:
-    """FLOP/s of this machine: the best of several products of (1024, 768) with (768, 3072), BERT-base's largest, by
-    torch and, on the CPU, by oneDNN on prepacked weights."""
+    """FLOP/s of this machine: the best of up to 16 products, or half a second of them, of (1024, 768) with
+    (768, 3072), BERT-base's largest, by torch and, on the CPU, by oneDNN on prepacked weights.
+    """
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     x, weight = torch.randn(1024, 768, device=device).to(dtype), torch.randn(3072, 768, device=device).to(dtype)
     bias = torch.zeros(3072, device=device, dtype=dtype)
     ways: list[torch.nn.Module] = [torch.nn.Linear(768, 3072, device=device, dtype=dtype)]
     if device == "cpu":
-        try:
+        with suppress(AttributeError, RuntimeError, NotImplementedError):  # a torch without it measures its own product
             ways.append(PrepackedLinear(weight, bias))
-        except (AttributeError, RuntimeError, NotImplementedError):
-            pass  # a torch without it: its own product is the measure
     best = float("inf")
     for way in ways:
-        for _ in range(8):
+        spent = 0.0
+        for _ in range(16):
             _synchronize(device)
             began = perf_counter()
             way(x)
             _synchronize(device)
-            best = min(best, perf_counter() - began)
+            took = perf_counter() - began
+            best, spent = min(best, took), spent + took
+            if spent > 0.5:
+                break
     return 2 * 1024 * 768 * 3072 / best
 
 
@@ -332,9 +338,10 @@ def _measure_memory(rows: list[Row], folder: Path, settings: Settings) -> None:
     for task in settings.tasks:
         for name, precision in lineup(task, settings.peers, settings.precisions):
             mine = [
-                row for row in rows if row.task == task and (row.precision, row.median is not None) == (precision, True)
+                row
+                for row in rows
+                if (row.task, row.key, row.precision) == (task, name, precision) and row.median is not None
             ]
-            mine = [row for row in mine if row.contender.split()[-1] == name.split()[-1] or _is(row.contender, name)]
             if not mine:
                 continue
             shapes = ",".join(row.shape for row in mine)
@@ -347,12 +354,6 @@ def _measure_memory(rows: list[Row], folder: Path, settings: Settings) -> None:
             for row in mine:
                 row.peak_memory_bytes = peaks[row.shape]
             _progress(f"memory of {name} {precision}: done")
-
-
-def _is(contender: str, name: str) -> bool:
-    return {"onnxruntime": "ONNX Runtime", "onnxruntime-int8": "ONNX Runtime dynamic", "openvino": "OpenVINO"}.get(
-        name
-    ) == contender
 
 
 def peak_memory(folder: str, name: str, precision: str, task: str, device: str, shapes: str) -> None:
@@ -450,9 +451,9 @@ first calls, which compile and allocate, do not count, and a call under 0.3 s is
 The median is printed because one disturbed round does not move it; the quartiles show how much the rounds differ.
 tokens/s counts real tokens: padding earns nothing. Dense shapes ask for logits everywhere, the others (and training) at
 15 % of the tokens, where peers compute them everywhere all the same, since their forward has no other way.
-ours/its is our median over that row's, below 1 where ours is faster: minibert prepared (in training: minibert) in the same precision,
-and in bfloat16 beside int8. "of matmul" is the arithmetic that was asked for (products only, no padding), a second,
-over this machine's measured matmul rate in that precision. Training is forward, loss at the asked positions, backward
-and AdamW, on float32 weights, in bfloat16 under autocast, with the dropout of the configuration; ONNX Runtime and
-OpenVINO do not train here. peak MiB (--memory) is the whole process's resident memory on the CPU, torch's allocations on
-CUDA, up to that workload. Every contender has the number of threads printed above."""
+ours/its is our median over that row's, below 1 where ours is faster: minibert prepared (in training: minibert) in the
+same precision, and in bfloat16 beside int8. "of matmul" is the arithmetic that was asked for (products only, no
+padding), a second, over this machine's measured matmul rate in that precision. Training is forward, loss at the asked
+positions, backward and AdamW, on float32 weights, in bfloat16 under autocast, with the dropout of the configuration; ONNX Runtime and
+OpenVINO do not train here. peak MiB (--memory) is the whole process's resident memory on the CPU, torch's allocations
+on CUDA, up to that workload. Every contender has the number of threads printed above."""
