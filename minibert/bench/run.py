@@ -450,10 +450,10 @@ is refused, not timed. Then all are timed in turn, A B C, A B C, so that whateve
 first calls, which compile and allocate, do not count, and a call under 0.3 s is preceded by one that is not timed.
 The median is printed because one disturbed round does not move it; the quartiles show how much the rounds differ.
 tokens/s counts real tokens: padding earns nothing. Dense shapes ask for logits everywhere, the others (and training) at
-15 % of the tokens, where peers compute them everywhere all the same, since their forward has no other way.
+15 % of the tokens, where the peers' own forward computes them everywhere all the same.
 ours/its is our median over that row's, below 1 where ours is faster: minibert prepared (in training: minibert) in the
 same precision, and in bfloat16 beside int8. "of matmul" is the arithmetic that was asked for (products only, no
 padding), a second, over this machine's measured matmul rate in that precision. Training is forward, loss at the asked
-positions, backward and AdamW, on float32 weights, in bfloat16 under autocast, with the dropout of the configuration; ONNX Runtime and
-OpenVINO do not train here. peak MiB (--memory) is the whole process's resident memory on the CPU, torch's allocations
-on CUDA, up to that workload. Every contender has the number of threads printed above."""
+positions, backward and AdamW, on float32 weights, in bfloat16 under autocast, with the dropout of the configuration;
+ONNX Runtime and OpenVINO do not train here. peak MiB (--memory) is the whole process's resident memory on the CPU,
+torch's allocations on CUDA, up to that workload. Every contender has the number of threads printed above."""
