@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minibert.config import BertConfig
-from minibert.inference import prepare_for_inference
+from minibert.inference import PrepackedLinear, prepare_for_inference
 from minibert.loss import IGNORE, masked_lm_loss
 from minibert.model import BertForMaskedLM
 from minibert.packing import PackedBatch
@@ -159,7 +159,9 @@ def _ours(name: str, precision: str, dtype: torch.dtype, folder: Path, device: s
         batch = PackedBatch.from_padded(work.input_ids, work.attention_mask)
         return model.predict(batch, batch.pack(work.asked).nonzero().flatten())  # (M, V)
 
-    return Contender(name, precision, run, run)
+    packed = any(isinstance(module, PrepackedLinear) for module in model.modules())
+    unpacked = "" if packed or name == "minibert plain" or device != "cpu" else "prepacking was not found to pay here"
+    return Contender(name, precision, run, run, unpacked)
 
 
 # --------------------------------------------------------------------------------------------------------- transformers
