@@ -175,7 +175,7 @@ def test_changed_weights_are_refused_and_not_timed(bench, monkeypatch):
     def spoilt(*arguments):
         model = load(*arguments)
         with torch.no_grad():
-            model.bert.encoder.layer[1].output.dense.bias += 0.01
+            model.bert.encoder.layer[1].output.dense.bias[0] += 0.1  # to all, LayerNorm would undo it
         return model
 
     monkeypatch.setattr(contenders, "_load_transformers", spoilt)
