@@ -120,6 +120,29 @@ def build_parser() -> Parser:
     sub.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="(default: %(default)s)")
 
     _add_parity_commands(command)
+
+    sub = command("bench", bench, "Time minibert beside the peers that are installed.", json_output=False)
+    which = sub.add_mutually_exclusive_group()
+    which.add_argument("--model", help="a folder, a bundled name, bert-base-uncased, or a hub id")
+    which.add_argument("--random", action="store_true", help="BERT-base's sizes with random weights (the default)")
+    sub.add_argument("--layers", type=int, metavar="N", help="of the random model, for a quick look (default: 12)")
+    sub.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    sub.add_argument("--dtype", default="float32,bfloat16", metavar="D,D", help="one or both of (default: %(default)s)")
+    sub.add_argument("--task", choices=("inference", "training", "both"), default="both", help="(default: %(default)s)")
+    sub.add_argument(
+        "--shapes",
+        metavar="S,S",
+        help="rows x tokens, as in 8x128, or mixed, normal, lognormal (default: see the README)",
+    )
+    sub.add_argument("--rounds", type=int, default=9, metavar="N", help="timings of each (default: %(default)s)")
+    sub.add_argument(
+        "--peers",
+        default="all",
+        metavar="P,P",
+        help="eager, sdpa, compiled, packed (transformers), onnxruntime, onnxruntime-int8, openvino; all, or none",
+    )
+    sub.add_argument("--memory", action="store_true", help="peak memory too, each contender in a process of its own")
+    sub.add_argument("--json", action="store_true", help="print one line of JSON")
     return parser
 
 
@@ -432,3 +455,35 @@ def diagnose(options: argparse.Namespace) -> int:
     from minibert.parity import commands
 
     return commands.name_fault(options)
+
+
+# ---------------------------------------------------------------------------------------------------------------- bench
+
+
+def bench(options: argparse.Namespace) -> None:
+    from minibert.bench import run as bench_run
+    from minibert.bench.contenders import PEERS
+
+    if options.layers is not None and options.model is not None:
+        raise ValueError(
+            f"--layers {options.layers} is for the random model, and --model names one: give one of the two"
+        )
+    peers = PEERS if options.peers == "all" else () if options.peers == "none" else _names(options.peers)
+    report = bench_run.run(
+        bench_run.Settings(
+            model=options.model,
+            layers=12 if options.layers is None else options.layers,
+            device=options.device,
+            precisions=_names(options.dtype),
+            tasks=bench_run.TASKS if options.task == "both" else (options.task,),
+            shapes=None if options.shapes is None else _names(options.shapes),
+            rounds=options.rounds,
+            peers=peers,
+            memory=options.memory,
+        )
+    )
+    print(report.to_json() if options.json else bench_run.table(report))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

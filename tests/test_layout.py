@@ -36,6 +36,9 @@ ORDER = {
     "parity.commands": 10,
     "cli": 11,
     "__main__": 12,
+    "bench.__init__": 4,
+    "bench.contenders": 5,
+    "bench.run": 6,
 }
 
 

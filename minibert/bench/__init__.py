@@ -1,0 +1,1 @@
+"""`minibert bench`: minibert beside its peers, on the same weights, ids and machine."""

@@ -1,0 +1,255 @@
+"""`minibert bench` on a tiny model: the table and the JSON, what is counted, the parity gate. Never speed itself."""
+
+import json
+import sys
+from statistics import median
+
+import pytest
+import torch
+
+from minibert import BertConfig, BertForMaskedLM
+from minibert.bench import contenders, run
+from minibert.bench.contenders import Absent, Contender, make_workload
+from minibert.cli import main
+
+CONFIG = BertConfig(
+    vocab_size=131,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    intermediate_size=37,
+    max_position_embeddings=130,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    model = BertForMaskedLM(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def bench(folder, capsys, monkeypatch):
+    """The command on the tiny model: what it printed."""
+    monkeypatch.setattr(run, "SETTLE", 0.0)
+
+    def call(*arguments):
+        assert main(["bench", "--traceback", "--model", str(folder), "--rounds", "3", *arguments]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return run.run(
+        run.Settings(
+            model=str(folder), precisions=("float32",), shapes=("2x5", "mixed"), rounds=3, peers=("sdpa", "packed")
+        )
+    )
+
+
+def test_every_row_is_timed_or_says_why_not(report):
+    assert {(row.task, row.shape) for row in report.rows} == {
+        (task, shape) for task in ("inference", "training") for shape in ("2x5", "mixed")
+    }
+    for row in report.rows:
+        if row.contender == "packed":
+            assert (row.status, row.median) == ("absent", None)
+            assert "CUDA" in row.reason
+        else:
+            assert row.status == "timed", row.reason
+            assert row.difference <= row.tolerance
+    names = [row.contender for row in report.rows if row.task == "inference" and row.shape == "mixed"]
+    assert names == ["minibert prepared", "minibert plain", "transformers sdpa", "packed"]
+
+
+def test_the_figures_follow_from_the_times(report):
+    for row in report.rows:
+        if row.status != "timed":
+            continue
+        ours = next(
+            other
+            for other in report.rows
+            if (other.task, other.shape) == (row.task, row.shape)
+            and other.contender in ("minibert prepared", "minibert")
+        )
+        assert len(row.seconds) == 3
+        assert row.median == median(row.seconds)
+        assert min(row.seconds) <= row.quartiles[0] <= row.median <= row.quartiles[1] <= max(row.seconds)
+        assert row.ratio == pytest.approx(ours.median / row.median)
+        assert row.against == f"{ours.contender} float32"
+        assert row.tokens_per_second == pytest.approx(row.tokens / row.median)
+        assert row.share_of_matmul > 0
+
+
+def test_only_real_tokens_and_asked_logits_are_counted(report):
+    work = make_workload("mixed", CONFIG, "cpu", everywhere=True)
+    assert {row.tokens for row in report.rows if row.shape == "mixed"} == {int(work.attention_mask.sum())}
+    assert {row.tokens for row in report.rows if row.shape == "2x5"} == {10}
+    assert work.tokens < work.input_ids.numel()
+    assert int(work.asked.sum()) == round(0.15 * work.tokens)
+    assert not (work.asked & (work.attention_mask == 0)).any()
+    assert torch.equal(work.labels != -100, work.asked)
+    one = make_workload("1x1", CONFIG, "cpu", everywhere=True)
+    d, f = 24, 37  # one token: q, k, v, output, two feed-forward maps, two products of attention; then the head
+    assert one.flops(CONFIG) == 2 * (2 * (4 * d * d + 2 * d * f) + 4 * d) + 2 * (d * d + 131 * d)
+    assert make_workload("2x5", CONFIG, "cpu", everywhere=True).asked.all()
+    assert int(make_workload("2x5", CONFIG, "cpu", everywhere=False).asked.sum()) == 2
+
+
+def test_the_shapes_have_the_lengths_they_promise():
+    config = BertConfig()
+    for name, low, high in (("mixed", 10, 128), ("normal", 32, 512), ("lognormal", 3, 128), ("8x512", 512, 512)):
+        work = make_workload(name, config, "cpu", everywhere=True)
+        assert low <= min(work.lengths)
+        assert max(work.lengths) <= high
+        assert torch.equal(work.input_ids, make_workload(name, config, "cpu", everywhere=True).input_ids)
+    assert 15 <= median(make_workload("lognormal", config, "cpu", everywhere=True).lengths) <= 25
+
+
+def test_the_table_is_for_people_and_says_what_is_absent(report):
+    text = run.table(report)
+    assert "What this says." in text
+    assert "transformers sdpa" in text
+    assert "packed" in text
+    assert "absent: transformers packs only with flash attention" in text
+    assert f"torch {torch.__version__}" in text
+    assert "GFLOP/s in float32" in text
+
+
+def test_a_peer_that_is_faster_is_named(report):
+    inference = [row for row in report.rows if row.task == "inference" and row.shape == "mixed"]
+    ours, _, peer, _ = inference
+    before = peer.median
+    try:
+        peer.median = ours.median / 2
+        assert run.slower(inference) == [(ours, peer)]
+        assert "Slower than a peer" in run.table(report)
+        peer.precision = "int8"  # a lower precision than ours: no shame
+        assert run.slower(inference) == []
+        peer.precision, peer.median = "float32", ours.median * 2
+        assert run.slower(inference) == []
+    finally:
+        peer.precision, peer.median = "float32", before
+
+
+def test_the_command_prints_one_line_of_json(bench):
+    out = bench("--json", "--task", "inference", "--shapes", "1x3", "--dtype", "float32", "--peers", "openvino")
+    assert out.count("\n") == 1
+    answer = json.loads(out)
+    assert answer["machine"]["torch"] == torch.__version__
+    assert answer["matmul"]["float32"] > 0
+    assert answer["workloads"]["inference 1x3"]["real_tokens"] == 3
+    assert [row["contender"] for row in answer["rows"]][:2] == ["minibert prepared", "minibert plain"]
+
+
+def test_a_package_that_is_not_installed_is_said(bench, monkeypatch):
+    there = contenders.find_spec
+    monkeypatch.setattr(
+        contenders,
+        "find_spec",
+        lambda name: None if name in ("transformers", "onnxruntime", "openvino") else there(name),
+    )
+    out = bench("--task", "inference", "--shapes", "1x3", "--dtype", "float32")
+    for name in ("transformers", "onnxruntime", "openvino"):
+        assert f"absent: {name} is not installed" in out
+    assert "minibert prepared" in out
+
+
+def test_a_precision_the_processor_has_not_is_said(bench, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    out = bench("--task", "training", "--shapes", "2x3", "--peers", "none")
+    assert "absent: this CPU has no instructions for bfloat16" in out
+
+
+def test_changed_weights_are_refused_and_not_timed(bench, monkeypatch):
+    load = contenders._load_transformers
+
+    def spoilt(*arguments):
+        model = load(*arguments)
+        with torch.no_grad():
+            model.bert.encoder.layer[1].output.dense.bias[0] += 0.1  # to all, LayerNorm would undo it
+        return model
+
+    monkeypatch.setattr(contenders, "_load_transformers", spoilt)
+    out = bench("--shapes", "3x7", "--dtype", "float32", "--peers", "sdpa")
+    lines = [line for line in out.splitlines() if "transformers sdpa" in line]
+    assert len(lines) == 2, "one for inference, one for training"
+    assert all("refused: its logits differ by" in line and "more than 1e-04" in line for line in lines)
+
+
+def test_a_peer_that_breaks_is_a_row_and_not_the_end(bench, monkeypatch):
+    def broken(name, precision, dtype, folder, device):
+        def no(work):
+            raise RuntimeError("no such kernel")
+
+        return Contender(f"transformers {name}", precision, no, no)
+
+    monkeypatch.setattr(contenders, "_transformers", broken)
+    out = bench("--task", "inference", "--shapes", "1x3", "--dtype", "float32", "--peers", "eager")
+    assert "failed: RuntimeError: no such kernel" in out
+
+
+def test_memory_is_that_of_a_process_of_its_own(bench):
+    out = bench(
+        *("--task", "inference", "--shapes", "2x3", "--dtype", "float32", "--peers", "none", "--memory", "--json")
+    )
+    for row in json.loads(out)["rows"]:
+        assert row["peak_memory_bytes"] > 50e6, "Python and torch alone take more"
+
+
+def test_onnx_runtime_agrees(folder, tmp_path):
+    """Where it is installed: lengths that differ from those of the export, and padding."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    work = make_workload("mixed", CONFIG, "cpu", everywhere=True)
+    model = BertForMaskedLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    expected = run._expected(model, work)
+    for name in ("onnxruntime", "onnxruntime-int8"):
+        contender = contenders.build(name, "float32", "inference", tmp_path, "cpu")
+        assert "Attention" in contender.note
+        difference = (contender.run(work)[work.asked] - expected).abs().max() / expected.abs().max()
+        assert difference < (1e-4 if name == "onnxruntime" else 0.2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["--peers", "sdpa,tensorrt"], "--peers does not know 'tensorrt'"),
+        (["--dtype", "float16"], "--dtype does not know 'float16'"),
+        (["--dtype", ","], "--dtype is empty"),
+        (["--shapes", "8by8"], "there is no shape '8by8'"),
+        (["--shapes", "1x131"], "shape 1x131 has rows of 131 tokens, and the model has positions for 130"),
+        (["--device", "tpu"], "--device must be cpu or cuda, not 'tpu'"),
+        (["--layers", "2"], "--layers 2 is for the random model"),
+        (["--model", "nowhere/at/all/here"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(folder, capsys, arguments, message):
+    model = [] if "--model" in arguments else ["--model", str(folder)]
+    assert main(["bench", *model, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_without_a_gpu_cuda_is_a_mistake(folder, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "--model", str(folder), "--device", "cuda"]) == 2
+    assert "use --device cpu" in capsys.readouterr().err
+
+
+def test_the_peers_are_imported_only_when_built():
+    with pytest.raises(Absent, match="only its CPU form"):
+        contenders.build("onnxruntime", "float32", "inference", None, "cuda")
+    assert "tensorrt" not in sys.modules
