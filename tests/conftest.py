@@ -23,7 +23,7 @@ def pytest_terminal_summary(terminalreporter):
     if twins.MEASURED:
         terminalreporter.section("parity with transformers, as measured")
         for what, (difference, tolerance) in twins.MEASURED.items():
-            terminalreporter.write_line(f"{what:<45} {difference:.1e}   (tolerance {tolerance:.0e})")
+            terminalreporter.write_line(f"{what:<50} {difference:.1e}   (tolerance {tolerance:.0e})")
 
 
 @pytest.fixture(autouse=True)

@@ -140,8 +140,11 @@ def test_bert_base_at_full_size():
     sizes = {}
     ours, theirs = twins(sizes, "sdpa")
     batch = make_batch({"vocab_size": 30522}, "right", (3, 37), two_segments=True)
+    label = "bert-base size"
     with torch.no_grad():
-        assert_same_logits_and_loss(ours, theirs, batch, logits=5e-5, loss=1e-5, label="bert-base size, random weights")
+        assert_same_submodules(ours, theirs, batch, tolerance=5e-5, label=label)
+        assert_same_logits_and_loss(ours, theirs, batch, logits=5e-5, loss=1e-5, label=label)
+    assert_same_gradients(ours, theirs, batch, tolerance=5e-5, label=label)
     assert sum(p.numel() for p in ours.parameters()) == 109_514_298  # the figure transformers gives for this model
     assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
 

@@ -132,7 +132,7 @@ def assert_same_logits_and_loss(ours, theirs, batch, logits=LOGITS, loss=LOSS, l
     return got, expected
 
 
-def assert_same_gradients(ours, theirs, batch, tolerance=GRADIENT):
+def assert_same_gradients(ours, theirs, batch, tolerance=GRADIENT, label="float32"):
     for model in (ours, theirs):
         model.zero_grad()
         model(**batch).loss.backward()
@@ -142,12 +142,14 @@ def assert_same_gradients(ours, theirs, batch, tolerance=GRADIENT):
         for hub, part in zip(hubs, parameter.grad.chunk(len(hubs)), strict=True):
             scale = expected[hub].grad.abs().max().clamp(min=1e-3)
             try:
-                compare("gradients, of the largest entry", part / scale, expected[hub].grad / scale, tolerance)
+                compare(
+                    f"gradients, of the largest entry, {label}", part / scale, expected[hub].grad / scale, tolerance
+                )
             except AssertionError as error:
                 raise AssertionError(f"{hub}: {error}") from None
 
 
-def assert_same_submodules(ours, theirs, batch, tolerance=LOGITS):
+def assert_same_submodules(ours, theirs, batch, tolerance=LOGITS, label="float32"):
     """Every module of the name table gives what its counterpart gives: for layer after layer, in packed order."""
     got, expected, packed = {}, {}, pack(batch)
     pairs = []
@@ -175,6 +177,6 @@ def assert_same_submodules(ours, theirs, batch, tolerance=LOGITS):
         theirs_here = torch.cat(parts, dim=-1)
         scale = theirs_here.abs().max().clamp(min=1)
         try:
-            compare("submodules, of the largest entry", got[name] / scale, theirs_here / scale, tolerance)
+            compare(f"submodules, of the largest entry, {label}", got[name] / scale, theirs_here / scale, tolerance)
         except AssertionError as error:
             raise AssertionError(f"{name} against {hubs}: {error}") from None
