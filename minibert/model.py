@@ -184,9 +184,7 @@ class BertForMaskedLM(nn.Module):
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
-        """modeling.py, create_initializer: a normal distribution cut off at two standard deviations; biases are
-        0.
-        """
+        """modeling.py, create_initializer: a normal distribution cut off at two standard deviations. Biases are 0."""
         if isinstance(module, nn.Linear | nn.Embedding):
             std = self.config.initializer_range
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
