@@ -1,18 +1,21 @@
 """A loaded model → its fastest form on the device that it is on.
 
-`prepare_for_inference` returns a model with the same two doors and the same answers, up to rounding. On the CPU
-it differs in this:
+`prepare_for_inference` returns a model with the same two doors and the same answers, up to rounding. Everywhere,
+`predict` runs the last layer for the asked positions only: no later layer reads the others. Beyond that,
 
-- Linear layers go to oneDNN with weights that were put in its own order beforehand, and the activation is
-computed while their
-  result is still in the cache. torch's own nn.Linear in float32 goes to MKL, which is up to two times slower on
-  an AMD CPU and somewhat slower on an Intel one; in bfloat16 it goes to oneDNN too, but orders the weights anew
-  in each call.
-- `predict` runs the last layer for the asked positions only: no later layer reads the others.
+on the CPU, linear layers go to oneDNN with weights that were put in its own order beforehand, and the activation is
+computed while their result is still in the cache. torch's own nn.Linear in float32 goes to MKL, which is up to two
+times slower on an AMD CPU and slower for short batches on an Intel one; in bfloat16 it goes to oneDNN too, but orders
+the weights anew in each call.
 
-On CUDA it is the same model in bfloat16, which is what lets attention.py choose flash attention on packed tokens.
+on CUDA, the weights are bfloat16, which is what lets attention.py choose flash attention on packed tokens. What is
+done for each token alone is compiled, once for all lengths; attention, which asks the host for the lengths, stays
+outside. Small batches are bound by the launching of kernels, not by the kernels: they are rounded up to a few sizes,
+and from the second batch of a size on `predict` replays a CUDA graph.
 """
 
+from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from time import perf_counter
 
@@ -21,12 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert import checkpoint
-from minibert.attention import attention_at
+from minibert.attention import attention, attention_at, use_kernel
 from minibert.model import BertForMaskedLM, EncoderLayer, MLMHead
 from minibert.packing import PackedBatch
 
 # hidden_act → the name and the algorithm of oneDNN's fused form
 FUSED = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
+COMPILED_ON = ("cuda",)
+GRAPH_TOKENS = 4096  # with more tokens than this the kernels take longer than their launching
+GRAPHS = 32  # kept at most: each holds the tensors of one forward pass
 
 
 def prepare_for_inference(model: BertForMaskedLM, dtype: torch.dtype | None = None) -> "PreparedBert":
@@ -56,26 +62,46 @@ class PreparedBert(BertForMaskedLM):
         )
         self.load_report = model.load_report
         self.requires_grad_(False).eval()
-        if self.embeddings.word.weight.is_cpu and _prepacking_pays(dtype):
+        word = self.embeddings.word.weight
+        self._before, self._after = before_attention, after_attention
+        self._graphs: Graphs | None = None
+        if word.is_cpu and _prepacking_pays(dtype):
             for layer in self.layers:
                 assert isinstance(layer, EncoderLayer)
                 _prepack_layer(layer, model.config.hidden_act)
-            head = PrepackedHead(self.head, self.embeddings.word.weight, model.config.hidden_act)
-            self.head = head  # type: ignore[assignment]
+            self.head = PrepackedHead(self.head, word, model.config.hidden_act)  # type: ignore[assignment]
+        if word.device.type in COMPILED_ON:
+            self._before = torch.compile(before_attention, dynamic=True, fullgraph=True)
+            self._after = torch.compile(after_attention, dynamic=True, fullgraph=True)
+        head_size = model.config.head_size
+        if word.is_cuda and dtype != torch.float32 and head_size % 8 == 0 and head_size <= 256:
+            self._graphs = Graphs(self._predict, word.device)
+
+    def encode(self, batch: PackedBatch) -> Tensor:
+        """As in BertForMaskedLM: (T, D)."""
+        x = self.embeddings(batch)  # (T, D)
+        for layer in self.layers:
+            x = self._after(layer, attention(*self._before(layer, x), batch), x)  # (T, D)
+        return x
 
     def predict(self, batch: PackedBatch, positions: Tensor) -> Tensor:
-        """As in BertForMaskedLM; the last layer runs for these positions only."""
+        """As in BertForMaskedLM: (M, V); the last layer runs for these positions only."""
         batch.require_positions(positions)
+        if self._graphs is not None:
+            config = self.config
+            batch.require_embeddings(config.vocab_size, config.type_vocab_size, config.max_position_embeddings)
+            logits = self._graphs(batch, positions)
+            if logits is not None:
+                return logits
+        return self._predict(batch, positions)
+
+    def _predict(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         x = self.embeddings(batch)  # (T, D)
         *layers, last = self.layers
         for layer in layers:
-            x = layer(x, batch)  # (T, D)
-        assert isinstance(last, EncoderLayer)
-        query, key, value = last.attention.split_heads(x)  # each (T, H, K)
-        context = attention_at(query, key, value, batch, positions)  # (M, H, K)
-        x = last.attention_norm(last.attention.output(context.flatten(-2)) + x[positions])  # (M, D)
-        x = last.feed_forward_norm(last.feed_forward(x) + x)  # (M, D)
-        return self.head(x, self.embeddings.word.weight)  # (M, V)
+            x = self._after(layer, attention(*self._before(layer, x), batch), x)  # (T, D)
+        context = attention_at(*self._before(last, x), batch, positions)  # (M, H, K)
+        return self.head(self._after(last, context, x[positions]), self.embeddings.word.weight)  # (M, V)
 
     def train(self, mode: bool = True) -> "PreparedBert":
         if mode:
@@ -85,6 +111,22 @@ class PreparedBert(BertForMaskedLM):
 
     def save_pretrained(self, folder: object) -> None:
         raise ValueError("a model prepared for inference cannot be saved: save the one it was made from")
+
+
+def before_attention(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key and value, each (T, H, K), of x (T, D)"""
+    assert isinstance(layer, EncoderLayer)
+    return layer.attention.split_heads(x)
+
+
+def after_attention(layer: nn.Module, context: Tensor, x: Tensor) -> Tensor:
+    """The rest of EncoderLayer, for any tokens: context (M, H, K) and what the layer read, x (M, D) → (M, D)"""
+    assert isinstance(layer, EncoderLayer)
+    x = layer.attention_norm(layer.attention.output(context.flatten(-2)) + x)  # (M, D)
+    return layer.feed_forward_norm(layer.feed_forward(x) + x)  # (M, D)
+
+
+# ------------------------------------------------------------------------------------------------------------------ CPU
 
 
 class PrepackedLinear(nn.Module):
@@ -133,8 +175,8 @@ def _prepack_layer(layer: EncoderLayer, hidden_act: str) -> None:
 
 @cache
 def _prepacking_pays(dtype: torch.dtype) -> bool:
-    """Whether oneDNN on prepacked weights is there, gives what nn.Linear gives, and is faster. Measured once in
-    a process, some milliseconds, on a layer of BERT's size.
+    """Whether oneDNN on prepacked weights is there, gives what nn.Linear gives, and is faster. Measured once in a
+    process, some milliseconds, on one linear layer of BERT's size, few tokens: with many the two are about equal.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -149,13 +191,115 @@ def _prepacking_pays(dtype: torch.dtype) -> bool:
                 return False
         except (AttributeError, RuntimeError, NotImplementedError):  # another torch, or a build without oneDNN
             return False
-
-        def fastest(run: nn.Module | None) -> float:
-            times = []
-            for _ in range(5):
+        fastest = [float("inf"), float("inf")]
+        for _ in range(7):  # in turn, so that whatever else the machine does hits both
+            for which, run in enumerate((lambda: packed(x), lambda: F.linear(x, weight, bias))):
                 began = perf_counter()
-                F.linear(x, weight, bias) if run is None else run(x)
-                times.append(perf_counter() - began)
-            return min(times)
+                run()
+                fastest[which] = min(fastest[which], perf_counter() - began)
+    return fastest[0] < 1.05 * fastest[1]
 
-        return fastest(packed) < 1.05 * fastest(None)
+
+# ----------------------------------------------------------------------------------------------------------------- CUDA
+
+
+class Graphs:
+    """`predict` as CUDA graphs: one for each rounded size of a batch, captured when that size is seen a second time."""
+
+    def __init__(self, predict: Callable[[PackedBatch, Tensor], Tensor], device: torch.device) -> None:
+        self.predict = predict
+        self.device = device
+        self.seen: Counter[tuple[int, ...]] = Counter()
+        self.captured: dict[tuple[int, ...], CapturedPredict] = {}
+
+    def __call__(self, batch: PackedBatch, positions: Tensor) -> Tensor | None:
+        """The logits (M, V), or None if the batch is too large for a graph, or the first of its size."""
+        if not 0 < batch.num_tokens <= GRAPH_TOKENS or not len(positions):
+            return None
+        size = (
+            _round_up(batch.num_tokens),
+            _power_of_two(batch.num_sequences),
+            _power_of_two(max(64, batch.max_seqlen)),
+            _round_up(len(positions)),
+        )
+        self.seen[size] += 1
+        if self.seen[size] == 1:
+            return None
+        if size not in self.captured:
+            if len(self.captured) == GRAPHS:  # the one that has been there longest goes
+                del self.captured[next(iter(self.captured))]
+            self.captured[size] = CapturedPredict(self.predict, *size, device=self.device)
+        return self.captured[size](batch, positions)
+
+
+class CapturedPredict:
+    """One CUDA graph, and the tensors that it reads. A smaller batch leaves the rest of them as it was: no token
+    outside a sequence is looked at by attention, and nobody asks for its logits.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[PackedBatch, Tensor], Tensor],
+        tokens: int,
+        sequences: int,
+        longest: int,
+        asked: int,
+        *,
+        device: torch.device,
+    ) -> None:
+        def zeros(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        with torch.inference_mode(False):  # so that they can be written to in any mode
+            self.positions = zeros(asked)
+            self.batch = PackedBatch(
+                input_ids=zeros(tokens),
+                token_type_ids=zeros(tokens),
+                position_ids=zeros(tokens),
+                cu_seqlens=zeros(sequences + 1, torch.int32),
+                lengths=(longest,) + (0,) * (sequences - 1),  # only the longest of them is read
+                padded_shape=(0, 0),
+                padded_index=zeros(0),
+                largest=(0, 0, 0),
+            )
+        with torch.inference_mode(), use_kernel("varlen"):
+            self.replay, self.logits = capture(lambda: predict(self.batch, self.positions))
+
+    def __call__(self, batch: PackedBatch, positions: Tensor) -> Tensor:
+        tokens, sequences, asked = batch.num_tokens, batch.num_sequences, len(positions)
+        with torch.inference_mode():
+            self.batch.input_ids[:tokens] = batch.input_ids
+            self.batch.token_type_ids[:tokens] = batch.token_type_ids
+            self.batch.position_ids[:tokens] = batch.position_ids
+            self.batch.cu_seqlens[: sequences + 1] = batch.cu_seqlens
+            self.batch.cu_seqlens[sequences + 1 :] = tokens  # sequences of no token
+            # A position that is not in the batch must fail in the indexing, not find one of the tokens beyond its end.
+            inside = (positions >= 0) & (positions < tokens)
+            self.positions[:asked] = torch.where(inside, positions, self.batch.num_tokens)
+            self.positions[asked:] = 0
+            self.replay()
+        return self.logits[:asked].clone()
+
+
+def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """`run` as a CUDA graph: what replays it, and the tensor that then holds its result."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # first calls compile, and allocate work space
+        run()
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result
+
+
+def _round_up(number: int) -> int:
+    """To a multiple of 64 or, from 1024 on, of a sixteenth of the power of two above: less than an eighth is added."""
+    step = max(64, _power_of_two(number) // 16)
+    return -(-number // step) * step
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
