@@ -247,7 +247,9 @@ def test_nothing_in_the_layers_asks_the_device(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_prepared_on_a_gpu(dtype):
     """Compiled, and from the second batch of a size on as a graph: the same logits every time."""
-    ours, _ = twins({**CONFIGS["batch 13, gelu"], "hidden_size": 128, "num_attention_heads": 2, "vocab_size": 1000})
+    ours, _ = twins(
+        {**CONFIGS["batch 13, gelu"], "hidden_size": 128, "num_attention_heads": 2, "max_position_embeddings": 128}
+    )
     fast = prepare_for_inference(ours.cuda(), dtype)
     for mix in MIXES[:6] * 3:
         batch = PackedBatch.from_lists([[7 + length] * length for length in mix], device="cuda")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -270,13 +271,22 @@ def _require(*packages: str) -> None:
 
 
 def _export(folder: Path) -> Path:
-    """The transformers model as an ONNX graph, written once for all that read it. The mask enters as the sum that
-    BERT's own code has, (1 − mask) · lowest: transformers 5's own mask does not survive tracing."""
+    """The transformers model as an ONNX graph, written once for all that read it. Attention is written as in BERT's
+    own code, scores / √K + (1 − mask) · lowest: transformers 5's own mask does not survive tracing, and the optimizer
+    of ONNX Runtime, which looks for that sum, takes a multiplied 1 / √K for the mask.
+    """
     path = folder / "model.onnx"
     if path.exists():
         return path
     _require("transformers", "onnx")
     model = _load_transformers("eager", folder, torch.float32, "cpu")
+    from transformers.models.bert import modeling_bert
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **_: Any
+    ) -> tuple[Tensor, None]:
+        scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5 + mask  # (B, H, S, S)
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
 
     class Traced(nn.Module):
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -288,7 +298,7 @@ def _export(folder: Path) -> Path:
     traced.model = model
     ids, mask = torch.ones(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
     axes = {0: "rows", 1: "columns"}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mock.patch.object(modeling_bert, "eager_attention_forward", attention):
         warnings.simplefilter("ignore")  # the tracer warns of every Python number that it sees
         torch.onnx.export(
             traced.eval(),
