@@ -8,6 +8,7 @@ as (T, H, K), and so does the result. A token sees all the tokens of its own seq
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 from minibert.packing import PackedBatch
 
 KERNELS = ("formula", "sdpa", "sequences", "varlen")
-_forced: str | None = None
+_forced: ContextVar[str | None] = ContextVar("_forced", default=None)  # each thread has its own
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout: float = 0.0) -> Tensor:
@@ -34,14 +35,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dro
 def choose_kernel(query: Tensor, batch: PackedBatch, dropout: float) -> str:
     """The one place where the kernel is chosen.
 
-    "sdpa"       torch's scaled_dot_product_attention: for sequences of one length, where it needs no mask (on CUDA that
-                 is flash attention), and wherever nothing better is there
+    "sdpa"       torch's scaled_dot_product_attention: for sequences of one length, where it needs no mask (on CUDA
+                 torch then takes a flash kernel), and wherever nothing better is there
     "varlen"     flash attention on the packed tokens: CUDA in half precision, without dropout, which it does not have
     "sequences"  on the CPU, uneven lengths: each sequence by itself, so that nothing is computed for padding
     "formula"    equation 1: for training on the CPU in half precision, where the fused kernel's backward is far slower
     """
-    if _forced is not None:
-        return _forced
+    if (forced := forced_kernel()) is not None:
+        return forced
     half = query.dtype in (torch.float16, torch.bfloat16)
     if batch.uniform:
         slow_backward = query.is_cpu and half and query.requires_grad
@@ -57,14 +58,18 @@ def choose_kernel(query: Tensor, batch: PackedBatch, dropout: float) -> str:
 @contextmanager
 def use_kernel(name: str) -> Iterator[None]:
     """Within this block every attention runs on the named kernel, one of `KERNELS`. For study and tests."""
-    global _forced
     if name not in KERNELS:
         raise ValueError(f"there is no attention kernel {name!r}: choose one of {', '.join(KERNELS)}")
-    before, _forced = _forced, name
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
+
+
+def forced_kernel() -> str | None:
+    """The kernel of the `use_kernel` block that this is in, or None."""
+    return _forced.get()
 
 
 def formula(

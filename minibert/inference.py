@@ -9,14 +9,17 @@ times slower on an AMD CPU and slower for short batches on an Intel one; in bflo
 the weights anew in each call.
 
 on CUDA, the weights are bfloat16, which is what lets attention.py choose flash attention on packed tokens. What is
-done for each token alone is compiled, once for all lengths; attention, which asks the host for the lengths, stays
-outside. Small batches are bound by the launching of kernels, not by the kernels: they are rounded up to a few sizes,
-and from the second batch of a size on `predict` replays a CUDA graph.
+done for each token alone is compiled, once for all lengths, by the first call; attention, which asks the host for the
+lengths, stays outside. Small batches are bound by the launching of kernels, not by the kernels: they are rounded up to
+a few sizes, and from the second batch of a size on `predict` replays a CUDA graph.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
+from threading import Lock
 from time import perf_counter
 
 import torch
@@ -24,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert import checkpoint
-from minibert.attention import attention, attention_at, use_kernel
+from minibert.attention import attention, attention_at, forced_kernel, use_kernel
 from minibert.model import BertForMaskedLM, EncoderLayer, MLMHead
 from minibert.packing import PackedBatch
 
@@ -32,7 +35,7 @@ from minibert.packing import PackedBatch
 FUSED = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
 COMPILED_ON = ("cuda",)
 GRAPH_TOKENS = 4096  # with more tokens than this the kernels take longer than their launching
-GRAPHS = 32  # kept at most: each holds the tensors of one forward pass
+GRAPHS = 64  # at most; batches of other sizes than theirs run without
 
 
 def prepare_for_inference(model: BertForMaskedLM, dtype: torch.dtype | None = None) -> "PreparedBert":
@@ -70,12 +73,11 @@ class PreparedBert(BertForMaskedLM):
                 assert isinstance(layer, EncoderLayer)
                 _prepack_layer(layer, model.config.hidden_act)
             self.head = PrepackedHead(self.head, word, model.config.hidden_act)  # type: ignore[assignment]
-        if word.device.type in COMPILED_ON:
-            self._before = torch.compile(before_attention, dynamic=True, fullgraph=True)
-            self._after = torch.compile(after_attention, dynamic=True, fullgraph=True)
-        head_size = model.config.head_size
-        if word.is_cuda and dtype != torch.float32 and head_size % 8 == 0 and head_size <= 256:
-            self._graphs = Graphs(self._predict, word.device)
+        if word.device.type in COMPILED_ON and _can_compile():
+            self._before = torch.compile(before_attention, dynamic=True)
+            self._after = torch.compile(after_attention, dynamic=True)
+        if word.is_cuda and _has_flash_attention(word, model.config.head_size):
+            self._graphs = Graphs(word.device)
 
     def encode(self, batch: PackedBatch) -> Tensor:
         """As in BertForMaskedLM: (T, D)."""
@@ -87,10 +89,10 @@ class PreparedBert(BertForMaskedLM):
     def predict(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """As in BertForMaskedLM: (M, V); the last layer runs for these positions only."""
         batch.require_positions(positions)
-        if self._graphs is not None:
+        if self._graphs is not None and len(positions):
             config = self.config
             batch.require_embeddings(config.vocab_size, config.type_vocab_size, config.max_position_embeddings)
-            logits = self._graphs(batch, positions)
+            logits = self._graphs(self._predict, batch, positions, config.max_position_embeddings)
             if logits is not None:
                 return logits
         return self._predict(batch, positions)
@@ -108,6 +110,13 @@ class PreparedBert(BertForMaskedLM):
             raise ValueError("a model prepared for inference cannot be trained: train the one it was made from")
         super().train(False)
         return self
+
+    def _apply(self, fn: object, recurse: bool = True) -> "PreparedBert":
+        """What .to(), .half(), .cpu() and the like go through."""
+        raise ValueError(
+            "a model prepared for inference stays as it is and where it is: move or convert the one it was made from, "
+            "and prepare that"
+        )
 
     def save_pretrained(self, folder: object) -> None:
         raise ValueError("a model prepared for inference cannot be saved: save the one it was made from")
@@ -203,33 +212,50 @@ def _prepacking_pays(dtype: torch.dtype) -> bool:
 # ----------------------------------------------------------------------------------------------------------------- CUDA
 
 
+def _can_compile() -> bool:
+    if find_spec("triton") is None:
+        warnings.warn("Triton is not installed, so nothing is compiled: this is slower than it could be", stacklevel=4)
+        return False
+    return True
+
+
+def _has_flash_attention(weight: Tensor, head_size: int) -> bool:
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    return (
+        half and head_size % 8 == 0 and head_size <= 256 and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    )
+
+
+Predict = Callable[[PackedBatch, Tensor], Tensor]
+
+
 class Graphs:
-    """`predict` as CUDA graphs: one for each rounded size of a batch, captured when that size is seen a second time."""
+    """`predict` as CUDA graphs: one for each rounded size of a batch, captured when that size is seen a second time.
 
-    def __init__(self, predict: Callable[[PackedBatch, Tensor], Tensor], device: torch.device) -> None:
-        self.predict = predict
+    One thread at a time, and one stream: the graphs share their memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seen: Counter[tuple[int, ...]] = Counter()
-        self.captured: dict[tuple[int, ...], CapturedPredict] = {}
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.seen: Counter[tuple[int, int, int]] = Counter()
+        self.captured: dict[tuple[int, int, int], CapturedPredict] = {}
+        self.lock = Lock()
 
-    def __call__(self, batch: PackedBatch, positions: Tensor) -> Tensor | None:
-        """The logits (M, V), or None if the batch is too large for a graph, or the first of its size."""
-        if not 0 < batch.num_tokens <= GRAPH_TOKENS or not len(positions):
+    def __call__(self, predict: Predict, batch: PackedBatch, positions: Tensor, longest: int) -> Tensor | None:
+        """The logits (M, V); or None if the batch is too large for a graph, or the first of its size. longest: how long
+        a sequence of this model can be.
+        """
+        if max(batch.num_tokens, len(positions)) > GRAPH_TOKENS or forced_kernel() is not None or capturing():
             return None
-        size = (
-            _round_up(batch.num_tokens),
-            _power_of_two(batch.num_sequences),
-            _power_of_two(max(64, batch.max_seqlen)),
-            _round_up(len(positions)),
-        )
-        self.seen[size] += 1
-        if self.seen[size] == 1:
-            return None
-        if size not in self.captured:
-            if len(self.captured) == GRAPHS:  # the one that has been there longest goes
-                del self.captured[next(iter(self.captured))]
-            self.captured[size] = CapturedPredict(self.predict, *size, device=self.device)
-        return self.captured[size](batch, positions)
+        size = (_round_up(batch.num_tokens), _power_of_two(batch.num_sequences), _round_up(len(positions)))
+        with self.lock:
+            self.seen[size] += 1
+            if size not in self.captured:
+                if self.seen[size] == 1 or len(self.captured) == GRAPHS:
+                    return None
+                self.captured[size] = CapturedPredict(self, predict, *size, longest=longest)
+            return self.captured[size](batch, positions)
 
 
 class CapturedPredict:
@@ -238,17 +264,10 @@ class CapturedPredict:
     """
 
     def __init__(
-        self,
-        predict: Callable[[PackedBatch, Tensor], Tensor],
-        tokens: int,
-        sequences: int,
-        longest: int,
-        asked: int,
-        *,
-        device: torch.device,
+        self, graphs: Graphs, predict: Predict, tokens: int, sequences: int, asked: int, *, longest: int
     ) -> None:
         def zeros(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
+            return torch.zeros(size, dtype=dtype, device=graphs.device)
 
         with torch.inference_mode(False):  # so that they can be written to in any mode
             self.positions = zeros(asked)
@@ -257,13 +276,17 @@ class CapturedPredict:
                 token_type_ids=zeros(tokens),
                 position_ids=zeros(tokens),
                 cu_seqlens=zeros(sequences + 1, torch.int32),
-                lengths=(longest,) + (0,) * (sequences - 1),  # only the longest of them is read
-                padded_shape=(0, 0),
+                lengths=(longest,) + (0,) * (sequences - 1),  # flash attention reads their number and the longest
+                padded_shape=(0, 0),  # this and what follows is not read
                 padded_index=zeros(0),
                 largest=(0, 0, 0),
             )
-        with torch.inference_mode(), use_kernel("varlen"):
-            self.replay, self.logits = capture(lambda: predict(self.batch, self.positions))
+
+        def run() -> Tensor:
+            with torch.inference_mode(), use_kernel("varlen"):
+                return predict(self.batch, self.positions)
+
+        self.replay, self.logits = capture(run, graphs)
 
     def __call__(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         tokens, sequences, asked = batch.num_tokens, batch.num_sequences, len(positions)
@@ -276,23 +299,29 @@ class CapturedPredict:
             # A position that is not in the batch must fail in the indexing, not find one of the tokens beyond its end.
             inside = (positions >= 0) & (positions < tokens)
             self.positions[:asked] = torch.where(inside, positions, self.batch.num_tokens)
-            self.positions[asked:] = 0
             self.replay()
         return self.logits[:asked].clone()
 
 
-def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def capture(run: Callable[[], Tensor], graphs: Graphs) -> tuple[Callable[[], None], Tensor]:
     """`run` as a CUDA graph: what replays it, and the tensor that then holds its result."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # first calls compile, and allocate work space
-        run()
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+    with torch.cuda.device(graphs.device), torch.inference_mode(False):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # first calls compile, and allocate work space
+            run()
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use CUDA meanwhile: it is only this one's calls that are captured.
+        with torch.cuda.graph(graph, pool=graphs.pool, stream=stream, capture_error_mode="thread_local"):
+            result = run()
     return graph.replay, result
+
+
+def capturing() -> bool:
+    """Whether our caller is capturing a graph of its own."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _round_up(number: int) -> int:
