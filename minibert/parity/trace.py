@@ -9,9 +9,11 @@ The file's metadata are strings: `format` and `version` (below), `config` (confi
 (of the weights: float32, …), and, to be read by people, `backend`, `device`, `torch` and `settings`."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minibert.attention import use_kernel
-from minibert.checkpoint import DTYPES, NAMES, hub_names, read_header
+from minibert.checkpoint import DTYPES, NAMES, hub_names, read_header, shapes_only
 from minibert.config import FIXED_KEYS, BertConfig
 from minibert.loss import IGNORE
 from minibert.model import BertForMaskedLM
@@ -97,18 +99,41 @@ def expected_names(config: BertConfig) -> list[str]:
 
 def parameter_names(config: BertConfig) -> list[str]:
     """The parameters under their names in a checkpoint, from the embeddings to the head."""
-    names = []
-    numbers = range(config.num_hidden_layers)
-    blocks = [[ours for ours, _ in NAMES if ours.startswith(start)] for start in ("embeddings.", "layers.", "head")]
-    for module in blocks[0]:
-        names += hub_names(f"{module}.weight") + (hub_names(f"{module}.bias") if module.endswith("norm") else [])
-    for number in numbers:
-        for module in blocks[1]:
-            for parameter in ("weight", "bias"):
-                names += hub_names(f"{module.replace('.N.', f'.{number}.')}.{parameter}")
-    for module in blocks[2]:
-        names += ([] if module == "head" else hub_names(f"{module}.weight")) + hub_names(f"{module}.bias")
-    return names
+    rooms: dict[str, list[str]] = {"embeddings": [], "layers": [], "head": []}
+    shapes = _parameter_shapes(config)
+    for ours, hubs in NAMES:  # in order of execution, and each module's weight before its bias
+        found = [f"{hub.replace('.N.', '.0.')}.{kind}" for kind in ("weight", "bias") for hub in hubs]
+        rooms[ours.split(".")[0]] += [name for name in found if name in shapes]
+    layers = range(config.num_hidden_layers)
+    names = [name.replace(".0.", f".{number}.") for number in layers for name in rooms["layers"]]
+    return rooms["embeddings"] + names + rooms["head"]
+
+
+def expected_shape(name: str, config: BertConfig, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one of `expected_names`. shape: (B, S), of the inputs."""
+    sizes = {
+        **dict(zip("BS", shape, strict=True)),
+        "D": config.hidden_size,
+        "H": config.num_attention_heads,
+        "K": config.head_size,
+        "F": config.intermediate_size,
+        "V": config.vocab_size,
+    }
+    if name.startswith(GRADIENT):
+        return _parameter_shapes(config)[re.sub(r"\.\d+\.", ".0.", name.removeprefix(GRADIENT))]
+    return tuple(sizes[letter] for letter in SHAPES[row_of(name)])
+
+
+@cache
+def _parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """Of a model of one layer, by the names in a checkpoint. All layers are alike."""
+    with shapes_only():
+        model = BertForMaskedLM(replace(config, num_hidden_layers=1))
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        hubs = hub_names(name)
+        shapes.update({hub: tuple(part.shape) for hub, part in zip(hubs, parameter.chunk(len(hubs)), strict=True)})
+    return shapes
 
 
 class Inputs(NamedTuple):
@@ -375,7 +400,7 @@ def trace(
         tensors[name] = place(name, tensor.detach())
 
     with ExitStack() as stack:
-        settings = stack.enter_context(_exact_arithmetic(device.type))
+        settings = stack.enter_context(exact_arithmetic(device.type))
         stack.enter_context(torch.set_grad_enabled(grad))
         stack.enter_context(_written_out_attention(model))
         stack.enter_context(_hooks(model, OURS if ours else THEIRS, config.num_hidden_layers, keep))
@@ -520,7 +545,7 @@ def _written_out_attention(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _exact_arithmetic(device: str) -> Iterator[dict[str, Any]]:
+def exact_arithmetic(device: str) -> Iterator[dict[str, Any]]:
     """Without TF32, without sums in half precision, without autocast. Yields the settings, for the record."""
     matmul = torch.backends.cuda.matmul
     half = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
