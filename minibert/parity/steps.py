@@ -128,8 +128,9 @@ class Steps:
         yield prefix + "value", value
         scores = self.masked(query @ key.transpose(-1, -2) * self.scale)
         yield prefix + "scores", scores
-        probabilities = self.dropout(prefix + "probabilities", self.softmax(scores))
-        yield prefix + "probabilities", probabilities
+        name = prefix + "probabilities"
+        probabilities = self.dropout(name, self.softmax(name, scores))
+        yield name, probabilities
         context = self.merge(probabilities @ value)
         yield prefix + "context", context
         output = layer.attention.output
@@ -153,7 +154,7 @@ class Steps:
     def merge(self, x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(-2)  # (B, S, D)
 
-    def softmax(self, scores: Tensor) -> Tensor:
+    def softmax(self, name: str, scores: Tensor) -> Tensor:
         return scores.softmax(-1)
 
     def masked(self, scores: Tensor) -> Tensor:

@@ -331,39 +331,35 @@ THEIRS = (
 
 
 class _Attention(TorchFunctionMode):
-    """Watches the written-out attention of a layer: its two matrix products, and the softmax (and dropout)
-    between them. Asking the products, and not the projections, shows heads that were split wrongly."""
+    """Watches the written-out attention of a layer: its two matrix products, and the softmax between them. Asking
+    the products, and not the projections, shows heads that were split wrongly."""
 
     def __init__(self, keep: Callable[[str, Tensor], None]) -> None:
         super().__init__()
         self.keep = keep
         self.layer: int | None = None
-        self.seen_softmax = False
+        self.products = 0
 
     def enter(self, number: int) -> None:
-        self.layer, self.seen_softmax = number, False
+        self.layer, self.products = number, 0
 
     def leave(self) -> None:
         self.layer = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if self.layer is None or name not in ("matmul", "__matmul__", "softmax", "dropout"):
-            return result
-        layer = f"layers.{self.layer}."
-        if name == "softmax":
-            self.seen_softmax = True
-            self.keep(layer + "scores", args[0])
-            self.keep(layer + "probabilities", result)
-        elif name == "dropout" and self.seen_softmax:
-            self.keep(layer + "probabilities", result)
-        elif name != "dropout" and not self.seen_softmax:
-            self.keep(layer + "query", args[0])
-            self.keep(layer + "key", args[1].transpose(-1, -2))
-        elif name != "dropout":
-            self.keep(layer + "value", args[1])
-        return result
+        if self.layer is not None and name in ("matmul", "__matmul__", "softmax"):
+            layer = f"layers.{self.layer}."
+            if name == "softmax":
+                self.keep(layer + "scores", args[0])
+            elif self.products == 0:
+                self.keep(layer + "query", args[0])
+                self.keep(layer + "key", args[1].transpose(-1, -2))
+            else:
+                self.keep(layer + "probabilities", args[0])
+                self.keep(layer + "value", args[1])
+            self.products += name != "softmax"
+        return func(*args, **(kwargs or {}))
 
 
 def trace(
