@@ -31,7 +31,7 @@ from minibert.parity.trace import GRADIENT, Trace, hide_padding, row_of
 K = 8.0
 FLOOR = 1.0
 QUIET = 0.1
-PIECE = 2**22  # entries that are looked at together, in float64: 32 MB
+PIECE = 2**20  # entries that are looked at together
 
 # What must agree before a model and a trace can be compared at all. The rest of a config may be the fault.
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -119,20 +119,29 @@ def largest(x: Tensor) -> float:
     """max |x|, over the finite entries."""
     found = 0.0
     for (piece,) in _pieces(x):
-        piece = piece.double().abs()
-        piece = piece[piece.isfinite()]
-        found = max(found, piece.max().item() if piece.numel() else 0.0)
+        size = span(piece)
+        if not size < float("inf"):
+            size = span(torch.where(piece.isfinite(), piece, 0.0))
+        found = max(found, size)
     return found
 
 
 def distance(x: Tensor, y: Tensor) -> float:
-    """max |x − y|; infinite if either has a NaN or an infinity that the other has not."""
+    """max |x − y|, in the wider of their dtypes; infinite if either has a NaN or an infinity that the other has not."""
     found = 0.0
     for one, two in _pieces(x, y):
-        one, two = one.double(), two.double()
-        gap = torch.where((one == two) | (one.isnan() & two.isnan()), 0.0, (one - two).abs())
-        found = max(found, gap.nan_to_num(float("inf")).max().item())
+        gap = span(one - two)
+        if not gap < float("inf"):
+            same = (one == two) | (one.isnan() & two.isnan())
+            gap = span(torch.where(same, 0.0, one - two).nan_to_num(float("inf"), float("inf"), -float("inf")))
+        found = max(found, gap)
     return found
+
+
+def span(x: Tensor) -> float:
+    """max |x|; NaN if there is one."""
+    low, high = x.aminmax()
+    return torch.maximum(-low, high).item()
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
