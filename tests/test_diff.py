@@ -4,7 +4,7 @@ import pytest
 import torch
 from twins import CONFIGS, make_batch, twins
 
-from minibert.parity import diff, trace
+from minibert.parity import TraceFile, diff, trace, yardstick
 from minibert.parity.trace import Trace
 
 SIZES = {**CONFIGS["3 heads, gelu_new"], "num_hidden_layers": 1}
@@ -56,3 +56,27 @@ def test_what_does_not_fit_is_said(made):
     assert report.ok
     assert any("B does not have layers.0.query" in note for note in report.notes)
     assert any("B has mine" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_small_pieces_make_the_same_report(made, with_model, monkeypatch, tmp_path):
+    a, b, ours = made
+    wrong = {name: b.tensors[name].clone() for name in ("layers.0.probabilities", "logits")}
+    wrong["layers.0.probabilities"][0, 1, 2, 3] += 1
+    wrong["logits"][1, 0, 130] = float("inf")
+    b = changed(b, **wrong)
+    a.save(tmp_path / "a.safetensors")
+    b.save(tmp_path / "b.safetensors")
+    files = [TraceFile(tmp_path / f"{name}.safetensors") for name in "ab"]
+    model = ours if with_model else None
+    whole = diff(a, b, model, everything=True)
+    firsts = {row.name: row.first for row in whole.rows if row.first}
+    assert (firsts["layers.0.probabilities"], firsts["logits"]) == ((0, 1, 2, 3), (1, 0, 130))
+    for piece in (1, 7, 100):
+        monkeypatch.setattr(yardstick, "PIECE", piece)
+        report = diff(*files, model, everything=True)
+        for row, other in zip(report.rows, whole.rows, strict=True):
+            same = ("name", "shape", "max_abs", "relative", "first", "verdict", "errors", "allowed")
+            assert [repr(getattr(row, key)) for key in same] == [repr(getattr(other, key)) for key in same]
+            # Sums in float32 depend on where they are cut.
+            assert row.cosine == pytest.approx(other.cosine, abs=1e-5, nan_ok=True)

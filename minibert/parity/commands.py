@@ -39,6 +39,8 @@ def parity(options: argparse.Namespace) -> int:
 
 
 def write_trace(options: argparse.Namespace) -> int:
+    if not Path(options.out).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {options.out}: there is no such folder. Make it first")
     device, dtype = torch_device(options.device), getattr(torch, options.dtype)
     model: torch.nn.Module
     if options.backend == "transformers":

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -71,6 +72,8 @@ TABLE: tuple[tuple[str, str, str], ...] = (
 )
 MASKED = -1e4  # a score below this is masked, whatever number was used for it: compared as this one
 INPUTS = tuple(name for name, _, _ in TABLE[:4])
+# A file may claim anything. What is read stays within these, which BERT-large on 32 rows of 512 tokens does.
+MOST_HEADER, MOST_LAYERS, MOST_NUMBERS, MOST_IN_A_ROW = 2**24, 1000, 2**30, 2**26
 SHAPES = {name: shape.split() for name, shape, _ in TABLE}
 MEANINGS = {name: meaning for name, _, meaning in TABLE}
 GRADIENT = "gradient."
@@ -224,14 +227,18 @@ class Trace:
             raise ValueError(f"{self.name}: there is no input_ids in it, so nobody can compute the same again")
         found = self.shapes()
         try:
-            return check_inputs(self.config, *(self.read(name) if name in found else None for name in INPUTS))  # type: ignore[arg-type]
+            inputs = (self.read(name).long() if name in found else None for name in INPUTS)
+            return check_inputs(self.config, *inputs)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it as a safetensors file."""
+        """Write it as a safetensors file: the whole file or none. Raises OSError if it cannot be written."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, path, metadata=self.metadata)
+        try:
+            save_file(tensors, path, metadata=self.metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 class TraceFile(Trace):
@@ -241,6 +248,10 @@ class TraceFile(Trace):
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
+        with open(self.path, "rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+        if MOST_HEADER < length <= self.path.stat().st_size:
+            raise ValueError(f"{path}: a header of {length} bytes: no trace has so many tensors")
         header = read_header(self.path)
         with safe_open(self.path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -258,12 +269,26 @@ class TraceFile(Trace):
         known = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
         if metadata.get("dtype") not in known:
             raise ValueError(f"{path}: dtype in its metadata is {metadata.get('dtype')!r}, not {', '.join(known)}")
+        if config.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(
+                f"{path}: num_hidden_layers {config.num_hidden_layers}, and a trace has {MOST_LAYERS} at most"
+            )
         for name, entry in header.items():
+            if row_of(name) not in MEANINGS:
+                continue  # nobody reads it; `diff` says so
             wanted = ("I64", "I32", "I16", "I8", "U8", "BOOL") if name in INPUTS else tuple(DTYPES)
             if entry["dtype"] not in wanted:
                 raise ValueError(f"{path}: {name} is {entry['dtype']}, and must be one of {', '.join(wanted)}")
             if 0 in entry["shape"]:
                 raise ValueError(f"{path}: {name} is empty, {tuple(entry['shape'])}: there is nothing to compare")
+        shape = tuple(header["input_ids"]["shape"]) if "input_ids" in header else ()
+        for name in [name for name, _, _ in TABLE[:-1]] if len(shape) == 2 else []:
+            size = expected_shape(name, config, shape)
+            if prod(size) > MOST_NUMBERS or prod(size[1:]) > MOST_IN_A_ROW:
+                raise ValueError(
+                    f"{path}: with this config and {shape[0]} × {shape[1]} tokens {name} has the shape {size}: at most "
+                    f"{MOST_NUMBERS:,} numbers are compared, {MOST_IN_A_ROW:,} of a row. Trace fewer or shorter rows"
+                )
         self.header = header
         super().__init__({}, config, dict(metadata), str(path))
         self.inputs()

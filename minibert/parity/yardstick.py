@@ -26,7 +26,7 @@ from torch import Tensor
 from minibert.checkpoint import shapes_only
 from minibert.model import BertForMaskedLM
 from minibert.parity.steps import Steps
-from minibert.parity.trace import GRADIENT, Trace, hide_padding, row_of
+from minibert.parity.trace import GRADIENT, Trace, check_inputs, hide_padding, row_of
 
 K = 8.0
 FLOOR = 1.0
@@ -81,6 +81,10 @@ class Yardstick:
         self.rounded = converted(model, given.dtype)
         self.exact = converted(self.rounded, torch.float64)
         self.inputs = given.inputs()[0].to(next(model.parameters()).device)
+        try:
+            check_inputs(model.config, *self.inputs)
+        except ValueError as error:
+            raise ValueError(f"{given.name}: --model does not take its inputs: {error}") from error
         self.grad = grad and self.inputs.labels is not None
 
     def measures(self, kind: type[Steps] = Steps) -> Iterator[Measure]:
