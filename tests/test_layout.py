@@ -27,6 +27,7 @@ ORDER = {
     "training.data": 5,
     "training.loop": 6,
     "parity.trace": 5,
+    "parity.record": 6,
     "parity.steps": 6,
     "parity.yardstick": 7,
     "parity.faults": 7,

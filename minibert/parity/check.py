@@ -15,7 +15,8 @@ from minibert.config import BertConfig
 from minibert.loss import IGNORE
 from minibert.masking import mask_tokens
 from minibert.model import BertForMaskedLM
-from minibert.parity.trace import GRADIENT, INPUTS, MEANINGS, exact_arithmetic, gradients, hide_padding, row_of, trace
+from minibert.parity.record import exact_arithmetic, gradients, trace
+from minibert.parity.trace import GRADIENT, INPUTS, MEANINGS, hide_padding, row_of
 from minibert.parity.yardstick import K, Measure, largest, measures
 
 MASKING_SEED = 0

@@ -20,7 +20,8 @@ from minibert.parity.check import check, collator_masks, reference_of, standard_
 from minibert.parity.diagnose import diagnose
 from minibert.parity.diff import diff
 from minibert.parity.golden import transformers_model
-from minibert.parity.trace import INPUTS, TraceFile, trace
+from minibert.parity.record import trace
+from minibert.parity.trace import INPUTS, TraceFile
 from minibert.tokenizer import encode, load_tokenizer
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from minibert import checkpoint
 from minibert.model import BertForMaskedLM
 from minibert.parity.check import Reference, collator_masks, standard_inputs
-from minibert.parity.trace import INPUTS, Trace, expected_names, trace
+from minibert.parity.record import trace
+from minibert.parity.trace import INPUTS, Trace, expected_names
 from minibert.parity.yardstick import measures
 
 PATH = Path(__file__).parents[2] / "tests" / "golden.safetensors"  # in a checkout; a wheel does not have it
