@@ -72,7 +72,7 @@ def test_small_pieces_make_the_same_report(made, with_model, monkeypatch, tmp_pa
     whole = diff(a, b, model, everything=True)
     firsts = {row.name: row.first for row in whole.rows if row.first}
     assert (firsts["layers.0.probabilities"], firsts["logits"]) == ((0, 1, 2, 3), (1, 0, 130))
-    for piece in (1, 7, 100):
+    for piece in (7, 100):
         monkeypatch.setattr(yardstick, "PIECE", piece)
         report = diff(*files, model, everything=True)
         for row, other in zip(report.rows, whole.rows, strict=True):

@@ -140,8 +140,8 @@ def test_what_is_wrong_in_a_readable_trace_is_a_verdict(tmp_path, capsys):
         assert "first wrong: layers.0.context. The last good one is layers.0.probabilities" in out
         assert main(["diff", *files, "--model", str(tmp_path / "model"), "--json"]) == 1
         json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # strict JSON: no NaN, no Infinity
-        assert main(["diagnose", files[1], "--model", str(tmp_path / "model")]) == 1
-        assert "none of the known faults" in capsys.readouterr().out
+    assert main(["diagnose", files[1], "--model", str(tmp_path / "model")]) == 1
+    assert "none of the known faults" in capsys.readouterr().out
 
 
 def test_small_integers_are_ids_too(tmp_path):
