@@ -147,6 +147,9 @@ def build_parser() -> Parser:
 
 
 def _add_parity_commands(command: "Callable[..., Parser]") -> None:
+    sub = command("parity", parity, "This model against transformers, on this machine. Exit status 1 if they differ.")
+    _where_to_run(sub)
+
     sub = command("trace", trace, "Write every intermediate tensor of a model, for `diff` and `diagnose`.")
     what = sub.add_mutually_exclusive_group()
     what.add_argument("--text", action="append", metavar="TEXT", help="may be given several times: rows of one batch")
@@ -437,6 +440,12 @@ def train(options: argparse.Namespace) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- parity
+
+
+def parity(options: argparse.Namespace) -> int:
+    from minibert.parity import commands
+
+    return commands.parity(options)
 
 
 def trace(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from torch import nn
 from twins import CONFIGS, make_batch, twins
 
 from minibert.parity import diagnose, trace
+from minibert.parity.faults import CATALOGUE
 
 SIZES = [
     {**CONFIGS["batch 13, gelu"], "num_hidden_layers": 1},
@@ -15,14 +16,14 @@ SIZES = [
 ]
 
 
-def eager(monkeypatch, scale=1.0, swap=False, mask="before", merge=True):
+def eager(monkeypatch, scale=1.0, swap=False, mask="before", merge=True, largest_subtracted=True):
     def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **rest):
         if swap:
             query, key = key, query
         scores = torch.matmul(query, key.transpose(2, 3)) * scaling * scale
         seen = attention_mask == 0
         if mask == "before":
-            scores = scores.masked_fill(~seen, -1e9)
+            scores = scores.masked_fill(~seen, float("-inf"))
         elif mask == "inverted":
             scores = scores.masked_fill(seen, -1e9)
         elif mask == "raw":
@@ -30,6 +31,9 @@ def eager(monkeypatch, scale=1.0, swap=False, mask="before", merge=True):
         elif mask == "causal":
             scores = scores.masked_fill(~seen | torch.ones(scores.shape[-2:]).triu(1).bool(), -1e9)
         probabilities = scores.softmax(-1)
+        if not largest_subtracted:
+            powers = scores.exp()  # above 11.1 infinite in float16
+            probabilities = powers / powers.sum(-1, keepdim=True)
         if mask == "after":
             probabilities = probabilities * seen
         probabilities = F.dropout(probabilities, dropout, module.training)
@@ -141,6 +145,33 @@ def interleaved(model, patch):
         dense.register_forward_pre_hook(lambda module, inputs: inputs[0][..., order.argsort()])
 
 
+def positions(count):
+    def plant(model, patch):
+        real = model.forward
+        model.forward = lambda **asked: real(**asked, position_ids=count(asked["attention_mask"]))
+
+    return plant
+
+
+def split_without_transpose(model, patch):
+    """view(B, S, H, K) and transpose(1, 2), which is what transformers does next, then give a view to (B, H, S, K)."""
+    heads = model.config.num_attention_heads
+
+    def hook(module, inputs, x):
+        rows, length, hidden = x.shape
+        return x.reshape(rows, heads, length, -1).transpose(1, 2).reshape(rows, length, hidden)
+
+    for layer in model.bert.encoder.layer:
+        for part in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
+            part.register_forward_hook(hook)
+
+
+def erf_gelu(model, patch):
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn = nn.GELU()
+    model.cls.predictions.transform.transform_act_fn = nn.GELU()
+
+
 PLANTED = {
     "pre-LayerNorm": (pre_norm, "layers.0.query"),
     "key and value swapped": (key_as_value, "layers.0.key"),
@@ -168,18 +199,39 @@ PLANTED = {
     "MLM bias doubled": (double_bias, "logits"),
     "decoder untied": (untied, "gradient.bert.embeddings.word_embeddings.weight"),
     "dropout left on": (dropout_on, "embeddings.norm"),
+    "positions count tokens, not columns": (positions(lambda m: (m.cumsum(1) - 1).clamp(min=0)), "embeddings.sum"),
+    "positions off by the padding id (RoBERTa's)": (positions(lambda m: m.cumsum(1) * m + 1), "embeddings.sum"),
+    "heads split by a view, without the transpose": (split_without_transpose, "layers.0.query"),
+    "erf-GELU": (erf_gelu, "layers.0.activation"),
+    "fp16 softmax overflow": (lambda m, p: eager(p, largest_subtracted=False), "layers.0.probabilities"),
 }  # fmt: skip
 
 
-def port(sizes):
-    ours, theirs = twins(sizes)
-    return ours, theirs, make_batch(sizes, "right", (5, 7), two_segments=True)
+# Faults that do not show in every batch and model: those of positions need padding, on the left for one of them.
+MASKS = {"positions count tokens, not columns": "left"}
+ACTIVATIONS = {"erf-GELU": "gelu_new"}
+
+
+def port(sizes, title=""):
+    half = title == "fp16 softmax overflow"
+    sizes = {**sizes, "hidden_act": ACTIVATIONS.get(title, "gelu")}
+    ours, theirs = twins(sizes, dtype=torch.float16 if half else torch.float32)
+    if half:  # scores above 11.1, as large models have them
+        for layer, other in zip(ours.layers, theirs.bert.encoder.layer, strict=True):
+            query = other.attention.self.query.weight
+            query.data *= 30
+            layer.attention.qkv.weight.data[: len(query)] = query.data
+    return ours, theirs, make_batch(sizes, MASKS.get(title, "right"), (5, 7), two_segments=True)
+
+
+def test_every_fault_of_the_catalogue_is_planted():
+    assert sorted(PLANTED) == sorted(fault.title for fault in CATALOGUE)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=["one layer", "two layers"])
 @pytest.mark.parametrize("title", PLANTED)
 def test_a_planted_fault_is_named(title, sizes, monkeypatch):
-    ours, theirs, batch = port(sizes)
+    ours, theirs, batch = port(sizes, title)
     plant, place = PLANTED[title]
     plant(theirs, monkeypatch)
     grad = title == "decoder untied"

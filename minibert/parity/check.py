@@ -1,26 +1,210 @@
-"""One call for a test: does another model compute what ours does?"""
+"""Is a model right? All that can be asked of it at once, against a reference, as one table.
+
+The reference is another model, or a golden trace (golden.py). It computes once in float64, which is the truth here, and
+once in the dtype in question, which is what rounding explains; the bounds follow from that (yardstick.py)."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minibert.config import BertConfig
 from minibert.loss import IGNORE
+from minibert.masking import mask_tokens
 from minibert.model import BertForMaskedLM
-from minibert.parity.diff import diff
-from minibert.parity.trace import INPUTS, trace
+from minibert.parity.record import exact_arithmetic, gradients, trace
+from minibert.parity.trace import GRADIENT, INPUTS, MEANINGS, hide_padding, row_of
+from minibert.parity.yardstick import K, Measure, largest, measures
+
+MASKING_SEED = 0
+
+
+@dataclass
+class Reference:
+    """What a model is measured against. inputs: for `trace`. measures: of the tensors of TABLE, in order of execution.
+    masked: what transformers' collator makes of `masking_ids`, (input_ids, labels), if it was asked. pick: the
+    entries of a tensor that the measures hold.
+    """
+
+    title: str
+    inputs: dict[str, Tensor]
+    measures: list[Measure]
+    masked: tuple[Tensor, Tensor] | None = None
+    pick: Callable[[Tensor], Tensor] = lambda x: x
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was compared. value and bound: an error relative to the tensor's scale, or a number of tokens."""
+
+    name: str
+    value: float
+    bound: float
+    detail: str
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.bound
+
+
+@dataclass
+class ParityReport:
+    title: str
+    rows: list[Row] = field(default_factory=list)
+    first_wrong: str | None = None
+    last_good: str = "the inputs"
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    def to_dict(self) -> dict[str, object]:
+        rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
+        return {**asdict(self), "ok": self.ok, "rows": rows}
+
+    def lines(self) -> Iterator[str]:
+        width = max(len(row.name) for row in self.rows)
+        yield self.title
+        yield f"{'':<{width}}  {'value':>8} {'bound':>8}  verdict"
+        for row in self.rows:
+            verdict = "ok" if row.ok else "WRONG"
+            yield f"{row.name:<{width}}  {row.value:>8.1e} {row.bound:>8.1e}  {verdict:<7}  {row.detail}"
+        if self.first_wrong is not None:
+            yield f"first wrong: {self.first_wrong}. The last good one is {self.last_good}"
+            yield f"between them: {MEANINGS[row_of(self.first_wrong)]}"
+        yield f"a value is an error from float64; its bound is {K:.0f} times the error of the reference's own rounding"
 
 
 def assert_parity(model: BertForMaskedLM, other: nn.Module, inputs: dict[str, Tensor] | None = None) -> None:
-    """Forward, loss and gradients of `other` (transformers' BertForMaskedLM, or one of ours) against `model`, whose
-    weights are the right ones. inputs: for `trace`, labels included (default: `standard_inputs`).
+    """Forward, loss, gradients and invariances of `other` (transformers' BertForMaskedLM, or one of ours) against
+    `model`, whose weights are the right ones. inputs: for `trace`, labels included (default: `standard_inputs`).
 
-    Raises AssertionError with the report of `minibert diff` up to the first wrong tensor."""
-    asked = standard_inputs(model.config) if inputs is None else inputs
-    mine, theirs = trace(model, **asked, grad=True), trace(other, **asked, grad=True)
-    mine.name, theirs.name = "model", "other"
-    report = diff(mine, theirs, model)
+    Raises AssertionError with the table that `minibert parity` prints."""
+    dtype = next(other.parameters()).dtype
+    report = check(other, reference_of(model, "model", dtype, inputs))
     if not report.ok:
         raise AssertionError("\n".join(report.lines()))
+
+
+def reference_of(
+    model: nn.Module, title: str, dtype: torch.dtype, inputs: dict[str, Tensor] | None = None
+) -> Reference:
+    """Raises ValueError if there are no labels: then there is no loss and no gradient to compare."""
+    own = deepcopy(model).to(dtype).eval().requires_grad_(True)
+    config: Any = own.config
+    asked = standard_inputs(config) if inputs is None else inputs
+    truth = trace(deepcopy(own).to("cpu", torch.float64), **asked, grad=True)
+    rounded = trace(own, **asked, grad=True)
+    pairs = ((name, truth.tensors[name], rounded.tensors[name]) for name in truth.names if name not in INPUTS)
+    return Reference(title, asked, list(measures(pairs, dtype)))
+
+
+def check(model: nn.Module, reference: Reference) -> ParityReport:
+    """The rows of the table. Intermediates come from the written-out attention, which has them; logits, loss and
+    gradients from the model as it is used, fused kernels and all."""
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    config: Any = model.config
+    report = ParityReport(
+        f"{'minibert' if isinstance(model, BertForMaskedLM) else type(model).__module__.split('.')[0]} against "
+        f"{reference.title}: {str(dtype).removeprefix('torch.')}, {device}, torch {torch.__version__}"
+    )
+    inputs = {name: x.to(device) for name, x in reference.inputs.items()}
+    given = {**trace(model, **inputs, grad=False).tensors, **_as_used(model, inputs)}
+    errors = {}
+    for measure in reference.measures:
+        errors[measure.name] = error = measure.error(reference.pick(given[measure.name].cpu()))
+        if error <= measure.allowed and report.first_wrong is None:
+            report.last_good = measure.name
+        elif report.first_wrong is None:
+            report.first_wrong = measure.name
+    groups: dict[str, list[Measure]] = {"intermediates": [], "logits": [], "loss": [], "gradients": []}
+    for measure in reference.measures:
+        alone = measure.name if measure.name in groups else "intermediates"
+        groups["gradients" if measure.name.startswith(GRADIENT) else alone].append(measure)
+    for name, group in groups.items():
+        worst = max(group, key=lambda measure: _share(errors[measure.name], measure.allowed))
+        detail = f"rounding explains {worst.explained:.1e}"
+        if len(group) > 1:
+            detail = f"{len(group)} tensors; nearest to its bound: {worst.name}"
+        report.rows.append(Row(name, errors[worst.name], worst.allowed, detail))
+    [logits] = groups["logits"]
+    report.rows += _invariances(model, config, logits)
+    if reference.masked is not None:
+        report.rows.append(_masking(config.vocab_size, reference.masked))
+    return report
+
+
+def _share(error: float, allowed: float) -> float:
+    return error / allowed if error == error else float("inf")
+
+
+def _as_used(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    with exact_arithmetic(inputs["input_ids"].device.type), torch.enable_grad():
+        out = model(**inputs)
+        found = {"loss": out.loss.detach(), **gradients(model, out.loss)}
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    return {"logits": hide_padding("logits", out.logits.detach(), mask.bool()), **found}
+
+
+def _invariances(model: nn.Module, config: BertConfig, logits: Measure) -> Iterator[Row]:
+    """Whether a row's logits depend on the padding behind it, or on the rows beside it."""
+    device = next(model.parameters()).device
+    batch = {name: x.to(device) for name, x in standard_inputs(config).items() if name != "labels"}
+    mask = batch["attention_mask"].bool()
+    with exact_arithmetic(device.type), torch.no_grad():
+        together = model(**batch).logits
+        size = largest(together[mask])
+        short = int(mask[1].sum())  # the row that is padded on the right
+        cut = model(**{name: x[1:2, :short] for name, x in batch.items()}).logits
+        alone = [model(**{name: x[row : row + 1] for name, x in batch.items()}).logits[0] for row in range(len(mask))]
+    padding = largest(cut[0] - together[1, :short]) / size
+    beside = max(largest((one - many)[seen]) for one, many, seen in zip(alone, together, mask, strict=True)) / size
+    yield Row("padding invariance", padding, logits.allowed, "logits of a row with and without its padding")
+    yield Row("batch invariance", beside, logits.allowed, "logits of a row alone and among others")
+
+
+def _masking(vocab_size: int, masked: tuple[Tensor, Tensor]) -> Row:
+    ids, special, mask_id = masking_ids(vocab_size)
+    ours = mask_tokens(
+        ids,
+        special,
+        vocab_size=len(masking_words(vocab_size)),
+        mask_token_id=mask_id,
+        generator=torch.Generator().manual_seed(MASKING_SEED),
+    )
+    different = (ours.input_ids != masked[0]) | (ours.labels != masked[1])
+    return Row("masking", float(different.sum()), 0.0, f"of {ids.numel()} tokens, other than the collator's")
+
+
+def masking_words(vocab_size: int) -> list[str]:
+    """A stand-in vocabulary, so that a folder needs no tokenizer: which words they are, masking never asks."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return special + [str(number) for number in range(max(1, vocab_size - len(special)))]
+
+
+def masking_ids(vocab_size: int) -> tuple[Tensor, Tensor, int]:
+    """(B, S) ids with [CLS], [SEP] and padding, which of them are special, and the id of [MASK]."""
+    words = masking_words(vocab_size)
+    ids = torch.randint(5, len(words), (8, 64), generator=torch.Generator().manual_seed(1))
+    ids[:, 0], ids[:, -1] = words.index("[CLS]"), words.index("[SEP]")
+    ids[2, 40:] = words.index("[PAD]")
+    return ids, ids < 5, words.index("[MASK]")
+
+
+def collator_masks(vocab_size: int) -> tuple[Tensor, Tensor]:
+    """What transformers' DataCollatorForLanguageModeling makes of `masking_ids`: (input_ids, labels)."""
+    import transformers
+
+    words = masking_words(vocab_size)
+    tokenizer = transformers.BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, seed=MASKING_SEED)
+    ids, special, _ = masking_ids(vocab_size)
+    rows = zip(ids.tolist(), special.long().tolist(), strict=True)
+    masked = collator([{"input_ids": row, "special_tokens_mask": where} for row, where in rows])
+    return masked["input_ids"], masked["labels"]
 
 
 def standard_inputs(config: BertConfig) -> dict[str, Tensor]:

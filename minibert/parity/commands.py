@@ -1,8 +1,9 @@
-"""The commands trace, diff and diagnose: what cli.py calls with its options.
-Each returns the exit status."""
+"""The commands parity, trace, diff and diagnose: what cli.py calls with its options. Each returns the exit status."""
 
 import argparse
+import importlib.util
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,33 @@ from minibert.checkpoint import DTYPES
 from minibert.config import BertConfig
 from minibert.loss import IGNORE
 from minibert.model import BertForMaskedLM
-from minibert.parity.check import standard_inputs
+from minibert.parity import golden
+from minibert.parity.check import check, collator_masks, reference_of, standard_inputs
 from minibert.parity.diagnose import diagnose
 from minibert.parity.diff import diff
-from minibert.parity.trace import INPUTS, TraceFile, trace
+from minibert.parity.golden import transformers_model
+from minibert.parity.record import trace
+from minibert.parity.trace import INPUTS, TraceFile
 from minibert.tokenizer import encode, load_tokenizer
 
 
+def parity(options: argparse.Namespace) -> int:
+    device, dtype = torch_device(options.device), getattr(torch, options.dtype)
+    model = BertForMaskedLM.from_pretrained(options.model, dtype=dtype, device=device)
+    if importlib.util.find_spec("transformers") is None:
+        reference = golden.read(model)
+    else:
+        theirs = transformers_model(options.model, dtype, device)
+        reference = reference_of(theirs, f"transformers {version('transformers')}", dtype)
+        reference.masked = collator_masks(model.config.vocab_size)
+    report = check(model, reference)
+    print(json.dumps(finite(report.to_dict()), indent=2) if options.json else "\n".join(report.lines()))
+    return 0 if report.ok else 1
+
+
 def write_trace(options: argparse.Namespace) -> int:
+    if not Path(options.out).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {options.out}: there is no such folder. Make it first")
     device, dtype = torch_device(options.device), getattr(torch, options.dtype)
     model: torch.nn.Module
     if options.backend == "transformers":
@@ -74,22 +94,6 @@ def torch_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
-
-
-def transformers_model(name: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """transformers' own model, read by transformers' own code from the files that we read."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            "transformers is not installed: pip install transformers, or trace --backend minibert"
-        ) from error
-    source = checkpoint.locate(name)
-    folder = source.require(checkpoint.CONFIG).parent
-    source.file(checkpoint.WEIGHTS)  # into the same folder of the cache, checked
-    transformers.utils.logging.disable_progress_bar()
-    model: torch.nn.Module = transformers.BertForMaskedLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model.to(device).eval()
 
 
 def tokenized(texts: list[str], name: str, config: BertConfig) -> dict[str, Tensor]:

@@ -4,13 +4,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 
-import torch
-from torch import Tensor
-
 from minibert.model import BertForMaskedLM
-from minibert.parity.faults import CATALOGUE, Steps
-from minibert.parity.trace import GRADIENT, MEANINGS, Inputs, Trace, hide_padding, row_of
-from minibert.parity.yardstick import FLOOR, K, converted, distance, largest, require_same_size, scales
+from minibert.parity.faults import CATALOGUE
+from minibert.parity.steps import Steps
+from minibert.parity.trace import GRADIENT, MEANINGS, Trace, hide_padding, row_of
+from minibert.parity.yardstick import Yardstick
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,6 @@ def diagnose(given: Trace, model: BertForMaskedLM) -> Diagnosis:
     """Run every fault of the catalogue, and every pair if no single one fits, against a trace of a port of `model`.
 
     Raises ValueError if the trace is of a model of another size, or has nothing to compare."""
-    require_same_size(model, given)
     bench = _Bench(model, given)
     plain = bench.fit(())
     if plain.first_wrong is None and not plain.reproduced:
@@ -84,55 +81,31 @@ def diagnose(given: Trace, model: BertForMaskedLM) -> Diagnosis:
 class _Bench:
     def __init__(self, model: BertForMaskedLM, given: Trace) -> None:
         self.given = given
-        self.rounded = converted(model, given.dtype)
-        self.exact = converted(self.rounded, torch.float64)
-        self.inputs: Inputs = given.inputs()[0].to(next(model.parameters()).device)
-        self.mask = self.inputs.attention_mask.bool()
         self.shapes = given.shapes()
-        self.grad = self.inputs.labels is not None and any(name.startswith(GRADIENT) for name in self.shapes)
+        self.yardstick = Yardstick(model, given, grad=any(name.startswith(GRADIENT) for name in self.shapes))
 
     def fit(self, faults: tuple[type[Steps], ...]) -> Fit:
-        """Both in float64 and in the trace's dtype, for what rounding does to a faulty model is not what it does
-        to a right one. Stops at the first tensor that is not reproduced."""
-        before, share, reproduced = FLOOR * torch.finfo(self.given.dtype).eps, 0.0, 0
-        for name, truth, own, scale in self.both(faults):
-            scale = scale or largest(truth) or 1.0
-            error = distance(own, truth) / scale
-            if error < float("inf"):
-                before = max(before, error)
+        """Stops at the first tensor that is not reproduced."""
+        share, reproduced = 0.0, 0
+        kind = type("Faulty", faults, {}) if faults else Steps
+        mask = self.yardstick.inputs.attention_mask.bool()
+        for measure in self.yardstick.measures(kind):
+            name = measure.name
             if name not in self.shapes:
                 continue
-            there = self.given.read(name).to(truth.device)
-            if there.shape != truth.shape:
+            if self.shapes[name] != measure.truth.shape:
                 raise ValueError(
-                    f"{self.given.name}: {name} is {tuple(there.shape)}, and this model's is {tuple(truth.shape)}: "
-                    "no fault is sought before the shapes agree (`minibert diff` says which axes are exchanged)"
+                    f"{self.given.name}: {name} is {self.shapes[name]}, and this model's is "
+                    f"{tuple(measure.truth.shape)}: no fault is sought before the shapes agree (`minibert diff` says "
+                    "which axes are exchanged)"
                 )
-            off = distance(hide_padding(row_of(name), there, self.mask), truth) / scale
-            if not off <= K * before:
+            there = self.given.read(name).to(mask.device)
+            error = measure.error(hide_padding(row_of(name), there, mask))
+            if not error <= measure.allowed:
                 return Fit(faults, reproduced, name, share)
-            share = max(share, off / (K * before))
+            share = max(share, error / measure.allowed)
             reproduced += 1
         return Fit(faults, reproduced, None, share)
-
-    def both(self, faults: tuple[type[Steps], ...]) -> Iterator[tuple[str, Tensor, Tensor, float]]:
-        """(name, in float64, in the trace's dtype, the scale if it is not the tensor's own)"""
-        kind = type("Faulty", faults, {}) if faults else Steps
-        truth, own = (kind(model, self.inputs, self.given) for model in (self.exact, self.rounded))
-        with torch.set_grad_enabled(self.grad):
-            for (name, one), (_, two) in zip(truth.run(), own.run(), strict=True):
-                row = row_of(name)
-                yield (
-                    name,
-                    hide_padding(row, one.detach(), self.mask),
-                    hide_padding(row, two.detach(), self.mask),
-                    0.0,
-                )
-            if self.grad:
-                exact, rounded = truth.gradients(), own.gradients()
-                size = scales({name: largest(x) for name, x in exact.items()})
-                for name in reversed(exact):
-                    yield name, exact[name], rounded[name], size[name]
 
     def pairs(self, plain: Fit, singles: list[Fit]) -> Iterator[Fit]:
         """If some faults explain more than none does, one of the pair is among them. Two that change the same
@@ -146,10 +119,5 @@ class _Bench:
 
 
 def _steps(fault: type[Steps]) -> set[str]:
-    return {
-        name for name in vars(fault) if name in vars(Steps) and not (name.startswith("__") and name != "__init__")
-    } - {
-        "title",
-        "remedy",
-        "source",
-    }
+    """Which methods of Steps a fault replaces."""
+    return {name for name in vars(fault) if callable(getattr(Steps, name, None))}

@@ -1,159 +1,17 @@
-"""The faults that ports of BERT really have, each a small change of our own model.
+"""The faults that ports of BERT really have. Each replaces one of the methods of Steps; two faults together are a
+class that inherits from both. title, remedy and source are what `diagnose` says. owner/name#number is an issue or pull
+request on GitHub in which it happened; modeling.py and run_pretraining.py are google-research/bert's."""
 
-`Steps` runs our modules on padded rows, one method for each thing that goes wrong in ports. A fault replaces one
-of these methods; two faults together are a class that inherits from both. Without a fault the steps give what the
-model gives (tests/test_diagnose.py compares every tensor)."""
-
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.loss import masked_lm_loss
-from minibert.model import ACTIVATIONS, BertForMaskedLM, EncoderLayer
-from minibert.parity.trace import Inputs, Trace, gradients
-
-
-class Steps:
-    """BERT on padded rows: `run` yields (name, tensor) in order of execution, as TABLE in trace.py names them.
-
-    title: the fault's name. remedy: what to change. source: where it is known from. given: the trace under
-    examination, for the one fault (dropout) that cannot be computed again without looking at it.
-    """
-
-    title = "none"
-    remedy = "nothing"
-    source = ""
-
-    def __init__(self, model: BertForMaskedLM, inputs: Inputs, given: Trace) -> None:
-        self.model, self.config, self.inputs, self.given = model, model.config, inputs, given
-        self.seen = inputs.attention_mask.bool()  # (B, S)
-        self.eps = model.config.layer_norm_eps
-        self.scale = model.config.head_size**-0.5
-
-    def run(self) -> Iterator[tuple[str, Tensor]]:
-        embeddings = self.model.embeddings
-        x = self.embed()
-        yield "embeddings.sum", x
-        x = self.dropout("embeddings.norm", self.layer_norm(x, embeddings.norm))
-        yield "embeddings.norm", x
-        for number, layer in enumerate(self.model.layers):
-            assert isinstance(layer, EncoderLayer)
-            steps = self.layer(f"layers.{number}.", layer, x)
-            for name, x in steps:  # the last one is what comes next
-                if name:
-                    yield name, x
-        steps = self.head(x)
-        for name, x in steps:
-            if name:
-                yield name, x
-        logits = self.decode(x)
-        yield "logits", logits
-        if self.inputs.labels is not None:
-            self.loss = masked_lm_loss(logits, self.inputs.labels).mean
-            yield "loss", self.loss
-
-    def gradients(self) -> dict[str, Tensor]:
-        """After `run`, if the inputs have labels."""
-        return gradients(self.model, self.loss)
-
-    def embed(self) -> Tensor:
-        embeddings = self.model.embeddings
-        return embeddings.word(self.inputs.input_ids) + self.types() + embeddings.position(self.positions())
-
-    def types(self) -> Tensor:
-        result: Tensor = self.model.embeddings.token_type(self.inputs.token_type_ids)
-        return result
-
-    def positions(self) -> Tensor:
-        return torch.arange(self.seen.shape[1], device=self.seen.device).expand_as(self.seen)
-
-    def clamp(self, positions: Tensor) -> Tensor:
-        return positions.clamp(0, self.config.max_position_embeddings - 1)
-
-    def layer(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The last thing yielded is what the next layer reads."""
-        update = x
-        for name, update in self.attend(prefix, layer, x):
-            yield name, update
-        x = self.layer_norm(update + x, layer.attention_norm)
-        yield prefix + "attention_norm", x
-        for name, update in self.feed_forward(prefix, layer, x):
-            yield name, update
-        yield prefix + "feed_forward_norm", self.layer_norm(update + x, layer.feed_forward_norm)
-
-    def attend(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        query, key, value = (self.split(part) for part in self.project(layer, x))  # each (B, H, S, K)
-        yield prefix + "query", query
-        yield prefix + "key", key
-        yield prefix + "value", value
-        scores = self.masked(query @ key.transpose(-1, -2) * self.scale)
-        yield prefix + "scores", scores
-        probabilities = self.dropout(prefix + "probabilities", self.softmax(scores))
-        yield prefix + "probabilities", probabilities
-        context = self.merge(probabilities @ value)
-        yield prefix + "context", context
-        output = layer.attention.output
-        yield (
-            prefix + "attention_output",
-            self.dropout(prefix + "attention_output", self.square(context, output.weight, output.bias)),
-        )
-
-    def project(self, layer: EncoderLayer, x: Tensor) -> tuple[Tensor, ...]:
-        qkv = layer.attention.qkv
-        parts = zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True)
-        return tuple(self.square(x, weight, bias) for weight, bias in parts)
-
-    def square(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """A projection from D to D."""
-        return F.linear(x, weight, bias)
-
-    def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)  # (B, H, S, K)
-
-    def merge(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2).flatten(-2)  # (B, S, D)
-
-    def softmax(self, scores: Tensor) -> Tensor:
-        return scores.softmax(-1)
-
-    def masked(self, scores: Tensor) -> Tensor:
-        return scores.masked_fill(~self.seen[:, None, None, :], torch.finfo(scores.dtype).min)
-
-    def feed_forward(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        x = layer.feed_forward.intermediate(x)
-        yield prefix + "intermediate", x
-        x = self.activation(x)
-        yield prefix + "activation", x
-        yield prefix + "feed_forward", self.dropout(prefix + "feed_forward", layer.feed_forward.output(x))
-
-    def activation(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.config.hidden_act](x)
-
-    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, self.eps)
-
-    def dropout(self, name: str, x: Tensor) -> Tensor:
-        return x
-
-    def head(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        head = self.model.head
-        x = self.square(x, head.dense.weight, head.dense.bias)
-        yield "head.dense", x
-        x = self.activation(x)
-        yield "head.activation", x
-        yield "head.norm", self.layer_norm(x, head.norm)
-
-    def decode(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.decoder(), self.decoder_bias())
-
-    def decoder(self) -> Tensor:
-        return self.model.embeddings.word.weight
-
-    def decoder_bias(self) -> Tensor | None:
-        return self.model.head.bias
-
+from minibert.model import BertForMaskedLM, EncoderLayer
+from minibert.parity.steps import Steps
+from minibert.parity.trace import Inputs, Trace
 
 # ----------------------------------------------------------------------------------------------------------- embeddings
 
@@ -161,7 +19,7 @@ class Steps:
 class MissingTypes(Steps):
     title = "token type embedding missing"
     remedy = "add the token type embedding to the sum, also when every type is 0: row 0 is not zero"
-    source = "Devlin et al. 2019, figure 2; modeling.py, embedding_postprocessor"
+    source = "foundation-model-stack#399: a converted checkpoint whose token_type_embeddings nobody read"
 
     def types(self) -> Tensor:
         return torch.zeros_like(super().types())
@@ -170,7 +28,7 @@ class MissingTypes(Steps):
 class ConstantTypes(Steps):
     title = "token types ignored"
     remedy = "look up token_type_ids as they were given, not 0 for every token"
-    source = "transformers, modeling_bert.py, BertEmbeddings.forward: all 0 where token_type_ids are not passed on"
+    source = "bytedance/lightseq#265: the export adds type 0 to every word embedding"
 
     def types(self) -> Tensor:
         result: Tensor = self.model.embeddings.token_type(torch.zeros_like(self.inputs.token_type_ids))
@@ -198,7 +56,7 @@ class PositionsOfTokens(Steps):
 class PositionsOfRoberta(Steps):
     title = "positions off by the padding id (RoBERTa's)"
     remedy = "count positions from 0; RoBERTa counts tokens from padding_idx + 1"
-    source = "transformers, modeling_roberta.py, create_position_ids_from_input_ids"
+    source = "huggingface/transformers#5285 and #11242: RoBERTa's positions start at padding_idx + 1"
 
     def positions(self) -> Tensor:
         padding = 1  # RoBERTa's id, whatever this model's is
@@ -211,7 +69,7 @@ class PositionsOfRoberta(Steps):
 class Eps5(Steps):
     title = "LayerNorm eps 1e-5"
     remedy = "set eps to config's layer_norm_eps (1e-12 for BERT)"
-    source = "the default of torch.nn.LayerNorm"
+    source = "keras-team/keras-hub#642: 1e-5, Keras' default, in the layers of a BERT; 1e-5 is torch.nn.LayerNorm's too"
 
     def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         self.eps = 1e-5
@@ -231,7 +89,7 @@ class Eps6(Steps):
 class NormNotLoaded(Steps):
     title = "LayerNorm weight and bias not loaded"
     remedy = "load LayerNorm.gamma and LayerNorm.beta as weight and bias: they are still ones and zeros"
-    source = "google-research/bert's checkpoints say gamma and beta; transformers renames them when it loads"
+    source = "huggingface/transformers#11809: bert-base-uncased's file says gamma and beta, its model weight and bias"
 
     def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         return F.layer_norm(x, norm.normalized_shape, None, None, self.eps)
@@ -240,7 +98,7 @@ class NormNotLoaded(Steps):
 class SampleVariance(Steps):
     title = "LayerNorm divides by n - 1"
     remedy = "divide the variance by n (torch.var(..., correction=0))"
-    source = "torch.var and torch.std divide by n - 1 unless told; Ba et al. 2016, arXiv:1607.06450, equation 3, by n"
+    source = "harvardnlp/annotated-transformer#119: torch.std divides by n - 1 unless told"
 
     def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         variance, mean = torch.var_mean(x, -1, keepdim=True)
@@ -250,7 +108,7 @@ class SampleVariance(Steps):
 class PreNorm(Steps):
     title = "pre-LayerNorm"
     remedy = "normalise the sum after the residual (post-LayerNorm), not what a block reads"
-    source = "Xiong et al. 2020, arXiv:2002.04745, figure 1"
+    source = "mead-ml/mead-baseline#529; Xiong et al. 2020, arXiv:2002.04745, figure 1, has both"
 
     def layer(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         update = read = self.layer_norm(x, layer.attention_norm)
@@ -281,7 +139,7 @@ class QueryKeySwapped(Steps):
 class KeyValueSwapped(Steps):
     title = "key and value swapped"
     remedy = "exchange the key's and the value's weights"
-    source = "in a fused projection the order is by convention; transformers' names are query, key, value"
+    source = "tenstorrent/tt-mlir#8958: the fusion of the three projections mixes up two outputs"
 
     def project(self, layer: EncoderLayer, x: Tensor) -> tuple[Tensor, ...]:
         query, key, value = super().project(layer, x)
@@ -291,7 +149,7 @@ class KeyValueSwapped(Steps):
 class SquareTransposed(Steps):
     title = "square weights transposed"
     remedy = "transpose the D × D weights: TensorFlow and Flax hold (in, out), torch (out, in); no shape complains"
-    source = "transformers, the conversion of TensorFlow checkpoints: np.transpose for every kernel"
+    source = "transformers before 5.0, load_tf_weights_in_bert: np.transpose for every kernel"
 
     def square(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return super().square(x, weight.T, bias)
@@ -312,7 +170,7 @@ class HeadsInterleaved(Steps):
 class HeadsSplitWithoutTranspose(Steps):
     title = "heads split by a view, without the transpose"
     remedy = "view(B, S, H, K), then transpose(1, 2): a view to (B, H, S, K) mixes tokens and heads"
-    source = "modeling.py, transpose_for_scores"
+    source = "reczoo/FuxiCTR#30; hyunwoongko/transformer#15"
 
     def split(self, x: Tensor) -> Tensor:
         rows, length, _ = x.shape
@@ -322,7 +180,7 @@ class HeadsSplitWithoutTranspose(Steps):
 class HeadsMergedWithoutTranspose(Steps):
     title = "heads put together without the transpose"
     remedy = "transpose(1, 2) the context to (B, S, H, K) before it is flattened to (B, S, D)"
-    source = "modeling.py, attention_layer: the transpose of context_layer"
+    source = "jsbaan/transformer-from-scratch#6"
 
     def merge(self, x: Tensor) -> Tensor:
         return x.reshape(x.shape[0], x.shape[2], -1)
@@ -331,7 +189,7 @@ class HeadsMergedWithoutTranspose(Steps):
 class Unscaled(Steps):
     title = "scores not scaled"
     remedy = "divide query · key by √K, K the size of a head"
-    source = "Vaswani et al. 2017, section 3.2.1"
+    source = "mlc-ai/mlc-llm#3426: the fallback kernel of BERT's attention ran with a scale of 1"
 
     def __init__(self, model: BertForMaskedLM, inputs: Inputs, given: Trace) -> None:
         super().__init__(model, inputs, given)
@@ -341,7 +199,7 @@ class Unscaled(Steps):
 class ScaledByHidden(Steps):
     title = "scores scaled by √D"
     remedy = "divide query · key by √K, K the size of a head, not by √D of all heads together"
-    source = "Vaswani et al. 2017, section 3.2.1: d_k is a head's"
+    source = "karpathy/ng-video-lecture#6; Vaswani et al. 2017, section 3.2.1: d_k is a head's"
 
     def __init__(self, model: BertForMaskedLM, inputs: Inputs, given: Trace) -> None:
         super().__init__(model, inputs, given)
@@ -378,19 +236,19 @@ class MaskAddedRaw(Steps):
 class MaskAfterSoftmax(Steps):
     title = "attention mask after the softmax"
     remedy = "mask the scores, not the probabilities: they must sum to 1 over the tokens"
-    source = "modeling.py, attention_layer: the mask is added before the softmax"
+    source = "huggingface/pytorch-image-models#2236"
 
     def masked(self, scores: Tensor) -> Tensor:
         return scores
 
-    def softmax(self, scores: Tensor) -> Tensor:
-        return scores.softmax(-1) * self.seen[:, None, None, :]
+    def softmax(self, name: str, scores: Tensor) -> Tensor:
+        return super().softmax(name, scores) * self.seen[:, None, None, :]
 
 
 class Causal(Steps):
     title = "causal mask"
     remedy = "BERT looks both ways: switch the causal mask off (is_causal=False)"
-    source = "Devlin et al. 2019, figure 3"
+    source = "sgl-project/sglang#35434: a kernel for the CPU masked BERT rerankers as if they were decoders"
 
     def masked(self, scores: Tensor) -> Tensor:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -399,13 +257,18 @@ class Causal(Steps):
 
 class HalfSoftmax(Steps):
     title = "fp16 softmax overflow"
-    remedy = "subtract the largest score before exp, or compute the softmax in float32: exp(11.1) overflows in fp16"
-    source = "Micikevicius et al. 2018, arXiv:1710.03740, section 4: softmax in float32"
+    remedy = "subtract the largest score before exp, or compute the softmax in float32: in fp16 exp(11.1) is infinite"
+    source = "huggingface/transformers#17437: NaN of OPT's softmax in half precision"
 
-    def softmax(self, scores: Tensor) -> Tensor:
+    def softmax(self, name: str, scores: Tensor) -> Tensor:
         most = torch.finfo(torch.float16).max
         powers = scores.exp()
-        powers = torch.where(powers > most, float("inf"), powers)
+        infinite = powers > most
+        if self.given.shapes().get(name) == tuple(scores.shape):  # at the border rounding decides; the trace shows how
+            border = (scores - math.log(most)).abs() < 0.01 * scores.clamp(min=0).amax()
+            infinite = torch.where(border, self.given.read(name).to(scores.device).isnan(), infinite)
+        powers = powers.clamp(max=most).masked_fill(infinite, float("inf"))
+        powers = powers.masked_fill(powers < 2**-25, 0.0)  # what float16 rounds to 0; a row of them is 0 / 0
         total = powers.sum(-1, keepdim=True)
         return powers / torch.where(total > most, float("inf"), total)
 
@@ -416,7 +279,7 @@ class HalfSoftmax(Steps):
 class TanhGelu(Steps):
     title = "tanh-GELU"
     remedy = "use the GELU with erf (torch: approximate='none'); jax.nn.gelu is the tanh form unless told"
-    source = "Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2, has both forms"
+    source = "huggingface/candle#900; Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2, has both forms"
 
     def activation(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
@@ -425,7 +288,7 @@ class TanhGelu(Steps):
 class ErfGelu(Steps):
     title = "erf-GELU"
     remedy = "hidden_act is not gelu: use what it says (gelu_new is the tanh form)"
-    source = "Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2, has both forms"
+    source = "CyberZHG/keras-bert#129; Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2, has both forms"
 
     def activation(self, x: Tensor) -> Tensor:
         return F.gelu(x)
@@ -443,7 +306,7 @@ class TransformSkipped(Steps):
 class BiasMissing(Steps):
     title = "MLM bias missing"
     remedy = "add cls.predictions.bias to the logits"
-    source = "run_pretraining.py, get_masked_lm_output: output_bias"
+    source = "vllm-project/vllm#46835: the output bias was not applied where the embeddings are tied"
 
     def decoder_bias(self) -> Tensor | None:
         return None
@@ -452,7 +315,7 @@ class BiasMissing(Steps):
 class BiasDoubled(Steps):
     title = "MLM bias doubled"
     remedy = "cls.predictions.bias and cls.predictions.decoder.bias are one tensor: add it once"
-    source = "transformers: _tied_weights_keys of BertForMaskedLM"
+    source = "huggingface/transformers#2957: transformers 2.4 itself"
 
     def decoder_bias(self) -> Tensor | None:
         return 2 * self.model.head.bias
@@ -461,7 +324,7 @@ class BiasDoubled(Steps):
 class Untied(Steps):
     title = "decoder untied"
     remedy = "the decoder's weight is the word embedding itself, not a copy: both uses add to one gradient"
-    source = "Press and Wolf 2017, arXiv:1608.05859; run_pretraining.py, get_masked_lm_output"
+    source = "huggingface/transformers#18855: the ties were lost in preparing; Press and Wolf 2017, arXiv:1608.05859"
 
     def decoder(self) -> Tensor:
         return super().decoder().detach().clone()
@@ -470,7 +333,7 @@ class Untied(Steps):
 class DropoutOn(Steps):
     title = "dropout left on"
     remedy = "switch to evaluation (torch: model.eval()) before comparing"
-    source = "torch.nn.Module.eval"
+    source = "huggingface/transformers#679 and #695: the same input, other outputs"
 
     def dropout(self, name: str, x: Tensor) -> Tensor:
         # Which entries were dropped is chance; the given trace shows it. What is checked is all the rest.

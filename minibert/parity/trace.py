@@ -1,4 +1,4 @@
-"""Traces: every named intermediate of one pass through BERT, from our model or from transformers', and their files.
+"""Traces: every named intermediate of one pass through BERT, in memory and as files. record.py makes them from models.
 
 A trace is a safetensors file that a port in any language can write. TABLE says which tensors it holds. They are
 in the padded layout, (B, S, …). Where attention_mask is 0 a model may compute anything, so nobody compares
@@ -9,22 +9,21 @@ The file's metadata are strings: `format` and `version` (below), `config` (confi
 (of the weights: float32, …), and, to be read by people, `backend`, `device`, `torch` and `settings`."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from minibert.attention import use_kernel
-from minibert.checkpoint import DTYPES, NAMES, hub_names, read_header
-from minibert.config import FIXED_KEYS, BertConfig
+from minibert.checkpoint import DTYPES, NAMES, hub_names, read_header, shapes_only
+from minibert.config import BertConfig
 from minibert.loss import IGNORE
 from minibert.model import BertForMaskedLM
 from minibert.packing import PackedBatch
@@ -69,6 +68,8 @@ TABLE: tuple[tuple[str, str, str], ...] = (
 )
 MASKED = -1e4  # a score below this is masked, whatever number was used for it: compared as this one
 INPUTS = tuple(name for name, _, _ in TABLE[:4])
+# A file may claim anything. What is read stays within these, which BERT-large on 32 rows of 512 tokens does.
+MOST_HEADER, MOST_LAYERS, MOST_NUMBERS, MOST_IN_A_ROW = 2**24, 1000, 2**30, 2**26
 SHAPES = {name: shape.split() for name, shape, _ in TABLE}
 MEANINGS = {name: meaning for name, _, meaning in TABLE}
 GRADIENT = "gradient."
@@ -97,18 +98,41 @@ def expected_names(config: BertConfig) -> list[str]:
 
 def parameter_names(config: BertConfig) -> list[str]:
     """The parameters under their names in a checkpoint, from the embeddings to the head."""
-    names = []
-    numbers = range(config.num_hidden_layers)
-    blocks = [[ours for ours, _ in NAMES if ours.startswith(start)] for start in ("embeddings.", "layers.", "head")]
-    for module in blocks[0]:
-        names += hub_names(f"{module}.weight") + (hub_names(f"{module}.bias") if module.endswith("norm") else [])
-    for number in numbers:
-        for module in blocks[1]:
-            for parameter in ("weight", "bias"):
-                names += hub_names(f"{module.replace('.N.', f'.{number}.')}.{parameter}")
-    for module in blocks[2]:
-        names += ([] if module == "head" else hub_names(f"{module}.weight")) + hub_names(f"{module}.bias")
-    return names
+    rooms: dict[str, list[str]] = {"embeddings": [], "layers": [], "head": []}
+    shapes = _parameter_shapes(config)
+    for ours, hubs in NAMES:  # in order of execution, and each module's weight before its bias
+        found = [f"{hub.replace('.N.', '.0.')}.{kind}" for kind in ("weight", "bias") for hub in hubs]
+        rooms[ours.split(".")[0]] += [name for name in found if name in shapes]
+    layers = range(config.num_hidden_layers)
+    names = [name.replace(".0.", f".{number}.") for number in layers for name in rooms["layers"]]
+    return rooms["embeddings"] + names + rooms["head"]
+
+
+def expected_shape(name: str, config: BertConfig, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one of `expected_names`. shape: (B, S), of the inputs."""
+    sizes = {
+        **dict(zip("BS", shape, strict=True)),
+        "D": config.hidden_size,
+        "H": config.num_attention_heads,
+        "K": config.head_size,
+        "F": config.intermediate_size,
+        "V": config.vocab_size,
+    }
+    if name.startswith(GRADIENT):
+        return _parameter_shapes(config)[re.sub(r"\.\d+\.", ".0.", name.removeprefix(GRADIENT))]
+    return tuple(sizes[letter] for letter in SHAPES[row_of(name)])
+
+
+@cache
+def _parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """Of a model of one layer, by the names in a checkpoint. All layers are alike."""
+    with shapes_only():
+        model = BertForMaskedLM(replace(config, num_hidden_layers=1))
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        hubs = hub_names(name)
+        shapes.update({hub: tuple(part.shape) for hub, part in zip(hubs, parameter.chunk(len(hubs)), strict=True)})
+    return shapes
 
 
 class Inputs(NamedTuple):
@@ -156,6 +180,21 @@ def check_inputs(
     return Inputs(input_ids.long(), attention_mask.long(), token_type_ids.long(), labels), batch
 
 
+def hide_padding(row: str, x: Tensor, mask: Tensor) -> Tensor:
+    """`x` with zeros wherever it belongs to padding. mask: (B, S) bool, of the same rows."""
+    if row == "layers.N.scores":
+        x = x.clamp(min=MASKED)
+    shape = SHAPES.get(row, [])
+    if "S" not in shape or x.dim() != len(shape) or bool(mask.all()):
+        return x
+    for axis, letter in enumerate(shape):
+        if letter == "S":
+            view = [mask.shape[0]] + [1] * (len(shape) - 1)
+            view[axis] = mask.shape[1]
+            x = x.masked_fill(~mask.view(view), 0)
+    return x
+
+
 # --------------------------------------------------------------------------------------------------- a trace, in memory
 
 
@@ -199,14 +238,18 @@ class Trace:
             raise ValueError(f"{self.name}: there is no input_ids in it, so nobody can compute the same again")
         found = self.shapes()
         try:
-            return check_inputs(self.config, *(self.read(name) if name in found else None for name in INPUTS))  # type: ignore[arg-type]
+            inputs = (self.read(name).long() if name in found else None for name in INPUTS)
+            return check_inputs(self.config, *inputs)  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it as a safetensors file."""
+        """Write it as a safetensors file: the whole file or none. Raises OSError if it cannot be written."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, path, metadata=self.metadata)
+        try:
+            save_file(tensors, path, metadata=self.metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 class TraceFile(Trace):
@@ -216,6 +259,10 @@ class TraceFile(Trace):
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
+        with open(self.path, "rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+        if MOST_HEADER < length <= self.path.stat().st_size:
+            raise ValueError(f"{path}: a header of {length} bytes: no trace has so many tensors")
         header = read_header(self.path)
         with safe_open(self.path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -233,12 +280,26 @@ class TraceFile(Trace):
         known = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
         if metadata.get("dtype") not in known:
             raise ValueError(f"{path}: dtype in its metadata is {metadata.get('dtype')!r}, not {', '.join(known)}")
+        if config.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(
+                f"{path}: num_hidden_layers {config.num_hidden_layers}, and a trace has {MOST_LAYERS} at most"
+            )
         for name, entry in header.items():
+            if row_of(name) not in MEANINGS:
+                continue  # nobody reads it; `diff` says so
             wanted = ("I64", "I32", "I16", "I8", "U8", "BOOL") if name in INPUTS else tuple(DTYPES)
             if entry["dtype"] not in wanted:
                 raise ValueError(f"{path}: {name} is {entry['dtype']}, and must be one of {', '.join(wanted)}")
             if 0 in entry["shape"]:
                 raise ValueError(f"{path}: {name} is empty, {tuple(entry['shape'])}: there is nothing to compare")
+        shape = tuple(header["input_ids"]["shape"]) if "input_ids" in header else ()
+        for name in [name for name, _, _ in TABLE[:-1]] if len(shape) == 2 else []:
+            size = expected_shape(name, config, shape)
+            if prod(size) > MOST_NUMBERS or prod(size[1:]) > MOST_IN_A_ROW:
+                raise ValueError(
+                    f"{path}: with this config and {shape[0]} × {shape[1]} tokens {name} has the shape {size}: at most "
+                    f"{MOST_NUMBERS:,} numbers are compared, {MOST_IN_A_ROW:,} of a row. Trace fewer or shorter rows"
+                )
         self.header = header
         super().__init__({}, config, dict(metadata), str(path))
         self.inputs()
@@ -268,271 +329,3 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, found {type(values).__name__}")
     return values
-
-
-# ------------------------------------------------------------------------------------------------------------ recording
-
-# Module · "in" or "out" · what its input or output is called. N is a layer's number. Our layer has one dropout
-# module for two places; the names are in the order in which it is called.
-OURS = (
-    ("embeddings.norm", "in", "embeddings.sum"),
-    ("embeddings.dropout", "out", "embeddings.norm"),
-    ("layers.N.attention.output", "in", "layers.N.context"),
-    ("layers.N.dropout", "out", "layers.N.attention_output layers.N.feed_forward"),
-    ("layers.N.attention_norm", "out", "layers.N.attention_norm"),
-    ("layers.N.feed_forward.intermediate", "out", "layers.N.intermediate"),
-    ("layers.N.feed_forward.output", "in", "layers.N.activation"),
-    ("layers.N.feed_forward_norm", "out", "layers.N.feed_forward_norm"),
-    ("head.dense", "out", "head.dense"),
-    ("head.norm", "in", "head.activation"),
-    ("head.norm", "out", "head.norm"),
-    ("head", "out", "logits"),
-)
-THEIRS = (
-    ("bert.embeddings.LayerNorm", "in", "embeddings.sum"),
-    ("bert.embeddings.dropout", "out", "embeddings.norm"),
-    ("bert.encoder.layer.N.attention.output.dense", "in", "layers.N.context"),
-    ("bert.encoder.layer.N.attention.output.dropout", "out", "layers.N.attention_output"),
-    ("bert.encoder.layer.N.attention.output.LayerNorm", "out", "layers.N.attention_norm"),
-    ("bert.encoder.layer.N.intermediate.dense", "out", "layers.N.intermediate"),
-    ("bert.encoder.layer.N.output.dense", "in", "layers.N.activation"),
-    ("bert.encoder.layer.N.output.dropout", "out", "layers.N.feed_forward"),
-    ("bert.encoder.layer.N.output.LayerNorm", "out", "layers.N.feed_forward_norm"),
-    ("cls.predictions.transform.dense", "out", "head.dense"),
-    ("cls.predictions.transform.LayerNorm", "in", "head.activation"),
-    ("cls.predictions.transform.LayerNorm", "out", "head.norm"),
-    ("cls.predictions", "out", "logits"),
-)
-
-
-class _Attention(TorchFunctionMode):
-    """Watches the written-out attention of a layer: its two matrix products, and the softmax (and dropout)
-    between them. Asking the products, and not the projections, shows heads that were split wrongly."""
-
-    def __init__(self, keep: Callable[[str, Tensor], None]) -> None:
-        super().__init__()
-        self.keep = keep
-        self.layer: int | None = None
-        self.seen_softmax = False
-
-    def enter(self, number: int) -> None:
-        self.layer, self.seen_softmax = number, False
-
-    def leave(self) -> None:
-        self.layer = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        if self.layer is None or name not in ("matmul", "__matmul__", "softmax", "dropout"):
-            return result
-        layer = f"layers.{self.layer}."
-        if name == "softmax":
-            self.seen_softmax = True
-            self.keep(layer + "scores", args[0])
-            self.keep(layer + "probabilities", result)
-        elif name == "dropout" and self.seen_softmax:
-            self.keep(layer + "probabilities", result)
-        elif name != "dropout" and not self.seen_softmax:
-            self.keep(layer + "query", args[0])
-            self.keep(layer + "key", args[1].transpose(-1, -2))
-        elif name != "dropout":
-            self.keep(layer + "value", args[1])
-        return result
-
-
-def trace(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-    labels: Tensor | None = None,
-    *,
-    grad: bool = False,
-) -> Trace:
-    """Run our BertForMaskedLM, or transformers', and keep every tensor of TABLE. The inputs are (B, S), as for
-    the model's own call. With `grad` also the gradient of the loss by every parameter; their .grad is not touched.
-
-    The model runs in the mode it is in (dropout too, if it is in training mode), on the written-out attention,
-    and without TF32, reduced-precision sums or autocast. Raises ValueError for inputs that no BERT of this size takes.
-    """
-    ours = isinstance(model, BertForMaskedLM)
-    if not ours and not (type(model).__module__.startswith("transformers.") and hasattr(model, "cls")):
-        raise ValueError(
-            f"trace reads minibert's or transformers' BertForMaskedLM, not {type(model).__module__}."
-            f"{type(model).__name__}: write the trace from your port, as the README's section Traces has it"
-        )
-    config = model.config if isinstance(model, BertForMaskedLM) else _our_config(model)
-    device = next(model.parameters()).device
-    given = (x if x is None else x.to(device) for x in (input_ids, attention_mask, token_type_ids, labels))
-    inputs, batch = check_inputs(config, *given)  # type: ignore[arg-type]
-    if grad and inputs.labels is None:
-        raise ValueError("gradients are of the loss, and there is no loss without labels: give labels too")
-    tensors = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
-    place = _from_packed(batch, inputs.attention_mask.bool()) if ours else _from_padded(inputs.attention_mask.bool())
-
-    def keep(name: str, tensor: Tensor) -> None:
-        tensors[name] = place(name, tensor.detach())
-
-    with ExitStack() as stack:
-        settings = stack.enter_context(_exact_arithmetic(device.type))
-        stack.enter_context(torch.set_grad_enabled(grad))
-        stack.enter_context(_written_out_attention(model))
-        stack.enter_context(_hooks(model, OURS if ours else THEIRS, config.num_hidden_layers, keep))
-        if ours:
-            loss = model(*inputs[:3], labels=inputs.labels).loss
-        else:
-            asked = dict(zip(INPUTS, inputs, strict=True))
-            loss = model(**{name: x for name, x in asked.items() if x is not None}).loss
-        if loss is not None:
-            tensors["loss"] = loss.detach()
-        if grad:
-            tensors.update(gradients(model, loss))
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": json.dumps(asdict(config)),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "backend": "minibert" if ours else f"transformers {_version('transformers')}",
-        "device": str(device) if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}",
-        "torch": torch.__version__,
-        "settings": json.dumps(settings),
-    }
-    return Trace({name: tensor.cpu() for name, tensor in tensors.items()}, config, metadata)
-
-
-def _our_config(model: nn.Module) -> BertConfig:
-    theirs: Any = model.config
-    for key, value in FIXED_KEYS.items():
-        if getattr(theirs, key, value) not in (value, None):
-            raise ValueError(f"{key} is {getattr(theirs, key)!r}, and a trace is of a BERT with {value!r}")
-    return BertConfig(**{field.name: getattr(theirs, field.name) for field in fields(BertConfig)})
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """The gradient of every parameter, by its name in a trace. No .grad is touched."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not named:
-        raise ValueError("no parameter of this model requires a gradient: call model.requires_grad_(True) first")
-    found = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
-    result = {}
-    for (name, parameter), gradient in zip(named, found, strict=True):
-        gradient = torch.zeros_like(parameter) if gradient is None else gradient
-        hubs = hub_names(name) if isinstance(model, BertForMaskedLM) else [name]
-        for hub, part in zip(hubs, gradient.chunk(len(hubs)), strict=True):
-            result[GRADIENT + hub] = part.detach().clone()  # a part would keep, and save, the whole
-    return result
-
-
-def _from_padded(mask: Tensor) -> Callable[[str, Tensor], Tensor]:
-    return lambda name, x: hide_padding(row_of(name), x, mask)
-
-
-def _from_packed(batch: PackedBatch, mask: Tensor) -> Callable[[str, Tensor], Tensor]:
-    """Our model has no padding: tokens are (T, …), and attention's rows are (B, H, longest sequence, …)."""
-    column = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, S): where each token stands in a row without holes
-
-    def place(name: str, x: Tensor) -> Tensor:
-        if x.dim() == 2:  # (T, …)
-            return batch.unpack(x)
-        x = x.take_along_dim(column[:, None, :, None], 2)  # (B, H, S, …)
-        if SHAPES[row_of(name)][-1] == "S":
-            x = x.take_along_dim(column[:, None, None, :], 3)  # (B, H, S, S)
-        return hide_padding(row_of(name), x, mask)
-
-    return place
-
-
-def hide_padding(row: str, x: Tensor, mask: Tensor) -> Tensor:
-    """`x` with zeros wherever it belongs to padding. mask: (B, S) bool, of the same rows."""
-    if row == "layers.N.scores":
-        x = x.clamp(min=MASKED)
-    shape = SHAPES.get(row, [])
-    if "S" not in shape or x.dim() != len(shape) or bool(mask.all()):
-        return x
-    for axis, letter in enumerate(shape):
-        if letter == "S":
-            view = [mask.shape[0]] + [1] * (len(shape) - 1)
-            view[axis] = mask.shape[1]
-            x = x.masked_fill(~mask.view(view), 0)
-    return x
-
-
-@contextmanager
-def _hooks(
-    model: nn.Module, places: tuple[tuple[str, str, str], ...], layers: int, keep: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    handles = []
-
-    def keeper(names: str) -> Callable[[Tensor], None]:
-        in_turn = iter(names.split())
-        return lambda tensor: keep(next(in_turn), tensor)
-
-    def add(path: str, side: str, names: str) -> None:
-        save = keeper(names)
-        module = model.get_submodule(path)
-        if side == "in":
-            handles.append(module.register_forward_pre_hook(lambda module, inputs: save(inputs[0])))
-        else:
-            handles.append(module.register_forward_hook(lambda module, inputs, output: save(output)))
-
-    attention = _Attention(keep)
-    inner = "layers.{}.attention" if isinstance(model, BertForMaskedLM) else "bert.encoder.layer.{}.attention.self"
-
-    def watch(number: int) -> None:
-        module = model.get_submodule(inner.format(number))
-        handles.append(module.register_forward_pre_hook(lambda module, inputs: attention.enter(number)))
-        handles.append(module.register_forward_hook(lambda module, inputs, output: attention.leave()))
-
-    try:
-        for path, side, names in places:
-            for number in range(layers) if ".N." in path else [0]:
-                add(path.replace(".N.", f".{number}."), side, names.replace(".N.", f".{number}."))
-        for number in range(layers):
-            watch(number)
-        with attention:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _written_out_attention(model: nn.Module) -> Iterator[None]:
-    """The fused kernels keep the probabilities to themselves."""
-    if isinstance(model, BertForMaskedLM):
-        with use_kernel("formula"):
-            yield
-        return
-    theirs: Any = model
-    before = theirs.config._attn_implementation
-    theirs.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        theirs.set_attn_implementation(before)
-
-
-@contextmanager
-def _exact_arithmetic(device: str) -> Iterator[dict[str, Any]]:
-    """Without TF32, without sums in half precision, without autocast. Yields the settings, for the record."""
-    matmul = torch.backends.cuda.matmul
-    half = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    before = torch.get_float32_matmul_precision()
-    before_half = [getattr(matmul, name) for name in half]
-    torch.set_float32_matmul_precision("highest")
-    for name in half:
-        setattr(matmul, name, False)
-    try:
-        with torch.autocast(device, enabled=False):
-            yield {"float32_matmul_precision": "highest", "autocast": False, **dict.fromkeys(half, False)}
-    finally:
-        torch.set_float32_matmul_precision(before)
-        for name, value in zip(half, before_half, strict=True):
-            setattr(matmul, name, value)

@@ -1,0 +1,269 @@
+"""Recording a trace: our model, or transformers', runs once, and hooks keep what passes by."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from minibert.attention import use_kernel
+from minibert.checkpoint import hub_names
+from minibert.config import FIXED_KEYS, BertConfig
+from minibert.model import BertForMaskedLM
+from minibert.packing import PackedBatch
+from minibert.parity.trace import (
+    FORMAT,
+    GRADIENT,
+    INPUTS,
+    SHAPES,
+    VERSION,
+    Trace,
+    check_inputs,
+    hide_padding,
+    row_of,
+)
+
+# Module · "in" or "out" · what its input or output is called. N is a layer's number. Our layer has one dropout
+# module for two places; the names are in the order in which it is called.
+OURS = (
+    ("embeddings.norm", "in", "embeddings.sum"),
+    ("embeddings.dropout", "out", "embeddings.norm"),
+    ("layers.N.attention.output", "in", "layers.N.context"),
+    ("layers.N.dropout", "out", "layers.N.attention_output layers.N.feed_forward"),
+    ("layers.N.attention_norm", "out", "layers.N.attention_norm"),
+    ("layers.N.feed_forward.intermediate", "out", "layers.N.intermediate"),
+    ("layers.N.feed_forward.output", "in", "layers.N.activation"),
+    ("layers.N.feed_forward_norm", "out", "layers.N.feed_forward_norm"),
+    ("head.dense", "out", "head.dense"),
+    ("head.norm", "in", "head.activation"),
+    ("head.norm", "out", "head.norm"),
+    ("head", "out", "logits"),
+)
+THEIRS = (
+    ("bert.embeddings.LayerNorm", "in", "embeddings.sum"),
+    ("bert.embeddings.dropout", "out", "embeddings.norm"),
+    ("bert.encoder.layer.N.attention.output.dense", "in", "layers.N.context"),
+    ("bert.encoder.layer.N.attention.output.dropout", "out", "layers.N.attention_output"),
+    ("bert.encoder.layer.N.attention.output.LayerNorm", "out", "layers.N.attention_norm"),
+    ("bert.encoder.layer.N.intermediate.dense", "out", "layers.N.intermediate"),
+    ("bert.encoder.layer.N.output.dense", "in", "layers.N.activation"),
+    ("bert.encoder.layer.N.output.dropout", "out", "layers.N.feed_forward"),
+    ("bert.encoder.layer.N.output.LayerNorm", "out", "layers.N.feed_forward_norm"),
+    ("cls.predictions.transform.dense", "out", "head.dense"),
+    ("cls.predictions.transform.LayerNorm", "in", "head.activation"),
+    ("cls.predictions.transform.LayerNorm", "out", "head.norm"),
+    ("cls.predictions", "out", "logits"),
+)
+
+
+class _Attention(TorchFunctionMode):
+    """Watches the written-out attention of a layer: its two matrix products, and the softmax between them. Asking
+    the products, and not the projections, shows heads that were split wrongly."""
+
+    def __init__(self, keep: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self.keep = keep
+        self.layer: int | None = None
+        self.products = 0
+
+    def enter(self, number: int) -> None:
+        self.layer, self.products = number, 0
+
+    def leave(self) -> None:
+        self.layer = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if self.layer is not None and name in ("matmul", "__matmul__", "softmax"):
+            layer = f"layers.{self.layer}."
+            if name == "softmax":
+                self.keep(layer + "scores", args[0])
+            elif self.products == 0:
+                self.keep(layer + "query", args[0])
+                self.keep(layer + "key", args[1].transpose(-1, -2))
+            else:
+                self.keep(layer + "probabilities", args[0])
+                self.keep(layer + "value", args[1])
+            self.products += name != "softmax"
+        return func(*args, **(kwargs or {}))
+
+
+def trace(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    grad: bool = False,
+) -> Trace:
+    """Run our BertForMaskedLM, or transformers', and keep every tensor of TABLE. The inputs are (B, S), as for
+    the model's own call. With `grad` also the gradient of the loss by every parameter; their .grad is not touched.
+
+    The model runs in the mode it is in (dropout too, if it is in training mode), on the written-out attention,
+    and without TF32, reduced-precision sums or autocast. Raises ValueError for inputs that no BERT of this size takes.
+    """
+    ours = isinstance(model, BertForMaskedLM)
+    if not ours and not (type(model).__module__.startswith("transformers.") and hasattr(model, "cls")):
+        raise ValueError(
+            f"trace reads minibert's or transformers' BertForMaskedLM, not {type(model).__module__}."
+            f"{type(model).__name__}: write the trace from your port, as the README's section Traces has it"
+        )
+    config = model.config if isinstance(model, BertForMaskedLM) else _our_config(model)
+    device = next(model.parameters()).device
+    given = (x if x is None else x.to(device) for x in (input_ids, attention_mask, token_type_ids, labels))
+    inputs, batch = check_inputs(config, *given)  # type: ignore[arg-type]
+    if grad and inputs.labels is None:
+        raise ValueError("gradients are of the loss, and there is no loss without labels: give labels too")
+    tensors = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
+    place = _from_packed(batch, inputs.attention_mask.bool()) if ours else _from_padded(inputs.attention_mask.bool())
+
+    def keep(name: str, tensor: Tensor) -> None:
+        tensors[name] = place(name, tensor.detach())
+
+    with ExitStack() as stack:
+        settings = stack.enter_context(exact_arithmetic(device.type))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        stack.enter_context(_written_out_attention(model))
+        stack.enter_context(_hooks(model, OURS if ours else THEIRS, config.num_hidden_layers, keep))
+        if ours:
+            loss = model(*inputs[:3], labels=inputs.labels).loss
+        else:
+            asked = dict(zip(INPUTS, inputs, strict=True))
+            loss = model(**{name: x for name, x in asked.items() if x is not None}).loss
+        if loss is not None:
+            tensors["loss"] = loss.detach()
+        if grad:
+            tensors.update(gradients(model, loss))
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": json.dumps(asdict(config)),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "backend": "minibert" if ours else f"transformers {version('transformers')}",
+        "device": str(device) if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}",
+        "torch": torch.__version__,
+        "settings": json.dumps(settings),
+    }
+    return Trace({name: tensor.cpu() for name, tensor in tensors.items()}, config, metadata)
+
+
+def _our_config(model: nn.Module) -> BertConfig:
+    theirs: Any = model.config
+    for key, value in FIXED_KEYS.items():
+        if getattr(theirs, key, value) not in (value, None):
+            raise ValueError(f"{key} is {getattr(theirs, key)!r}, and a trace is of a BERT with {value!r}")
+    return BertConfig(**{field.name: getattr(theirs, field.name) for field in fields(BertConfig)})
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of every parameter, by its name in a trace. No .grad is touched."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise ValueError("no parameter of this model requires a gradient: call model.requires_grad_(True) first")
+    found = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)
+    result = {}
+    for (name, parameter), gradient in zip(named, found, strict=True):
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        hubs = hub_names(name) if isinstance(model, BertForMaskedLM) else [name]
+        for hub, part in zip(hubs, gradient.chunk(len(hubs)), strict=True):
+            result[GRADIENT + hub] = part.detach().clone()  # a part would keep, and save, the whole
+    return result
+
+
+def _from_padded(mask: Tensor) -> Callable[[str, Tensor], Tensor]:
+    return lambda name, x: hide_padding(row_of(name), x, mask)
+
+
+def _from_packed(batch: PackedBatch, mask: Tensor) -> Callable[[str, Tensor], Tensor]:
+    """Our model has no padding: tokens are (T, …), and attention's rows are (B, H, longest sequence, …)."""
+    column = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, S): where each token stands in a row without holes
+
+    def place(name: str, x: Tensor) -> Tensor:
+        if x.dim() == 2:  # (T, …)
+            return batch.unpack(x)
+        x = x.take_along_dim(column[:, None, :, None], 2)  # (B, H, S, …)
+        if SHAPES[row_of(name)][-1] == "S":
+            x = x.take_along_dim(column[:, None, None, :], 3)  # (B, H, S, S)
+        return hide_padding(row_of(name), x, mask)
+
+    return place
+
+
+@contextmanager
+def _hooks(
+    model: nn.Module, places: tuple[tuple[str, str, str], ...], layers: int, keep: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    handles = []
+
+    def keeper(names: str) -> Callable[[Tensor], None]:
+        in_turn = iter(names.split())
+        return lambda tensor: keep(next(in_turn), tensor)
+
+    def add(path: str, side: str, names: str) -> None:
+        save = keeper(names)
+        module = model.get_submodule(path)
+        if side == "in":
+            handles.append(module.register_forward_pre_hook(lambda module, inputs: save(inputs[0])))
+        else:
+            handles.append(module.register_forward_hook(lambda module, inputs, output: save(output)))
+
+    attention = _Attention(keep)
+    inner = "layers.{}.attention" if isinstance(model, BertForMaskedLM) else "bert.encoder.layer.{}.attention.self"
+
+    def watch(number: int) -> None:
+        module = model.get_submodule(inner.format(number))
+        handles.append(module.register_forward_pre_hook(lambda module, inputs: attention.enter(number)))
+        handles.append(module.register_forward_hook(lambda module, inputs, output: attention.leave()))
+
+    try:
+        for path, side, names in places:
+            for number in range(layers) if ".N." in path else [0]:
+                add(path.replace(".N.", f".{number}."), side, names.replace(".N.", f".{number}."))
+        for number in range(layers):
+            watch(number)
+        with attention:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _written_out_attention(model: nn.Module) -> Iterator[None]:
+    """The fused kernels keep the probabilities to themselves."""
+    if isinstance(model, BertForMaskedLM):
+        with use_kernel("formula"):
+            yield
+        return
+    theirs: Any = model
+    before = theirs.config._attn_implementation
+    theirs.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        theirs.set_attn_implementation(before)
+
+
+@contextmanager
+def exact_arithmetic(device: str) -> Iterator[dict[str, Any]]:
+    """Without TF32, without sums in half precision, without autocast. Yields the settings, for the record."""
+    matmul = torch.backends.cuda.matmul
+    half = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = torch.get_float32_matmul_precision()
+    before_half = [getattr(matmul, name) for name in half]
+    torch.set_float32_matmul_precision("highest")
+    for name in half:
+        setattr(matmul, name, False)
+    try:
+        with torch.autocast(device, enabled=False):
+            yield {"float32_matmul_precision": "highest", "autocast": False, **dict.fromkeys(half, False)}
+    finally:
+        torch.set_float32_matmul_precision(before)
+        for name, value in zip(half, before_half, strict=True):
+            setattr(matmul, name, value)

@@ -1,0 +1,194 @@
+"""BERT step by step, on padded rows: our modules, one method for each thing that goes wrong in ports (faults.py)."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minibert.checkpoint import hub_names
+from minibert.loss import masked_lm_loss
+from minibert.model import ACTIVATIONS, BertForMaskedLM, EncoderLayer
+from minibert.parity.trace import GRADIENT, Inputs, Trace, parameter_names
+
+Section = Callable[..., Iterator[tuple[str, Tensor]]]
+
+
+class Steps:
+    """BERT on padded rows: `run` yields (name, tensor) in order of execution, as TABLE in trace.py names them.
+
+    title: the fault's name. remedy: what to change. source: where it is known from. given: the trace under
+    examination, for the one fault (dropout) that cannot be computed again without looking at it.
+    """
+
+    title = "none"
+    remedy = "nothing"
+    source = ""
+
+    def __init__(self, model: BertForMaskedLM, inputs: Inputs, given: Trace) -> None:
+        self.model, self.config, self.inputs, self.given = model, model.config, inputs, given
+        self.seen = inputs.attention_mask.bool()  # (B, S)
+        self.eps = model.config.layer_norm_eps
+        self.scale = model.config.head_size**-0.5
+
+    @torch.no_grad()
+    def run(self) -> Iterator[tuple[str, Tensor]]:
+        self.read: list[Tensor | None] = []  # by each section; with these `gradients` can compute it again
+        last: Tensor | None = None
+        for section, _ in self.sections():
+            self.read.append(last)
+            steps = section() if last is None else section(last)
+            for name, last in steps:
+                if name:
+                    yield name, last
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """After `run`, if the inputs have labels: of the loss by each parameter, from the head to the embeddings.
+
+        Each section runs once more, with a graph, and hands on the gradient of what it read: memory holds the
+        graph of one layer, never that of the model.
+        """
+        order = list(reversed(parameter_names(self.config)))
+        parameters = dict(self.model.named_parameters())
+        found: dict[str, Tensor] = {}
+        flow: Tensor | None = None  # the gradient of what this section gives; None for the loss
+        for (section, start), read in zip(reversed(list(self.sections())), reversed(self.read), strict=True):
+            names = [name for name in parameters if name.startswith(start)]
+            if start == "head.":
+                names.append("embeddings.word.weight")  # read here too; the embeddings add their part at the end
+            with torch.enable_grad():
+                inputs = [] if read is None else [read.detach().requires_grad_()]
+                *_, (_, last) = section(*inputs)
+                wanted = [parameters[name] for name in names] + inputs
+                gradients = torch.autograd.grad(last, wanted, flow, allow_unused=True)
+            flow = gradients[-1]
+            for name, gradient in zip(names, gradients, strict=False):
+                gradient = torch.zeros_like(parameters[name]) if gradient is None else gradient
+                found[name] = found[name] + gradient if name in found else gradient
+            parts: dict[str, Tensor] = {}
+            for name in [name for name in names if name.startswith(start)]:
+                hubs = hub_names(name)
+                parts.update(zip(hubs, found.pop(name).chunk(len(hubs)), strict=True))
+            yield from ((GRADIENT + name, parts[name]) for name in order if name in parts)
+
+    def sections(self) -> Iterator[tuple[Section, str]]:
+        """What the model consists of, and the start of the names of its parameters. Each section takes what the one
+        before it yielded last; the first takes nothing.
+        """
+        yield self.embeddings, "embeddings."
+        for number, layer in enumerate(self.model.layers):
+            assert isinstance(layer, EncoderLayer)
+            yield partial(self.layer, f"layers.{number}.", layer), f"layers.{number}."
+        yield self.prediction, "head."
+
+    def embeddings(self) -> Iterator[tuple[str, Tensor]]:
+        x = self.embed()
+        yield "embeddings.sum", x
+        yield "embeddings.norm", self.dropout("embeddings.norm", self.layer_norm(x, self.model.embeddings.norm))
+
+    def prediction(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        transformed = x
+        for name, transformed in self.head(x):
+            yield name, transformed
+        logits = self.decode(transformed)
+        yield "logits", logits
+        if self.inputs.labels is not None:
+            yield "loss", masked_lm_loss(logits, self.inputs.labels).mean
+
+    def embed(self) -> Tensor:
+        embeddings = self.model.embeddings
+        return embeddings.word(self.inputs.input_ids) + self.types() + embeddings.position(self.positions())
+
+    def types(self) -> Tensor:
+        result: Tensor = self.model.embeddings.token_type(self.inputs.token_type_ids)
+        return result
+
+    def positions(self) -> Tensor:
+        return torch.arange(self.seen.shape[1], device=self.seen.device).expand_as(self.seen)
+
+    def clamp(self, positions: Tensor) -> Tensor:
+        return positions.clamp(0, self.config.max_position_embeddings - 1)
+
+    def layer(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The last thing yielded is what the next layer reads."""
+        update = x
+        for name, update in self.attend(prefix, layer, x):
+            yield name, update
+        x = self.layer_norm(update + x, layer.attention_norm)
+        yield prefix + "attention_norm", x
+        for name, update in self.feed_forward(prefix, layer, x):
+            yield name, update
+        yield prefix + "feed_forward_norm", self.layer_norm(update + x, layer.feed_forward_norm)
+
+    def attend(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        query, key, value = (self.split(part) for part in self.project(layer, x))  # each (B, H, S, K)
+        yield prefix + "query", query
+        yield prefix + "key", key
+        yield prefix + "value", value
+        scores = self.masked(query @ key.transpose(-1, -2) * self.scale)
+        yield prefix + "scores", scores
+        name = prefix + "probabilities"
+        probabilities = self.dropout(name, self.softmax(name, scores))
+        yield name, probabilities
+        context = self.merge(probabilities @ value)
+        yield prefix + "context", context
+        output = layer.attention.output
+        yield (
+            prefix + "attention_output",
+            self.dropout(prefix + "attention_output", self.square(context, output.weight, output.bias)),
+        )
+
+    def project(self, layer: EncoderLayer, x: Tensor) -> tuple[Tensor, ...]:
+        qkv = layer.attention.qkv
+        parts = zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True)
+        return tuple(self.square(x, weight, bias) for weight, bias in parts)
+
+    def square(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """A projection from D to D."""
+        return F.linear(x, weight, bias)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)  # (B, H, S, K)
+
+    def merge(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(-2)  # (B, S, D)
+
+    def softmax(self, name: str, scores: Tensor) -> Tensor:
+        return scores.softmax(-1)
+
+    def masked(self, scores: Tensor) -> Tensor:
+        return scores.masked_fill(~self.seen[:, None, None, :], torch.finfo(scores.dtype).min)
+
+    def feed_forward(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        x = layer.feed_forward.intermediate(x)
+        yield prefix + "intermediate", x
+        x = self.activation(x)
+        yield prefix + "activation", x
+        yield prefix + "feed_forward", self.dropout(prefix + "feed_forward", layer.feed_forward.output(x))
+
+    def activation(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.config.hidden_act](x)
+
+    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, self.eps)
+
+    def dropout(self, name: str, x: Tensor) -> Tensor:
+        return x
+
+    def head(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        head = self.model.head
+        x = self.square(x, head.dense.weight, head.dense.bias)
+        yield "head.dense", x
+        x = self.activation(x)
+        yield "head.activation", x
+        yield "head.norm", self.layer_norm(x, head.norm)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.decoder(), self.decoder_bias())
+
+    def decoder(self) -> Tensor:
+        return self.model.embeddings.word.weight
+
+    def decoder_bias(self) -> Tensor | None:
+        return self.model.head.bias

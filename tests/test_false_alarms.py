@@ -1,0 +1,59 @@
+"""No false alarm: 200 small random models of every kind, ours against transformers', and no word of a fault."""
+
+import random
+from dataclasses import asdict
+
+import pytest
+import torch
+import transformers
+from twins import MASKS, copy_weights, make_batch
+
+from minibert import BertConfig, BertForMaskedLM
+from minibert.parity import diagnose, diff, trace
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def random_pair(seed):
+    """(ours, theirs, a batch) with sizes, activation, eps, scale of the weights, dtype and mask drawn from a seed."""
+    draw = random.Random(seed)
+    heads = draw.choice([1, 2, 3, 4])
+    sizes = dict(
+        vocab_size=draw.randint(11, 150),
+        hidden_size=heads * draw.choice([4, 5, 8]),
+        num_hidden_layers=draw.choice([1, 1, 2]),
+        num_attention_heads=heads,
+        intermediate_size=draw.randint(3, 40),
+        max_position_embeddings=draw.randint(9, 20),
+        type_vocab_size=2,
+        hidden_act=draw.choice(["gelu", "gelu_new", "relu"]),
+        layer_norm_eps=draw.choice([1e-12, 1e-7, 1e-5]),
+    )
+    if sizes["hidden_act"] == "relu" and sizes["hidden_size"] < 16:
+        # With few numbers all may be cut to 0; the gradient of a LayerNorm of zeros, 1 / √eps, is infinite in float16.
+        sizes["hidden_act"] = "gelu"
+    torch.manual_seed(seed)
+    ours = BertForMaskedLM(BertConfig(**sizes)).eval()
+    loud = draw.choice([0.02, 0.2, 0.6])
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=loud)
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**asdict(ours.config))).eval()
+    copy_weights(ours, theirs)
+    batch = make_batch(sizes, draw.choice(MASKS), (draw.randint(1, 4), draw.randint(2, 9)), two_segments=True)
+    batch["labels"][0] = torch.where(batch["attention_mask"][0] == 1, batch["input_ids"][0], -100)
+    dtype = DTYPES[seed % 3]
+    return ours.to(dtype), theirs.to(dtype), batch
+
+
+@pytest.mark.parametrize("start", range(10))
+def test_no_alarm(start):
+    for seed in range(start, 200, 10):
+        ours, theirs, batch = random_pair(seed)
+        grad = seed % 2 == 0
+        a, b = trace(ours, **batch, grad=grad), trace(theirs, **batch, grad=grad)
+        report = diff(a, b, ours if seed % 5 else None)
+        assert report.ok, f"seed {seed}\n" + "\n".join(report.lines())
+        if seed % 5 == 0:
+            diagnosis = diagnose(b, ours)
+            assert diagnosis.ok, f"seed {seed}\n" + "\n".join(diagnosis.lines)

@@ -1,0 +1,133 @@
+"""`minibert parity`, with transformers and without, and `assert_parity`: right models pass, planted faults do not."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from twins import CONFIGS, twins
+
+import minibert.attention
+import minibert.model
+from minibert import BertForMaskedLM, checkpoint
+from minibert.cli import main
+from minibert.parity import assert_parity, golden
+
+SIZES = CONFIGS["3 heads, gelu_new"]
+ROWS = ["intermediates", "logits", "loss", "gradients", "padding invariance", "batch invariance", "masking"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    twins(SIZES)[0].save_pretrained(path)
+    return str(path)
+
+
+def parity(capsys, *options):
+    status = main(["parity", *options, "--json"])
+    out = capsys.readouterr()
+    return status, json.loads(out.out) if out.out else out.err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_any_folder_of_weights_has_parity(folder, dtype, capsys):
+    status, report = parity(capsys, "--model", folder, "--dtype", dtype)
+    assert (status, report["ok"]) == (0, True)
+    assert [row["name"] for row in report["rows"]] == ROWS
+    assert all(row["value"] <= row["bound"] for row in report["rows"])
+    assert "against transformers" in report["title"]
+    assert main(["parity", "--model", folder, "--dtype", dtype]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in table[2 : 2 + len(ROWS)]] == ROWS
+    assert all(" ok " in line for line in table[2 : 2 + len(ROWS)])
+
+
+def wrong(capsys, folder):
+    status, report = parity(capsys, "--model", folder)
+    assert status == 1
+    return [row["name"] for row in report["rows"] if not row["ok"]], report["first_wrong"]
+
+
+def test_each_row_can_fail(folder, capsys, monkeypatch):
+    with monkeypatch.context() as patch:  # the formula stays right: only the fused kernel is wrong
+        real = minibert.attention.sequences
+        patch.setattr(minibert.attention, "sequences", lambda *given, **more: real(*given, **more) * 1.001)
+        assert wrong(capsys, folder) == (["logits", "loss", "gradients", *ROWS[4:6]], "logits")
+    with monkeypatch.context() as patch:
+        patch.setitem(minibert.model.ACTIVATIONS, "gelu_new", nn.functional.gelu)
+        assert wrong(capsys, folder) == (["intermediates", "logits", "gradients"], "layers.0.activation")
+    with monkeypatch.context() as patch:
+        real_loss = minibert.model.masked_lm_loss
+        patch.setattr(minibert.model, "masked_lm_loss", lambda logits, targets: real_loss(logits, targets.clamp(max=9)))
+        assert wrong(capsys, folder)[0] == ["loss", "gradients"]
+    with monkeypatch.context() as patch:
+        patch.setattr("minibert.parity.check.mask_tokens", partial(minibert.mask_tokens, mask_fraction=0.7))
+        assert wrong(capsys, folder)[0] == ["masking"]
+    with monkeypatch.context() as patch:  # a row that knows what stands beside it
+        real_forward = BertForMaskedLM.forward
+
+        def forward(self, input_ids, *given, **more):
+            out = real_forward(self, input_ids, *given, **more)
+            return minibert.model.MaskedLMOutput(out.loss, out.logits + 1e-3 * (len(input_ids) == 1))
+
+        patch.setattr(BertForMaskedLM, "forward", forward)
+        assert wrong(capsys, folder) == (["padding invariance", "batch invariance"], None)
+
+
+def test_without_transformers_the_golden_trace_is_used(capsys, monkeypatch, folder, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    status, report = parity(capsys, "--model", "minibert-uncased")
+    assert status == 0, report
+    assert "golden trace, for transformers is not installed" in report["title"]
+    assert [row["name"] for row in report["rows"]] == ROWS
+    assert parity(capsys, "--model", folder)[0] == 2
+    assert "is of other weights than these" in parity(capsys, "--model", folder)[1]
+    assert "pip install transformers" in parity(capsys, "--dtype", "bfloat16")[1]
+    monkeypatch.setattr(golden, "PATH", tmp_path / "golden.safetensors")
+    status, said = parity(capsys)
+    assert (status, said.count("\n")) == (2, 1)
+    assert "an installed package has not): pip install transformers" in said
+
+
+def test_the_golden_trace_notices_a_fault(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(minibert.model.ACTIVATIONS, "gelu", minibert.model.ACTIVATIONS["gelu_new"])
+    status, report = parity(capsys)
+    assert (status, report["first_wrong"]) == (1, "layers.0.activation")
+
+
+def test_the_golden_trace_belongs_to_the_bundled_weights():
+    with safe_open(golden.PATH, framework="pt") as file:
+        made_from = file.metadata()["sha256"]
+    found = checkpoint.sha256(checkpoint.locate(golden.BUNDLED).require(checkpoint.WEIGHTS))
+    assert made_from == found, f"the bundled weights are new: remake the golden trace with `{golden.REMAKE}`"
+    assert golden.PATH.stat().st_size < 500_000
+
+
+def test_the_golden_trace_is_what_transformers_computes(tmp_path):
+    golden.write(tmp_path / "new.safetensors")
+    new, old = load_file(tmp_path / "new.safetensors"), load_file(golden.PATH)
+    assert new.keys() == old.keys()
+    for name, tensor in new.items():
+        if not tensor.is_floating_point():
+            assert torch.equal(tensor, old[name]), name
+        elif name.startswith("float64."):  # other machines add in another order; float64 has 9 digits to spare
+            torch.testing.assert_close(tensor, old[name], rtol=1e-6, atol=1e-9 * float(old[name].abs().max()) + 1e-12)
+
+
+def test_assert_parity_fails_with_the_same_table():
+    ours, theirs = twins(SIZES)
+    assert_parity(ours, theirs)
+    assert_parity(ours, ours)
+    assert_parity(ours, theirs.bfloat16())  # another dtype: the weights of `ours` are rounded too
+    theirs = theirs.float()
+    for one, two in zip(theirs.parameters(), twins(SIZES)[1].parameters(), strict=True):
+        one.data = two.data
+    theirs.cls.predictions.bias.data += 0.1
+    with pytest.raises(AssertionError, match=r"(?s)logits +\S+ +\S+ +WRONG.*The last good one is head\.norm"):
+        assert_parity(ours, theirs)
