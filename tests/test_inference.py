@@ -145,7 +145,7 @@ def flash_attention_reads(query, key, value, batch):
     context = torch.full_like(query, torch.nan)
     bounds = batch.cu_seqlens.tolist()
     for start, stop in pairwise(bounds):
-        assert stop - start <= batch.max_seqlen
+        assert 0 <= stop - start <= batch.max_seqlen
         if stop > start:
             q, k, v = (x[None, start:stop].transpose(1, 2) for x in (query, key, value))
             context[start:stop] = nn.functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
