@@ -108,7 +108,12 @@ def build_parser() -> Parser:
     command("info", info, "A model's configuration, its parameters, and how its file was read.")
 
     sub = command("train", train, "Train a masked language model on text files.", json_output=False)
-    sub.add_argument("texts", nargs="+", metavar="FILE[:WEIGHT]", help=".txt or .txt.gz, one paragraph a line")
+    sub.add_argument(
+        "texts",
+        nargs="+",
+        metavar="PATH[:WEIGHT]",
+        help="a text file, a .gz of one, a folder or a glob; one paragraph a line",
+    )
     sub.add_argument("--init", required=True, metavar="MODEL", help="start from this; a missing head is initialised")
     sub.add_argument("--out", required=True, metavar="FOLDER", help="where the model is saved")
     sub.add_argument("--steps", type=int, required=True)
@@ -410,9 +415,9 @@ def train(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from minibert import BertForMaskedLM, load_tokenizer
-    from minibert.training.data import read_text_file
     from minibert.training.loop import Settings, evaluate
     from minibert.training.loop import train as run
+    from minibert.training.tokens import token_files
 
     if not options.out.strip():
         raise ValueError("--out needs the name of a folder")
@@ -427,9 +432,9 @@ def train(options: argparse.Namespace) -> None:
     )
     model = BertForMaskedLM.from_pretrained(options.init, init_missing_head=True)
     tokenizer = load_tokenizer(options.init)
-    files = [read_text_file(spec, tokenizer) for spec in options.texts]
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)  # now, and not after hours, if it cannot be made
+    files = token_files(options.texts, tokenizer, out / "tokens")
     run(model, tokenizer, files, out, settings)
     print(f"{'held out':<20} {'masked tokens':>13} {'loss':>7} {'top-1':>7}")
     for name, figures in evaluate(model, tokenizer, files, max_length=options.max_length).items():

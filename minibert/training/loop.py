@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 from minibert.loss import masked_lm_loss
+from minibert.masking import example_generator
 from minibert.model import BertForMaskedLM
-from minibert.training.data import ExampleMaker, TextFile
+from minibert.training.data import Corpus, masked_rows
+from minibert.training.tokens import TokenFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +59,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def train(
-    model: BertForMaskedLM, tokenizer: Tokenizer, files: Sequence[TextFile], out: Path, settings: Settings
+    model: BertForMaskedLM, tokenizer: Tokenizer, files: Sequence[TokenFile], out: Path, settings: Settings
 ) -> list[float]:
     """Train `model` in place and save it, with its tokenizer, in `out`. Returns the loss of every step.
 
@@ -68,12 +71,13 @@ def train(
             f"max_length {settings.max_length} is more than the {model.config.max_position_embeddings} positions "
             "that the model has"
         )
-    maker = ExampleMaker(
+    corpus = Corpus(
         files,
         tokenizer,
         vocab_size=model.config.vocab_size,
         max_length=settings.max_length,
         short_fraction=settings.short_fraction,
+        tokens_per_step=settings.batch_size * settings.max_length,
         seed=settings.seed,
     )
     device = model.embeddings.word.weight.device
@@ -88,9 +92,10 @@ def train(
     )
     losses: list[float] = []
     tokens, began = 0, time.perf_counter()
-    progress = tqdm(range(settings.steps), desc="training", mininterval=5)
-    for step in progress:
-        example = maker.examples(range(step * settings.batch_size, (step + 1) * settings.batch_size))
+    every_step = ((epoch, numbers) for epoch in count() for numbers in corpus.steps(epoch))
+    progress = tqdm(islice(every_step, settings.steps), total=settings.steps, desc="training", mininterval=5)
+    for step, (epoch, numbers) in enumerate(progress):
+        example = corpus.examples(epoch, numbers)
         batch, positions, targets = example.batch.to(device), example.positions.to(device), example.targets.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             logits = model.predict(batch, positions)  # (M, V)
@@ -122,7 +127,7 @@ def train(
 def evaluate(
     model: BertForMaskedLM,
     tokenizer: Tokenizer,
-    files: Sequence[TextFile],
+    files: Sequence[TokenFile],
     *,
     max_length: int = 128,
     lines: int = 300,
@@ -131,16 +136,16 @@ def evaluate(
     """Loss (nats a token) and top-1 accuracy on masked tokens of each file's held-out lines, the first `lines`
     of each, one line a row, masked by BERT's recipe; and over all of them together, under "all".
     """
-    maker = ExampleMaker(files, tokenizer, vocab_size=model.config.vocab_size, max_length=max_length, seed=seed)
     device = model.embeddings.word.weight.device
     result: dict[str, dict[str, float]] = {}
     totals = torch.zeros(3, dtype=torch.float64)
     for file in files:
         sums = torch.zeros(3, dtype=torch.float64)  # loss, right answers, masked tokens
-        rows = [[maker.cls, *ids[: max_length - 2], maker.sep] for ids in file.held_out[:lines]]
+        rows = [file.held_out.line(number)[: max_length - 2] for number in range(min(lines, len(file.held_out)))]
         for at in range(0, len(rows), 64):
             some = rows[at : at + 64]
-            example = maker.examples(range(at, at + len(some)), some)
+            generators = [example_generator(seed, 1, number) for number in range(at, at + len(some))]
+            example = masked_rows(some, generators, tokenizer, model.config.vocab_size)
             logits = model.predict(example.batch.to(device), example.positions.to(device)).cpu()  # (M, V)
             loss = masked_lm_loss(logits, example.targets)
             right = (logits.argmax(-1) == example.targets).sum()
