@@ -72,11 +72,14 @@ class Lines:
 
 @dataclass(frozen=True)
 class TokenFile(Lines):
-    """The lines of one text to train on, and those held out. weight: how often the text comes up in an epoch."""
+    """The lines of one text to train on, and those held out. weight: how often the text comes up in an epoch. sha256: of
+    the text.
+    """
 
     name: str
     weight: float
     held_out: Lines
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -381,11 +384,12 @@ def _write_lines(part: Path, encoded: Iterable[tuple[str, "array[int]", "array[i
 
 
 def _open(place: Path, text: Text) -> TokenFile:
-    dtype = {"uint16": torch.uint16, "uint32": torch.uint32}[json.loads((place / "about.json").read_text())["dtype"]]
+    about = json.loads((place / "about.json").read_text())
+    dtype = {"uint16": torch.uint16, "uint32": torch.uint32}[about["dtype"]]
     train, held_out = (
         Lines(_map(place / f"{kind}.tokens", dtype), _map(place / f"{kind}.starts", torch.int64)) for kind in KINDS
     )
-    return TokenFile(train.tokens, train.starts, text.name, text.weight, held_out)
+    return TokenFile(train.tokens, train.starts, text.name, text.weight, held_out, about["text_sha256"])
 
 
 def _map(path: Path, dtype: torch.dtype) -> Tensor:
