@@ -26,7 +26,7 @@ def lines(lengths, ids=None):
 
 def token_file(lengths, weight=1.0, name="text", ids=None):
     made = lines(lengths, ids)
-    return TokenFile(made.tokens, made.starts, name, weight, lines([3], torch.full((3,), 2004)))
+    return TokenFile(made.tokens, made.starts, name, weight, lines([3], torch.full((3,), 2004)), "")
 
 
 def lengths_drawn(count, longest=60, seed=0):

@@ -88,6 +88,8 @@ class Settings:
             tokens = getattr(self, key)
             if tokens is not None and tokens < self.max_length:
                 raise ValueError(f"{key} is {tokens}: a row of max_length {self.max_length} would not fit")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit in 64 bits, and {self.seed} does not")
         for key in ("learning_rate", "clip"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{key} must be above 0, not {getattr(self, key)}")
@@ -206,7 +208,7 @@ def accumulate(objective: nn.Module, passes: Sequence[Example], targets: float, 
     the step: in all passes of all ranks. Returns the sum of the loss over the passes of this rank.
     """
     device = next(objective.parameters()).device
-    total = torch.zeros((), device=device)
+    losses: list[Tensor] = []
     for number, example in enumerate(passes, start=1):
         batch, positions, answers = example.batch.to(device), example.positions.to(device), example.targets.to(device)
         with ExitStack() as around:
@@ -216,8 +218,8 @@ def accumulate(objective: nn.Module, passes: Sequence[Example], targets: float, 
                 loss = objective(batch, positions, answers)
             # Over the ranks, DistributedDataParallel takes the mean of the gradients, and this is a part of a sum.
             (loss * (ranks.size / targets)).backward()
-        total += loss.detach()
-    return total.item()
+        losses.append(loss.detach())
+    return sum(loss.item() for loss in losses)
 
 
 @contextmanager

@@ -72,8 +72,8 @@ class Lines:
 
 @dataclass(frozen=True)
 class TokenFile(Lines):
-    """The lines of one text to train on, and those held out. weight: how often the text comes up in an epoch. sha256: of
-    the text.
+    """The lines of one text to train on, and those held out. weight: how often the text comes up in an epoch. sha256:
+    of the text.
     """
 
     name: str
