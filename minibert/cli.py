@@ -446,6 +446,7 @@ def _report_lines(report: "LoadReport") -> "Iterator[str]":
 
 def train(options: argparse.Namespace) -> int:
     import signal
+    from contextlib import ExitStack
     from pathlib import Path
     from threading import Event
 
@@ -483,12 +484,13 @@ def train(options: argparse.Namespace) -> int:
         signal.signal(number, signal.SIG_DFL)
         stop.set()
 
-    with join(options.device) as ranks:
+    with join(options.device) as ranks, ExitStack() as around:
         if ranks.first:
-            saving.prepare_folder(out, resume=options.resume)
+            around.enter_context(saving.folder_of_run(out, resume=options.resume))
         ranks.wait()
         if saving.is_finished(out):
-            print(f"{out}: this run is finished")
+            if ranks.first:
+                print(f"{out}: this run is finished")
             return 0
         tokenizer = start_tokenizer(options.init, options.tokenizer)
         checkpoint = next(reversed(saving.checkpoints(out)), None)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tiny import metrics
 
 from minibert.training import saving
+from minibert.training.data import Corpus
 from minibert.training.ranks import ALONE, join
 
 # `python -m minibert`, but one of the processes is killed at the beginning of its eighth optimizer step.
@@ -43,7 +44,7 @@ def torchrun(*command):
 
 def require_same_run(out, alone):
     """Both without dropout, which each rank draws for itself. Sums in another order differ by 1e-7 in float32; Adam
-    divides by what may be small, and twelve steps go by.
+    divides by what may be small, and twelve steps go by. (Measured: 2e-7, 2e-7 and 1e-6.)
     """
     lines = [metrics(folder) for folder in (out, alone)]
     assert [line["step"] for line in lines[0]] == list(range(1, 13))
@@ -51,23 +52,26 @@ def require_same_run(out, alone):
         assert {key: two[key] for key in ("epoch", "tokens", "masked_tokens", "learning_rate")} == {
             key: one[key] for key in ("epoch", "tokens", "masked_tokens", "learning_rate")
         }
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+        assert two["loss"] == pytest.approx(one["loss"], rel=5e-6)
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-5)
         if "held_out" in one:
             assert two["held_out"]["all"] == pytest.approx(one["held_out"]["all"], rel=1e-5)
     weights = [load_file(folder / "model.safetensors") for folder in (out, alone)]
     for name, tensor in weights[1].items():
-        assert (weights[0][name] - tensor).abs().max() < 1e-3, name  # twelve steps moved them by up to 0.06
+        assert (weights[0][name] - tensor).abs().max() < 1e-5, name  # twelve steps moved them by up to 0.03
 
 
-# So few tokens that in some steps a rank has no row at all.
-OPTIONS = ("--no-dropout", "--tokens-per-step", "48")
+# A step of 24 tokens is often a single row, and then one of two ranks has none.
+OPTIONS = ("--no-dropout", "--tokens-per-step", "24")
 
 
 @pytest.fixture(scope="module")
 def alone(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "out"
     assert tiny.train(out, *OPTIONS) == 0
+    _, tokenizer, files = tiny.load()
+    corpus = Corpus(files, tokenizer, vocab_size=tiny.config.vocab_size, max_length=24, tokens_per_step=24)
+    assert {1, 2} <= {len(numbers) for numbers in corpus.steps(0)[:12]}
     return out
 
 

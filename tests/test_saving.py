@@ -44,12 +44,12 @@ def require_same(out, whole):
     lines = [[{**line, "tokens_per_second": 0} for line in metrics(folder)] for folder in (out, whole)]
     assert lines[0] == lines[1]
     assert [line["step"] for line in lines[0]] == list(range(1, 13))
-    assert saving.checkpoints(out) == []
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 def test_a_run_leaves_what_its_page_lists(whole, tiny):
     assert {path.name for path in whole.iterdir()} == {
-        *("run.json", "metrics.jsonl", "best", "config.json", "model.safetensors", "tokenizer.json"),
+        *("run.json", "metrics.jsonl", ".lock", "best", "config.json", "model.safetensors", "tokenizer.json"),
     }
     for folder in (whole, whole / "best"):
         assert BertForMaskedLM.from_pretrained(folder).config == tiny.config
@@ -202,7 +202,7 @@ def stopped(tiny, tmp_path):
         save_every=3,
         evaluate_every=4,
     )
-    saving.prepare_folder(out, resume=False)
+    out.mkdir()
     saving.open_run(out, loop.describe(str(tiny.start), tokenizer, files, settings))
     stop = Event()
     stop.set()
@@ -277,3 +277,29 @@ def test_other_folders_are_left_alone(tiny, tmp_path):
     (out / "checkpoint-of-mine").mkdir(parents=True)
     assert tiny.train(out, "--steps", "4") == 0
     assert (out / "checkpoint-of-mine").is_dir()
+
+
+def test_two_runs_in_one_folder_at_a_time_are_one_too_many(stopped, tiny, capsys):
+    ready, held = os.pipe()
+    if (child := os.fork()) == 0:
+        with saving.folder_of_run(stopped, resume=True):
+            os.write(held, b"x")
+            signal.pause()
+    os.read(ready, 1)
+    try:
+        assert tiny.train(stopped, "--resume") == 2
+        assert "another process is training there" in capsys.readouterr().err.splitlines()[-1]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert tiny.train(stopped, "--resume") == 0, "the lock goes with the process that held it"
+
+
+def test_a_run_killed_when_it_was_just_finished_is_finished(tiny, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for leftover in ("checkpoint-9", ".old-checkpoint-9", ".new-best"):
+        (out / leftover).mkdir()
+    assert tiny.train(out, "--resume") == 0
+    assert "finished" in capsys.readouterr().out
+    require_same(out, whole)

@@ -222,6 +222,40 @@ def accumulate(objective: nn.Module, passes: Sequence[Example], targets: float, 
     return sum(loss.item() for loss in losses)
 
 
+def take_step(
+    objective: nn.Module, optimizer: torch.optim.Optimizer, share: Share, step: int, settings: Settings, ranks: Ranks
+) -> dict[str, float]:
+    """One step of the optimizer, `step` counted from 0, and what there is to say about it. Raises FloatingPointError,
+    before the weights are touched, if the loss or the gradient is not a number any more.
+    """
+    targets, tokens = ranks.sum(
+        sum(len(example.targets) for example in share.passes),
+        sum(example.batch.num_tokens for example in share.passes),
+    )
+    # Dropout draws from torch's own generator, seeded anew for each step: so there is no state of it to save.
+    torch.manual_seed(random.Random(f"{settings.seed} {step} {ranks.rank}").getrandbits(63))
+    optimizer.zero_grad()
+    loss_sum = accumulate(objective, share.passes, max(1, targets), settings.dtype, ranks)
+    loss = ranks.sum(loss_sum)[0] / max(1, targets)
+    norm = nn.utils.clip_grad_norm_(objective.parameters(), settings.clip).item()
+    rate = settings.rate(step)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"step {step + 1}: the loss is {loss}, the length of the gradient {norm}. The weights were not touched, "
+            f"and what was saved before stands. Is a learning rate of {settings.learning_rate} too high?"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return {
+        "loss": loss,
+        "learning_rate": rate,
+        "gradient_norm": norm,
+        "masked_tokens": int(targets),
+        "tokens": int(tokens),
+    }
+
+
 @contextmanager
 def wrapped_layers(model: BertForMaskedLM, settings: Settings) -> Iterator[None]:
     """Within this block the encoder layers are compiled, or keep only their input for the backward pass, as asked."""
@@ -285,54 +319,22 @@ def train(
         log = around.enter_context(open_log(out, progress.step, settings.steps)) if ranks.first else None
         began = time.perf_counter()
         for share in shares(corpus, settings, progress, ranks):
-            targets, tokens = ranks.sum(
-                sum(len(example.targets) for example in share.passes),
-                sum(example.batch.num_tokens for example in share.passes),
-            )
-            # Dropout draws from torch's own generator, seeded anew for each step: so there is no state of it to save.
-            torch.manual_seed(random.Random(f"{settings.seed} {progress.step} {ranks.rank}").getrandbits(63))
-            optimizer.zero_grad()
-            loss_sum = accumulate(objective, share.passes, max(1, targets), settings.dtype, ranks)
-            loss = ranks.sum(loss_sum)[0] / max(1, targets)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip).item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                stands = saving.checkpoints(out)[-1:]
-                raise FloatingPointError(
-                    f"step {progress.step + 1}: the loss is {loss}, the length of the gradient {norm}. The run stops "
-                    f"before this step; {stands[0] if stands else 'no checkpoint'} stands. "
-                    f"Is the learning rate of {settings.learning_rate} too high?"
-                )
-            rate = settings.rate(progress.step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            progress.step, progress.epoch, progress.step_in_epoch = (
-                *(progress.step + 1, share.epoch, share.step_in_epoch + 1),
-            )
-            line: dict[str, Any] = {
-                "step": progress.step,
-                "epoch": share.epoch,
-                "loss": loss,
-                "learning_rate": rate,
-                "gradient_norm": norm,
-                "masked_tokens": int(targets),
-                "tokens": int(tokens),
-                "tokens_per_second": round(tokens / (time.perf_counter() - began)),
-            }
+            taken = take_step(objective, optimizer, share, progress.step, settings, ranks)
+            progress.step += 1
+            progress.epoch, progress.step_in_epoch = share.epoch, share.step_in_epoch + 1
+            speed = round(taken["tokens"] / (time.perf_counter() - began))
+            line: dict[str, Any] = {"step": progress.step, "epoch": share.epoch, **taken, "tokens_per_second": speed}
             last = progress.step == settings.steps
             if last or progress.step % settings.evaluate_every == 0:
                 model.eval()
                 figures = evaluate(model, tokenizer, files, max_length=settings.max_length, ranks=ranks)
                 model.train(settings.dropout)
-                line["held_out"] = {  # JSON has no NaN
-                    name: {key: None if math.isnan(value) else value for key, value in of_text.items()}
-                    for name, of_text in figures.items()
-                }
+                line["held_out"] = _without_nan(figures)
                 if figures["all"]["loss"] < (math.inf if progress.best_loss is None else progress.best_loss):
                     progress.best_step, progress.best_loss = progress.step, figures["all"]["loss"]
                     if ranks.first:
                         saving.save_model(out / "best", model, tokenizer)
-            stopping = bool(ranks.sum(stop is not None and stop.is_set())[0]) and not last
+            stopping = ranks.sum(stop is not None and stop.is_set()) != [0] and not last
             if log is not None:
                 log(line)
                 if last:
@@ -342,8 +344,8 @@ def train(
             if stopping:
                 return None
             began = time.perf_counter()
+    ranks.wait()  # until the first one has written the files
     model.eval()
-    ranks.wait()  # until the files are written
     return figures
 
 
@@ -376,6 +378,14 @@ def describe(init: str, tokenizer: Tokenizer, files: Sequence[TokenFile], settin
     }
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     return {"init": init, "tokenizer": f"SHA-256 {digest[:16]}", **settings.described(), **texts}
+
+
+def _without_nan(figures: Figures) -> dict[str, dict[str, float | None]]:
+    """For JSON, which has no NaN."""
+    return {
+        name: {key: None if math.isnan(value) else value for key, value in of_text.items()}
+        for name, of_text in figures.items()
+    }
 
 
 def require_fit(model: BertForMaskedLM, tokenizer: Tokenizer, settings: Settings) -> None:

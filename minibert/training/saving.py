@@ -12,12 +12,13 @@ renamed. So a run can be killed at any moment, and the newest checkpoint stands.
 else in JSON; nothing is a pickle.
 """
 
+import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,8 @@ from torch import nn
 from minibert.checkpoint import CONFIG, WEIGHTS, read_header, read_json
 from minibert.model import BertForMaskedLM
 
-RUN, METRICS, PROGRESS, OPTIMIZER, TOKENIZER = (
-    *("run.json", "metrics.jsonl", "progress.json", "optimizer.safetensors", "tokenizer.json"),
-)
+RUN, METRICS, LOCK = "run.json", "metrics.jsonl", ".lock"
+OPTIMIZER, PROGRESS, TOKENIZER = "optimizer.safetensors", "progress.json", "tokenizer.json"
 
 
 @dataclass
@@ -54,9 +54,10 @@ class Progress:
 # ------------------------------------------------------------------------------------------------- beginning, going on
 
 
-def prepare_folder(out: Path, *, resume: bool) -> None:
-    """Make sure, before any work, that a run can be begun (or gone on with) in `out`, and that files can be
-    written there.
+@contextmanager
+def folder_of_run(out: Path, *, resume: bool) -> Iterator[None]:
+    """Make sure, before any work, that a run can be begun (or gone on with) in `out`, and that files can be written
+    there; and that no other process does the same while the block lasts.
 
     Raises ValueError, FileNotFoundError, or the OSError of the write that failed.
     """
@@ -69,13 +70,21 @@ def prepare_folder(out: Path, *, resume: bool) -> None:
         raise ValueError(
             f"{out} holds a run that is not finished: add --resume to go on with it, or choose another --out"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe.{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(error.errno, f"--out {out}: nothing can be written there: {error.strerror}") from error
+    with ExitStack() as around:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            probe = out / f".probe-{os.getpid()}"
+            probe.write_bytes(b"x")
+            probe.unlink()
+            lock = around.enter_context(open(out / LOCK, "w"))
+        except OSError as error:
+            raise OSError(error.errno, f"--out {out}: nothing can be written there: {error.strerror}") from error
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with this process, however that ends
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"{out}: another process is training there now") from error
+        _remove_leftovers(out)
+        yield
 
 
 def is_finished(out: Path) -> bool:
@@ -236,7 +245,18 @@ def _to_disk(folder: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Under its name there is the whole folder or nothing, here too."""
-    gone = folder.with_name(".old")
-    shutil.rmtree(gone, ignore_errors=True)
+    gone = folder.with_name(f".old-{folder.name}")
     os.rename(folder, gone)
     shutil.rmtree(gone)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """What a run that was killed was writing or removing."""
+    for path in [*out.glob(".new-*"), *out.glob(".old-*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if is_finished(out):
+        for checkpoint in checkpoints(out):
+            _remove(checkpoint)
