@@ -115,7 +115,7 @@ def token_files(
     missing = [number for number, place in enumerate(places) if not _is_complete(place, maker)]
     if missing:
         size = sum(texts[number].path.stat().st_size for number in missing)
-        workers = workers or max(1, min(len(os.sched_getaffinity(0)), size // WORTH_A_WORKER))
+        workers = workers or max(1, min(os.cpu_count() or 1, size // WORTH_A_WORKER))
         with (
             _alone_in(folder),
             _pool(tokenizer_json, workers) as pool,
