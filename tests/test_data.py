@@ -124,6 +124,12 @@ def test_steps_are_even_and_mix_lengths_and_texts():
         assert len(set(made.lengths(0, step))) > 3
 
 
+def test_no_step_is_empty_however_little_text_there_is():
+    for seed in range(200):
+        made = corpus(token_file(lengths_drawn(4, longest=30, seed=seed)), tokens_per_step=32, seed=seed)
+        assert all(made.steps(0)), seed
+
+
 def test_weights_say_how_often_a_text_comes_up():
     word = torch.full((2000,), FIRST)
     files = [token_file([20] * 100, weight, ids=word + number) for number, weight in enumerate((1, 3, 0.25, 1.5))]

@@ -300,6 +300,7 @@ def _write(
         with open(part / "about.json", "w") as file:
             file.write(json.dumps(about, indent=2) + "\n")
             _sync(file)
+        _sync_folder(part)
         if place.exists():
             shutil.rmtree(place)  # damaged
         part.rename(place)
@@ -324,7 +325,6 @@ def _write_lines(part: Path, encoded: Iterable[tuple[str, "array[int]", "array[i
             counts[kind]["tokens"] += len(ids)
         for file in files.values():
             _sync(file)
-    _sync_folder(part)
     return counts
 
 
