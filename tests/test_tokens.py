@@ -106,11 +106,11 @@ def test_token_files_of_another_tokenizer_are_refused(write, folder, tmp_path, c
     other = from_vocabulary([*SPECIAL, "a", "the", *(f"word{number}" for number in range(400))])
     with pytest.raises(ValueError, match="another tokenizer"):
         token_files([str(path)], other, folder)
-    TOKENIZER_THAT_CUTS = from_vocabulary([*SPECIAL, "the", "a", *(f"word{number}" for number in range(400))])
-    TOKENIZER_THAT_CUTS.enable_truncation(3)
-    (file,) = token_files([str(path)], TOKENIZER_THAT_CUTS, folder)  # the same tokens, whatever its caller has set
+    cutting = from_vocabulary([*SPECIAL, "the", "a", *(f"word{number}" for number in range(400))])
+    cutting.enable_truncation(3)
+    (file,) = token_files([str(path)], cutting, folder)  # the same tokens, whatever its caller has set
     assert lines_of(file)[0] == ids_of(some_lines(1)[0])
-    (cut,) = token_files([str(path)], TOKENIZER_THAT_CUTS, tmp_path / "fresh")
+    (cut,) = token_files([str(path)], cutting, tmp_path / "fresh")
     assert torch.equal(cut.tokens, file.tokens)
 
 
@@ -283,7 +283,7 @@ def test_what_is_no_text_is_one_line_and_status_2(spec, message, tmp_path, capsy
         "latin.txt": b"caf\xe9\n",
         "not.gz": b"plain",
         "cut.gz": packed[:-20],
-        "rotten.gz": packed[:100] + bytes(200) + packed[300:],
+        "rotten.gz": packed[:10] + b"\xff" * 100,  # no such kind of block
         "blank.txt": b"\n \n\n",
         "binary.txt": bytes(range(128, 256)),
     }.items():

@@ -89,7 +89,7 @@ class Corpus:
         total = int(lengths.sum())
         steps = math.ceil(total / self.tokens_per_step)
         sizes = (before * steps // total).bincount(minlength=steps).tolist()
-        return [numbers.tolist() for numbers in order.split(sizes)]
+        return [numbers.tolist() for numbers in order.split([size for size in sizes if size])]
 
     def lengths(self, epoch: int, numbers: Sequence[int]) -> list[int]:
         """How many tokens each example has, [CLS] and [SEP] included."""
@@ -118,9 +118,7 @@ class Corpus:
             raise ValueError(f"epochs are counted from 0, not {epoch}")
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for number, file in enumerate(self.files):
-            generator = example_generator(
-                self.seed, epoch, -2 - number
-            )  # examples have the numbers from 0, the order −1
+            generator = example_generator(self.seed, epoch, -2 - number)  # examples count from 0, and −1 is their order
             whole, share = divmod(file.weight, 1)
             for _ in range(int(whole)):
                 start, length = cut(file, self.max_length - 2, self.short_fraction, generator)

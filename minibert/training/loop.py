@@ -127,10 +127,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class Share(NamedTuple):
-    """What one rank computes of one step: the passes, and where the step stands in the data."""
+    """What one rank computes of one step: the passes, how many tokens they are, and where the step is in the data."""
 
     epoch: int
     step_in_epoch: int
+    tokens: int
     passes: list[Example]
 
 
@@ -150,7 +151,7 @@ class Shares(Dataset[Share]):
         if not passes:  # fewer rows than ranks: take part all the same, with a row in which nothing is asked
             idle = self.corpus.examples(epoch, numbers[:1])
             passes = [Example(idle.batch, idle.positions[:0], idle.targets[:0])]
-        return Share(epoch, step_in_epoch, passes)
+        return Share(epoch, step_in_epoch, sum(length[number] for number in mine), passes)
 
 
 def cut(numbers: Sequence[int], length: Mapping[int, int], most: int | None) -> list[list[int]]:
@@ -228,10 +229,7 @@ def take_step(
     """One step of the optimizer, `step` counted from 0, and what there is to say about it. Raises FloatingPointError,
     before the weights are touched, if the loss or the gradient is not a number any more.
     """
-    targets, tokens = ranks.sum(
-        sum(len(example.targets) for example in share.passes),
-        sum(example.batch.num_tokens for example in share.passes),
-    )
+    targets, tokens = ranks.sum(sum(len(example.targets) for example in share.passes), share.tokens)
     # Dropout draws from torch's own generator, seeded anew for each step: so there is no state of it to save.
     torch.manual_seed(random.Random(f"{settings.seed} {step} {ranks.rank}").getrandbits(63))
     optimizer.zero_grad()

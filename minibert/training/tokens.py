@@ -21,17 +21,14 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import warnings
 import zlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -44,6 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibert.checkpoint import sha256
+from minibert.training.workers import encode, tokenizing
 
 FORMAT = "minibert-tokens 1"
 KINDS = ("train", "held_out")
@@ -118,10 +116,10 @@ def token_files(
     missing = [number for number, place in enumerate(places) if not _is_complete(place, maker)]
     if missing:
         size = sum(texts[number].path.stat().st_size for number in missing)
-        workers = workers or max(1, min(len(os.sched_getaffinity(0)), size // WORTH_A_WORKER))
+        workers = workers or max(1, min(os.cpu_count() or 1, size // WORTH_A_WORKER))
         with (
             _alone_in(folder),
-            _pool(tokenizer_json, workers) as pool,
+            tokenizing(tokenizer_json, workers) as pool,
             tqdm(total=size, desc="tokenizing", unit="B", unit_scale=True, leave=False) as progress,
         ):
             for number in missing:
@@ -237,56 +235,6 @@ def _chunks(lines: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     yield from waiting.items()
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizing
-
-
-@contextmanager
-def _pool(tokenizer_json: str, workers: int) -> Iterator[Executor]:
-    """Processes that tokenize; or, for one worker, a thread."""
-    if workers == 1:
-        pool: Executor = ThreadPoolExecutor(1, initializer=_set_tokenizer, initargs=(tokenizer_json,))
-    else:  # spawn: a fork would take the threads of torch and of the tokenizer along
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, spawn, initializer=_start_process, initargs=(tokenizer_json,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_tokenizer: Tokenizer | None = None  # the worker's
-
-
-def _set_tokenizer(tokenizer_json: str) -> None:
-    global _tokenizer
-    _tokenizer = Tokenizer.from_str(tokenizer_json)
-
-
-def _start_process(tokenizer_json: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _set_tokenizer(tokenizer_json)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)  # it was killed: without this, its workers would wait for ever
-
-
-def _encode(lines: list[str], typecode: str) -> tuple["array[int]", "array[int]"]:
-    """The ids of the lines end to end, and the length of each. A line without a token is no line."""
-    assert _tokenizer is not None
-    ids, lengths = array(typecode), array("q")
-    for encoding in _tokenizer.encode_batch_fast(lines, add_special_tokens=False):
-        if line := encoding.ids:
-            ids.extend(line)
-            lengths.append(len(line))
-    return ids, lengths
-
-
 def _encoded(
     chunks: Iterable[tuple[str, list[str]]], dtype: str, pool: Executor, ahead: int
 ) -> Iterator[tuple[str, "array[int]", "array[int]"]]:
@@ -296,7 +244,7 @@ def _encoded(
     typecode = {"uint16": "H", "uint32": "I"}[dtype]
     waiting: deque[tuple[str, Future[tuple[array[int], array[int]]]]] = deque()
     for kind, lines in chunks:
-        waiting.append((kind, pool.submit(_encode, lines, typecode)))
+        waiting.append((kind, pool.submit(encode, lines, typecode)))
         if len(waiting) == ahead:
             first, future = waiting.popleft()
             yield first, *future.result()
@@ -355,6 +303,7 @@ def _write(
         with open(part / "about.json", "w") as file:
             file.write(json.dumps(about, indent=2) + "\n")
             _sync(file)
+        _sync_folder(part)
         if place.exists():
             shutil.rmtree(place)  # damaged
         part.rename(place)
@@ -379,7 +328,6 @@ def _write_lines(part: Path, encoded: Iterable[tuple[str, "array[int]", "array[i
             counts[kind]["tokens"] += len(ids)
         for file in files.values():
             _sync(file)
-    _sync_folder(part)
     return counts
 
 
