@@ -171,7 +171,7 @@ def _add_train(command: "Callable[..., Parser]") -> None:
     )
     sub.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer to use (default: that of --init)")
     sub.add_argument("--out", required=True, metavar="FOLDER", help="where everything is saved")
-    sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
     sub.add_argument("--steps", type=int, required=True, help="of the optimizer")
     sub.add_argument(
         "--tokens-per-step",
@@ -486,6 +486,8 @@ def train(options: argparse.Namespace) -> int:
 
     with join(options.device) as ranks, ExitStack() as around:
         if ranks.first:
+            if options.resume and not saving.is_begun(out):
+                print(f"minibert train: there is no run in {out} to go on with: one begins", file=sys.stderr)
             around.enter_context(saving.folder_of_run(out, resume=options.resume))
         ranks.wait()
         if saving.is_finished(out):

@@ -250,22 +250,29 @@ def test_what_only_says_how_to_compute_may_change(stopped, tiny, whole):
     assert len(losses[0]) == 12
 
 
-def test_resume_where_there_is_nothing_to_resume(tiny, whole, tmp_path, capsys):
-    for out, options, status, message in (
-        (tmp_path / "new", ["--resume"], 2, "no run to go on with"),
-        (whole, [], 2, "holds a finished run"),
-        (tiny.start, [], 2, "holds a model already"),
+def test_what_is_there_is_not_written_over(tiny, whole, capsys):
+    for out, options, message in (
+        (whole, [], "holds a finished run"),
+        (tiny.start, [], "holds a model already"),
+        (tiny.start, ["--resume"], "holds a model already"),
     ):
-        before = weights(out) if out.exists() else None
-        assert tiny.train(out, *options) == status
+        before = weights(out)
+        assert tiny.train(out, *options) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
-        assert before == (weights(out) if out.exists() else None)
+        assert weights(out) == before
     assert tiny.train(whole, "--resume") == 0
     assert "finished" in capsys.readouterr().out
 
 
+def test_to_go_on_where_nothing_is_is_to_begin(tiny, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert tiny.train(out, "--resume") == 0
+    assert "no run" in capsys.readouterr().err.splitlines()[0]
+    require_same(out, whole)
+
+
 def test_a_damaged_checkpoint_is_an_error_that_names_it(stopped, tiny, capsys):
-    for name in ("optimizer.safetensors", "model.safetensors"):
+    for name in ("progress.json", "optimizer.safetensors", "model.safetensors"):
         path = stopped / "checkpoint-1" / name
         path.write_bytes(path.read_bytes()[:-10])
         assert tiny.train(stopped, "--resume") == 2
@@ -298,7 +305,7 @@ def test_two_runs_in_one_folder_at_a_time_are_one_too_many(stopped, tiny, capsys
 def test_a_run_killed_when_it_was_just_finished_is_finished(tiny, whole, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    for leftover in ("checkpoint-9", ".old-checkpoint-9", ".new-best"):
+    for leftover in ("checkpoint-9", ".old-checkpoint-6", ".new-checkpoint-12", "best/.new-model"):
         (out / leftover).mkdir()
     assert tiny.train(out, "--resume") == 0
     assert "finished" in capsys.readouterr().out

@@ -59,21 +59,19 @@ def folder_of_run(out: Path, *, resume: bool) -> Iterator[None]:
     """Make sure, before any work, that a run can be begun (or gone on with) in `out`, and that files can be written
     there; and that no other process does the same while the block lasts.
 
-    Raises ValueError, FileNotFoundError, or the OSError of the write that failed.
+    Raises ValueError, or the OSError of the write that failed.
     """
-    if resume and not (out / RUN).is_file():
-        raise FileNotFoundError(f"{out}: there is no run to go on with (no {RUN}): leave out --resume to begin one")
-    if not resume and is_finished(out):
-        what = "a finished run" if (out / RUN).is_file() else "a model already"
+    if is_finished(out) and not (is_begun(out) and resume):
+        what = "a finished run" if is_begun(out) else "a model already"
         raise ValueError(f"{out} holds {what}: choose another --out")
-    if not resume and (out / RUN).is_file():
+    if is_begun(out) and not resume:
         raise ValueError(
             f"{out} holds a run that is not finished: add --resume to go on with it, or choose another --out"
         )
     with ExitStack() as around:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            probe = out / f".probe-{os.getpid()}"
+            probe = out / ".new-probe"
             probe.write_bytes(b"x")
             probe.unlink()
             lock = around.enter_context(open(out / LOCK, "w"))
@@ -87,6 +85,10 @@ def folder_of_run(out: Path, *, resume: bool) -> Iterator[None]:
         yield
 
 
+def is_begun(out: Path) -> bool:
+    return (out / RUN).is_file()
+
+
 def is_finished(out: Path) -> bool:
     return (out / CONFIG).is_file()
 
@@ -96,7 +98,7 @@ def open_run(out: Path, described: Mapping[str, Any]) -> None:
 
     Raises ValueError, naming both values, if the run was started with others.
     """
-    if not (out / RUN).is_file():
+    if not is_begun(out):
         with _whole_file(out / RUN) as temporary:
             temporary.write_text(json.dumps(dict(described), indent=2) + "\n", encoding="utf-8")
         return
@@ -117,20 +119,19 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Bring the optimizer to where `checkpoint` was written. The weights themselves are read by
-    `BertForMaskedLM.from_pretrained(checkpoint)`.
+    """Give the optimizer the moments that it had when `checkpoint` was written. The weights themselves are read by
+    `BertForMaskedLM.from_pretrained(checkpoint)`. Raises ValueError, naming the file, if it is not whole.
     """
-    names = set(read_header(checkpoint / OPTIMIZER))
-    with safe_open(checkpoint / OPTIMIZER, framework="pt") as file:
+    path, keys = checkpoint / OPTIMIZER, ("step", "exp_avg", "exp_avg_sq")
+    expected = {f"{name}.{key}" for name, _ in model.named_parameters() for key in keys}
+    if wrong := read_header(path).keys() ^ expected:
+        raise ValueError(f"{path}: {min(wrong)} is missing, or belongs to no parameter of the model")
+    with safe_open(path, framework="pt") as file:
         for name, parameter in model.named_parameters():
-            state = optimizer.state[parameter]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
+            for key in keys:
                 saved = file.get_tensor(f"{name}.{key}")
                 like = saved if key == "step" else parameter  # the moments are laid out as the parameter is
-                state[key] = torch.empty_like(like, device=parameter.device).copy_(saved)
-                names.remove(f"{name}.{key}")
-    if names:
-        raise ValueError(f"{checkpoint / OPTIMIZER}: {min(names)} belongs to no parameter of the model")
+                optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(saved)
     return Progress(**read_json(checkpoint / PROGRESS))
 
 
@@ -252,7 +253,7 @@ def _remove(folder: Path) -> None:
 
 def _remove_leftovers(out: Path) -> None:
     """What a run that was killed was writing or removing."""
-    for path in [*out.glob(".new-*"), *out.glob(".old-*")]:
+    for path in [*out.glob(".new-*"), *out.glob("best/.new-*"), *out.glob(".old-*")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
