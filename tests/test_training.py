@@ -40,11 +40,9 @@ def scratch(tiny, tmp_path_factory):
     return folder / "config.json"
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_from_random_weights_the_loss_on_real_text_goes_down(schedule, tiny, scratch, tmp_path, capsys):
+def test_from_random_weights_the_loss_on_real_text_goes_down(tiny, scratch, tmp_path, capsys):
     out = tmp_path / "out"
-    options = ("--init", scratch, "--steps", "200", "--evaluate-every", "50", "--schedule", schedule, "--no-dropout")
-    assert tiny.train(out, *options) == 0
+    assert tiny.train(out, "--init", scratch, "--steps", "200", "--evaluate-every", "50", "--no-dropout") == 0
     lines = metrics(out)
     losses = [line["loss"] for line in lines]
     assert len(losses) == 200
@@ -61,13 +59,21 @@ def test_from_random_weights_the_loss_on_real_text_goes_down(schedule, tiny, scr
     for folder, loss in ((out, held_out[-1]), (out / "best", min(held_out))):
         again = evaluate(BertForMaskedLM.from_pretrained(folder), tokenizer, files, max_length=24)
         assert again["all"]["loss"] == pytest.approx(loss, abs=1e-6)  # float32, saved and read: no difference expected
-    # The learning rate: up in a straight line for 5 % of the steps, then down to almost nothing.
-    rates = [line["learning_rate"] for line in lines]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_learning_rate_rises_and_falls(schedule, tiny, tmp_path):
+    settings = Settings(steps=200, learning_rate=5e-3, schedule=schedule, warmup=0.05)
+    rates = [settings.rate(step) for step in range(200)]
     assert rates[:10] == pytest.approx([5e-3 * step / 10 for step in range(1, 11)])
-    halfway = 10 + 95  # where a line and half a cosine are both at half their height
-    assert rates[halfway] == pytest.approx(2.5e-3)
-    assert rates[halfway - 50] > 3.7e-3 if schedule == "linear" else rates[halfway - 50] > 4.2e-3
+    assert rates[10] == pytest.approx(5e-3)
+    assert rates[10 + 95] == pytest.approx(2.5e-3), "a line and half a cosine are both at half their height"
+    quarter = {"linear": 0.75, "cosine": (1 + math.cos(math.pi / 4)) / 2}[schedule]
+    assert rates[10 + 47] == pytest.approx(5e-3 * quarter, rel=0.01)  # 47 of 190 is about a quarter
     assert 0 < rates[-1] < 1e-4
+    assert tiny.train(tmp_path / "out", "--schedule", schedule, "--warmup", "0.5") == 0
+    short = Settings(steps=12, learning_rate=5e-3, schedule=schedule, warmup=0.5)
+    assert [line["learning_rate"] for line in metrics(tmp_path / "out")] == [short.rate(step) for step in range(12)]
 
 
 def test_the_same_seed_gives_the_same_weights_with_any_number_of_workers(tiny, scratch, tmp_path):
