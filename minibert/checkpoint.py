@@ -230,7 +230,11 @@ def read_config(source: Source) -> BertConfig:
     """config.json as a BertConfig. Raises ValueError, naming the file and the key, if it is not a BERT we can
     compute.
     """
-    path = source.require(CONFIG)
+    return read_config_file(source.require(CONFIG))
+
+
+def read_config_file(path: Path) -> BertConfig:
+    """The same from a file under any name."""
     try:
         return BertConfig.from_dict(read_json(path))
     except ValueError as error:

@@ -107,18 +107,7 @@ def build_parser() -> Parser:
 
     command("info", info, "A model's configuration, its parameters, and how its file was read.")
 
-    sub = command("train", train, "Train a masked language model on text files.", json_output=False)
-    sub.add_argument("texts", nargs="+", metavar="FILE[:WEIGHT]", help=".txt or .txt.gz, one paragraph a line")
-    sub.add_argument("--init", required=True, metavar="MODEL", help="start from this; a missing head is initialised")
-    sub.add_argument("--out", required=True, metavar="FOLDER", help="where the model is saved")
-    sub.add_argument("--steps", type=int, required=True)
-    sub.add_argument("--batch-size", type=int, default=64, metavar="ROWS", help="rows in a step (default: %(default)s)")
-    sub.add_argument("--max-length", type=int, default=128, metavar="TOKENS", help="of a row (default: %(default)s)")
-    sub.add_argument("--learning-rate", type=float, default=3e-4, metavar="LR", help="its peak (default: %(default)s)")
-    sub.add_argument("--no-dropout", action="store_true", help="train without dropout")
-    sub.add_argument("--seed", type=int, default=0, metavar="N")
-    sub.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="(default: %(default)s)")
-
+    _add_train(command)
     _add_parity_commands(command)
 
     sub = command("bench", bench, "Time minibert beside the peers that are installed.", json_output=False)
@@ -170,6 +159,55 @@ def _add_parity_commands(command: "Callable[..., Parser]") -> None:
         "diagnose", diagnose, "Which known porting fault computes what is in a trace. Exit status 1 if wrong."
     )
     sub.add_argument("trace", metavar="TRACE")
+
+
+def _add_train(command: "Callable[..., Parser]") -> None:
+    sub = command("train", train, "Train a masked language model on text files.", json_output=False)
+    sub.add_argument(
+        "texts",
+        nargs="+",
+        metavar="PATH[:WEIGHT]",
+        help="a text file, a .gz of one, a folder or a glob; one paragraph a line",
+    )
+    sub.add_argument(
+        "--init", required=True, metavar="MODEL", help="start from this model, or from scratch with this config.json"
+    )
+    sub.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer to use (default: that of --init)")
+    sub.add_argument("--out", required=True, metavar="FOLDER", help="where everything is saved")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    sub.add_argument("--steps", type=int, required=True, help="of the optimizer")
+    sub.add_argument(
+        "--tokens-per-step",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="over all passes and processes (default: %(default)s)",
+    )
+    sub.add_argument("--micro-tokens", type=int, metavar="N", help="tokens in one pass, at most (default: all)")
+    sub.add_argument("--max-length", type=int, default=128, metavar="TOKENS", help="of a row (default: %(default)s)")
+    sub.add_argument("--learning-rate", type=float, default=3e-4, metavar="LR", help="its peak (default: %(default)s)")
+    sub.add_argument("--schedule", choices=("linear", "cosine"), default="linear", help="(default: %(default)s)")
+    sub.add_argument(
+        "--warmup", type=float, default=0.05, metavar="SHARE", help="of the steps, until that peak (default: 0.05)"
+    )
+    sub.add_argument("--no-dropout", action="store_true", help="train without dropout")
+    sub.add_argument("--seed", type=int, default=0, metavar="N")
+    sub.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="(default: %(default)s)")
+    sub.add_argument(
+        "--evaluate-every", type=int, default=500, metavar="STEPS", help="on held-out lines (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products (default: %(default)s)"
+    )
+    sub.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one, else cpu)")
+    sub.add_argument("--compile", action="store_true", help="the layers, with torch.compile")
+    sub.add_argument(
+        "--checkpoint-activations", action="store_true", help="compute each layer twice, and keep less in memory"
+    )
+    sub.add_argument("--tokens", metavar="FOLDER", help="where token files are, or are made (default: OUT/tokens)")
+    sub.add_argument(
+        "--workers", type=int, metavar="N", help="processes that tokenize, and that make batches (default: by need)"
+    )
 
 
 def _where_to_run(sub: Parser) -> None:
@@ -409,34 +447,83 @@ def _report_lines(report: "LoadReport") -> "Iterator[str]":
 # ---------------------------------------------------------------------------------------------------------------- train
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace) -> int:
+    import signal
+    from contextlib import ExitStack
     from pathlib import Path
+    from threading import Event
 
-    from minibert import BertForMaskedLM, load_tokenizer
-    from minibert.training.data import read_text_file
-    from minibert.training.loop import Settings, evaluate
+    from minibert import BertForMaskedLM
+    from minibert.training import saving
+    from minibert.training.loop import Settings, describe, require_fit
     from minibert.training.loop import train as run
+    from minibert.training.ranks import join
+    from minibert.training.start import start_model, start_tokenizer
+    from minibert.training.tokens import token_files
 
     if not options.out.strip():
         raise ValueError("--out needs the name of a folder")
     settings = Settings(
         steps=options.steps,
-        batch_size=options.batch_size,
+        tokens_per_step=options.tokens_per_step,
+        micro_tokens=options.micro_tokens,
         max_length=options.max_length,
         learning_rate=options.learning_rate,
+        schedule=options.schedule,
+        warmup=options.warmup,
         dropout=not options.no_dropout,
         seed=options.seed,
+        dtype=options.dtype,
         save_every=options.save_every,
+        evaluate_every=options.evaluate_every,
+        compile=options.compile,
+        checkpoint_activations=options.checkpoint_activations,
+        workers=options.workers or 0,
     )
-    model = BertForMaskedLM.from_pretrained(options.init, init_missing_head=True)
-    tokenizer = load_tokenizer(options.init)
-    files = [read_text_file(spec, tokenizer) for spec in options.texts]
     out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)  # now, and not after hours, if it cannot be made
-    run(model, tokenizer, files, out, settings)
-    print(f"{'held out':<20} {'masked tokens':>13} {'loss':>7} {'top-1':>7}")
-    for name, figures in evaluate(model, tokenizer, files, max_length=options.max_length).items():
-        print(f"{name:<20} {figures['masked_tokens']:>13.0f} {figures['loss']:>7.3f} {figures['top1']:>7.1%}")
+    stop = Event()
+
+    def ask_to_stop(number: int, _: Any) -> None:  # the run saves and ends after this step; a second signal ends it now
+        signal.signal(number, signal.SIG_DFL)
+        stop.set()
+
+    with join(options.device) as ranks, ExitStack() as around:
+        if ranks.first:
+            if options.resume and not saving.is_begun(out):
+                print(f"minibert train: there is no run in {out} to go on with: one begins", file=sys.stderr)
+            around.enter_context(saving.folder_of_run(out, resume=options.resume))
+        ranks.wait()
+        if saving.is_finished(out):
+            if ranks.first:
+                print(f"{out}: this run is finished")
+            return 0
+        tokenizer = start_tokenizer(options.init, options.tokenizer)
+        checkpoint = next(reversed(saving.checkpoints(out)), None)
+        if checkpoint is None:
+            model = start_model(options.init, seed=options.seed, device=ranks.device)
+        else:
+            model = BertForMaskedLM.from_pretrained(checkpoint, device=ranks.device)
+        require_fit(model, tokenizer, settings)
+        tokens = Path(options.tokens) if options.tokens else out / "tokens"
+        files = token_files(options.texts, tokenizer, tokens, workers=options.workers)
+        if ranks.first:
+            saving.open_run(out, describe(options.init, tokenizer, files, settings))
+        ranks.wait()
+        before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            figures = run(model, tokenizer, files, out, settings, ranks=ranks, checkpoint=checkpoint, stop=stop)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if figures is None:
+        if ranks.first:
+            print(f"minibert train: stopped, and saved in {out}: --resume goes on", file=sys.stderr)
+        return 130
+    if ranks.first:
+        print(f"{'held out':<20} {'masked tokens':>13} {'loss':>7} {'top-1':>7}")
+        for name, of_text in figures.items():
+            print(f"{name:<20} {of_text['masked_tokens']:>13.0f} {of_text['loss']:>7.3f} {of_text['top1']:>7.1%}")
+    return 0
 
 
 # --------------------------------------------------------------------------------------------------------------- parity

@@ -10,6 +10,7 @@ create_pretraining_data.py, draws with Python's random.)
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -70,9 +71,11 @@ def mask_tokens(
     probability, mask_fraction, random_fraction = float(probability), float(mask_fraction), float(random_fraction)
     shape, device = input_ids.shape, input_ids.device
 
-    def draw(p: float | Tensor) -> Tensor:
-        odds = p if isinstance(p, Tensor) else torch.full(shape, p, device=device)
+    def draw(odds: Tensor) -> Tensor:
         return torch.bernoulli(odds, generator=generator).bool()
+
+    def draw_ids() -> Tensor:
+        return torch.randint(vocab_size, shape, dtype=torch.long, device=device, generator=generator)
 
     eligible = ~special_tokens_mask.bool()
     if word_ids is None:
@@ -84,16 +87,55 @@ def mask_tokens(
         first = torch.arange(shape[1], device=device).expand(shape).masked_fill(~new_word, 0).cummax(1).values
         chosen = draw(torch.full(shape, probability, device=device).masked_fill(~(eligible & new_word), 0.0))
         chosen = chosen.gather(1, first) & eligible  # what was drawn for a word's first token holds for all of it
+    return _replace(input_ids, eligible, chosen, mask_token_id, mask_fraction, random_fraction, draw, draw_ids)
 
-    masked = draw(mask_fraction) & chosen
+
+def mask_packed(
+    input_ids: Tensor,
+    special_tokens_mask: Tensor,
+    lengths: Sequence[int],
+    generators: Sequence[torch.Generator],
+    *,
+    vocab_size: int,
+    mask_token_id: int,
+) -> MaskedTokens:
+    """BERT's recipe for sequences end to end, all (T,). Sequence b has lengths[b] tokens and draws from generators[b],
+    on the CPU, what `mask_tokens` would draw for it alone. For many sequences this is several times as fast.
+    """
+
+    def draw(odds: Tensor) -> Tensor:
+        parts = zip(odds.split(list(lengths)), generators, strict=True)
+        return torch.cat([torch.bernoulli(part, generator=generator) for part, generator in parts]).bool()
+
+    def draw_ids() -> Tensor:
+        parts = zip(lengths, generators, strict=True)
+        return torch.cat([torch.randint(vocab_size, (length,), generator=generator) for length, generator in parts])
+
+    eligible = ~special_tokens_mask.bool()
+    chosen = draw(torch.full(input_ids.shape, 0.15).masked_fill(~eligible, 0.0))
+    return _replace(input_ids, eligible, chosen, mask_token_id, 0.8, 0.1, draw, draw_ids)
+
+
+def _replace(
+    input_ids: Tensor,
+    eligible: Tensor,
+    chosen: Tensor,
+    mask_token_id: int,
+    mask_fraction: float,
+    random_fraction: float,
+    draw: Callable[[Tensor], Tensor],
+    draw_ids: Callable[[], Tensor],
+) -> MaskedTokens:
+    """What becomes of the chosen tokens."""
+    odds = torch.ones(input_ids.shape, device=input_ids.device)
+    masked = draw(mask_fraction * odds) & chosen
     replaced = torch.zeros_like(chosen)
     new_ids = torch.where(masked, mask_token_id, input_ids)
     if mask_fraction < 1 and random_fraction > 0:  # the collator draws nothing more otherwise
-        replaced = draw(min(1.0, random_fraction / (1 - mask_fraction))) & chosen & ~masked
-        random_ids = torch.randint(vocab_size, shape, dtype=torch.long, device=device, generator=generator)
-        new_ids = torch.where(replaced, random_ids, new_ids)
+        replaced = draw(min(1.0, random_fraction / (1 - mask_fraction)) * odds) & chosen & ~masked
+        new_ids = torch.where(replaced, draw_ids(), new_ids)
 
-    outcome = torch.full(shape, Outcome.NOT_CHOSEN, dtype=torch.int8, device=device)
+    outcome = torch.full(input_ids.shape, Outcome.NOT_CHOSEN, dtype=torch.int8, device=input_ids.device)
     outcome[~eligible] = Outcome.NOT_ELIGIBLE
     outcome[chosen] = Outcome.KEPT
     outcome[replaced] = Outcome.RANDOM

@@ -22,7 +22,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B sequences as T tokens. Build it with `from_padded` or `from_lists`.
+    """B sequences as T tokens. Build it with `from_padded`, `from_lists` or `from_flat`.
 
     input_ids, token_type_ids, position_ids   (T,) int64
     cu_seqlens                                (B + 1,) int32: where each sequence begins, and T
@@ -118,7 +118,6 @@ class PackedBatch:
             raise ValueError(
                 f"token_type_ids has lengths {[len(types) for types in token_type_ids]}, input_ids has {list(lengths)}"
             )
-        longest = max(lengths, default=0)
 
         def flat(lists: Sequence[Sequence[int]]) -> Tensor:
             numbers = torch.tensor([number for row in lists for number in row])
@@ -126,20 +125,31 @@ class PackedBatch:
                 raise ValueError(f"ids must be whole numbers, not {numbers.dtype}")
             return numbers.long()
 
-        ids = flat(input_ids)
-        types = torch.zeros_like(ids) if token_type_ids is None else flat(token_type_ids)
-        positions = flat([range(length) for length in lengths])
-        batch = cls(
-            input_ids=ids,
+        batch = cls.from_flat(flat(input_ids), lengths, None if token_type_ids is None else flat(token_type_ids))
+        return batch if device is None else batch.to(device)
+
+    @classmethod
+    def from_flat(
+        cls, input_ids: Tensor, lengths: Sequence[int], token_type_ids: Tensor | None = None
+    ) -> "PackedBatch":
+        """Ids that are end to end already: input_ids (T,) int64 on the CPU, of which the first lengths[0] are the first
+        sequence, and so on. token_type_ids (T,) (default: all 0). Positions count from 0 in each sequence.
+        """
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        counts = torch.tensor(lengths, dtype=torch.int64)
+        row = torch.arange(len(lengths)).repeat_interleave(counts, output_size=len(input_ids))
+        positions = torch.arange(len(input_ids)) - (counts.cumsum(0) - counts)[row]
+        longest = max(lengths, default=0)
+        return cls(
+            input_ids=input_ids,
             token_type_ids=types,
             position_ids=positions,
             cu_seqlens=_cumulative(lengths, None),
-            lengths=lengths,
+            lengths=tuple(lengths),
             padded_shape=(len(lengths), longest),
-            padded_index=flat([range(row * longest, row * longest + n) for row, n in enumerate(lengths)]),
-            largest=_largest(ids, types, positions),
+            padded_index=row * longest + positions,
+            largest=_largest(input_ids, types, positions),
         )
-        return batch if device is None else batch.to(device)
 
     @property
     def num_tokens(self) -> int:

@@ -35,3 +35,11 @@ def _skip_or_fail(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A text, a tiny model to start from, and where the text's token files are."""
+    from tiny import Tiny
+
+    return Tiny(tmp_path_factory.mktemp("tiny"))

@@ -24,8 +24,13 @@ ORDER = {
     "inference": 3,
     "__init__": 4,
     "training.__init__": 4,
-    "training.data": 5,
-    "training.loop": 6,
+    "training.workers": 5,
+    "training.ranks": 5,
+    "training.saving": 5,
+    "training.start": 5,
+    "training.tokens": 6,
+    "training.data": 7,
+    "training.loop": 8,
     "parity.trace": 5,
     "parity.record": 6,
     "parity.steps": 6,
@@ -92,6 +97,11 @@ def test_importing_minibert_imports_nothing_heavy_but_torch():
 
 def test_help_does_not_wait_for_torch():
     code = "import sys, minibert.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_processes_that_tokenize_do_without_torch():
+    code = "import sys, minibert.training.workers; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -1,215 +1,325 @@
-"""The first, plain trainer: text to examples, and a loop that learns and saves what it learnt."""
+"""The training loop: it learns, and however a step is computed, it is the same step."""
 
-import gzip
 import json
-import random
+import math
+import re
+import shutil
+from functools import partial
+from itertools import chain
 
 import pytest
 import torch
+from tiny import metrics, weights
 
-from minibert import BertConfig, BertForMaskedLM, load_tokenizer
+from minibert import BertForMaskedLM, load_tokenizer
 from minibert.cli import main
-from minibert.tokenizer import from_vocabulary
-from minibert.training.data import ExampleMaker, is_held_out, read_lines, read_text_file
-from minibert.training.loop import Settings, evaluate, parameter_groups, train
+from minibert.training import loop, saving
+from minibert.training.data import Corpus
+from minibert.training.loop import (
+    LossSum,
+    Settings,
+    Shares,
+    accumulate,
+    evaluate,
+    parameter_groups,
+    train,
+    wrapped_layers,
+)
+from minibert.training.ranks import ALONE, Ranks
+from minibert.training.tokens import token_files
 
-NOUNS, VERBS, PLACES = ("cat", "dog", "cow", "hen"), ("sat", "ran", "ate", "slept"), ("mat", "hill", "barn", "nest")
-WORDS = [*NOUNS, *VERBS, *PLACES, *"the a in on . big small red old".split(), *(f"word{i}" for i in range(40))]
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-
-
-@pytest.fixture
-def text(tmp_path):
-    """Lines in which the noun says which verb and which place follow."""
-    draw = random.Random(0)
-    path = tmp_path / "farm.txt"
-    lines = []
-    for number in range(600):
-        noun = draw.randrange(4)
-        lines.append(f"the {draw.choice(('big', 'small', 'old'))} {NOUNS[noun]} {VERBS[noun]} on the {PLACES[noun]} . "
-                     f"word{number % 40} word{number // 40}")  # fmt: skip
-    path.write_text("\n".join(lines) + "\n\n")
-    return path
+# ------------------------------------------------------------------------------------------------------------- learning
 
 
-@pytest.fixture
-def start(tmp_path):
-    """A folder with an untrained model and its tokenizer."""
-    folder = tmp_path / "start"
-    config = BertConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=40,
-    )
-    BertForMaskedLM(config).save_pretrained(folder)
-    from_vocabulary(VOCABULARY).save(str(folder / "tokenizer.json"))
-    return folder
+@pytest.fixture(scope="module")
+def scratch(tiny, tmp_path_factory):
+    """A config.json with a tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("scratch")
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(tiny.start / name, folder / name)
+    return folder / "config.json"
 
 
-def test_the_loss_goes_down_and_the_result_loads(text, start, tmp_path):
-    model, tokenizer = BertForMaskedLM.from_pretrained(start), load_tokenizer(start)
-    files = [read_text_file(str(text), tokenizer)]
-    before = evaluate(model, tokenizer, files, max_length=16)["all"]
-    settings = Settings(steps=100, batch_size=32, max_length=16, learning_rate=5e-3, dropout=False, save_every=1000)
-    losses = train(model, tokenizer, files, tmp_path / "out", settings)
-    assert len(losses) == 100
-    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
-    again = BertForMaskedLM.from_pretrained(tmp_path / "out")
-    after = evaluate(again, load_tokenizer(tmp_path / "out"), files, max_length=16)["all"]
-    assert after["loss"] < 0.8 * before["loss"]
-    assert after["top1"] > before["top1"]
-    assert not model.training
-
-
-def test_the_command_prints_the_held_out_figures(text, start, tmp_path, capsys):
+def test_from_random_weights_the_loss_on_real_text_goes_down(tiny, scratch, tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = ["--init", str(start), "--out", str(out), "--steps", "2", "--batch-size", "4", "--max-length", "16"]
-    assert main(["train", f"{text}:2", *arguments]) == 0
-    printed = capsys.readouterr().out
-    assert "top-1" in printed
-    assert "farm" in printed
-    assert json.loads((out / "config.json").read_text())["vocab_size"] == len(VOCABULARY)
+    assert tiny.train(out, "--init", scratch, "--steps", "200", "--evaluate-every", "50", "--no-dropout") == 0
+    lines = metrics(out)
+    losses = [line["loss"] for line in lines]
+    assert len(losses) == 200
+    vocabulary = math.log(tiny.config.vocab_size)
+    assert losses[0] == pytest.approx(vocabulary, abs=0.1), "at first, all words are about equally likely"
+    assert sum(losses[-20:]) / 20 < vocabulary - 1, "the least that it takes to have learnt something"
+    held_out = [line["held_out"]["all"]["loss"] for line in lines if "held_out" in line]
+    assert len(held_out) == 4
+    # What is printed and saved is what was learnt.
+    printed = capsys.readouterr().out.splitlines()[-1].split()
+    assert printed == ["all", f"{lines[-1]['held_out']['all']['masked_tokens']:.0f}", f"{held_out[-1]:.3f}",
+                       f"{lines[-1]['held_out']['all']['top1']:.1%}"]  # fmt: skip
+    _, tokenizer, files = tiny.load()
+    for folder, loss in ((out, held_out[-1]), (out / "best", min(held_out))):
+        again = evaluate(BertForMaskedLM.from_pretrained(folder), tokenizer, files, max_length=24)
+        assert again["all"]["loss"] == pytest.approx(loss, abs=1e-6)  # float32, saved and read: no difference expected
 
 
-def test_the_same_seed_gives_the_same_weights(text, start, tmp_path):
-    results = []
-    for out in ("one", "two"):
-        model, tokenizer = BertForMaskedLM.from_pretrained(start), load_tokenizer(start)
-        train(model, tokenizer, [read_text_file(str(text), tokenizer)], tmp_path / out,
-              Settings(steps=3, batch_size=4, max_length=16))  # fmt: skip
-        results.append(model.state_dict())
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_learning_rate_rises_and_falls(schedule, tiny, tmp_path):
+    settings = Settings(steps=200, learning_rate=5e-3, schedule=schedule, warmup=0.05)
+    rates = [settings.rate(step) for step in range(200)]
+    assert rates[:10] == pytest.approx([5e-3 * step / 10 for step in range(1, 11)])
+    assert rates[10] == pytest.approx(5e-3)
+    assert rates[10 + 95] == pytest.approx(2.5e-3), "a line and half a cosine are both at half their height"
+    quarter = {"linear": 0.75, "cosine": (1 + math.cos(math.pi / 4)) / 2}[schedule]
+    assert rates[10 + 47] == pytest.approx(5e-3 * quarter, rel=0.01)  # 47 of 190 is about a quarter
+    assert 0 < rates[-1] < 1e-4
+    assert tiny.train(tmp_path / "out", "--schedule", schedule, "--warmup", "0.5") == 0
+    short = Settings(steps=12, learning_rate=5e-3, schedule=schedule, warmup=0.5)
+    assert [line["learning_rate"] for line in metrics(tmp_path / "out")] == [short.rate(step) for step in range(12)]
 
 
-def test_held_out_lines_are_never_trained_on(text, start):
-    tokenizer = load_tokenizer(start)
-    file = read_text_file(str(text), tokenizer)
-    lines = list(dict.fromkeys(read_lines(text)))
-    held_out = [line for line in lines if is_held_out(line)]
-    assert 0 < len(held_out) < 0.05 * len(lines)
-    assert [tokenizer.decode(ids).replace(".", " .") for ids in file.held_out] == held_out
-    trained = {
-        tuple(file.tokens[a:b].tolist()) for a, b in zip(file.starts.tolist(), file.starts.tolist()[1:], strict=False)
-    }
-    assert len(trained) == len(lines) - len(held_out)
-    assert not trained & {tuple(ids) for ids in file.held_out}
+def test_the_same_seed_gives_the_same_weights_with_any_number_of_workers(tiny, scratch, tmp_path):
+    for name, options in (("a", ()), ("b", ("--workers", 2)), ("c", ("--seed", 1))):
+        assert tiny.train(tmp_path / name, "--init", scratch, "--steps", "3", *options) == 0
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
 
 
-def test_rows_and_masks_do_not_depend_on_the_batch(text, start):
-    tokenizer = load_tokenizer(start)
-    maker = ExampleMaker([read_text_file(str(text), tokenizer)], tokenizer, vocab_size=len(VOCABULARY), max_length=16)
-    together, alone = maker.examples(range(10)), maker.examples([7])
-    begin, end = together.batch.cu_seqlens[7:9].tolist()
-    assert together.batch.input_ids[begin:end].tolist() == alone.batch.input_ids.tolist()
-    inside = (together.positions >= begin) & (together.positions < end)
-    assert (together.positions[inside] - begin).tolist() == alone.positions.tolist()
-    assert together.targets[inside].tolist() == alone.targets.tolist()
-    assert max(together.batch.lengths) == 16
+def test_an_encoder_without_a_head_can_be_trained(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    encoder, out = tmp_path / "encoder", tmp_path / "out"
+    shutil.copytree(tiny.start, encoder)
+    tensors = load_file(tiny.start / "model.safetensors")
+    save_file({name: x for name, x in tensors.items() if not name.startswith("cls.")}, encoder / "model.safetensors")
+    assert tiny.train(out, "--init", encoder, "--steps", "1") == 0
+    assert not BertForMaskedLM.from_pretrained(out).load_report.initialised
 
 
-def test_weights_say_how_often_a_file_is_drawn(tmp_path, start):
-    tokenizer = load_tokenizer(start)
-    for name, word in (("a", "cat"), ("b", "dog")):
-        (tmp_path / f"{name}.txt").write_text(f"{word} {word} {word} {word}\n")
-    files = [read_text_file(str(tmp_path / spec), tokenizer) for spec in ("a.txt:3", "b.txt")]
-    maker = ExampleMaker(files, tokenizer, vocab_size=len(VOCABULARY))
-    cat = tokenizer.token_to_id("cat")
-    drawn = sum(cat in maker.row(number) for number in range(400))
-    assert 300 - 5 * 8.7 < drawn < 300 + 5 * 8.7  # binomial, 5 sigma
+def test_from_scratch_with_the_tokenizer_of_another_model(tiny, tmp_path, capsys):
+    config = tmp_path / "small.json"
+    shutil.copy(tiny.start / "config.json", config)
+    assert tiny.train(tmp_path / "out", "--init", config, "--steps", "1") == 2
+    assert "--tokenizer" in capsys.readouterr().err.splitlines()[-1]
+    assert tiny.train(tmp_path / "out", "--init", config, "--tokenizer", tiny.start, "--steps", "1") == 0
+    assert load_tokenizer(tmp_path / "out").to_str() == load_tokenizer(tiny.start).to_str()
 
 
-def test_gzip_is_read_like_text(text, start, tmp_path):
-    tokenizer = load_tokenizer(start)
-    packed = tmp_path / "farm.txt.gz"
-    packed.write_bytes(gzip.compress(text.read_bytes()))
-    assert torch.equal(read_text_file(str(packed), tokenizer).tokens, read_text_file(str(text), tokenizer).tokens)
-
-
-def test_decay_is_for_matrices(start):
-    model = BertForMaskedLM.from_pretrained(start)
+def test_no_decay_of_biases_and_layer_norms(tiny):
+    model, _, _ = tiny.load()
     decayed, plain = parameter_groups(model, 0.01)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
     assert all(name.endswith("bias") or "norm" in name for name in (names[id(p)] for p in plain["params"]))
     assert not any(name.endswith("bias") or "norm" in name for name in (names[id(p)] for p in decayed["params"]))
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda folder: folder / "nothing.txt", "no such text file"),
-        (lambda folder: _write(folder / "latin.txt", b"caf\xe9\n"), "UTF-8"),
-        (lambda folder: _write(folder / "not.gz", b"plain"), "gzip"),
-        (lambda folder: _write(folder / "empty.txt", b"\n\n"), "no text"),
-    ],
-    ids=["missing", "latin-1", "not gzip", "empty"],
-)
-def test_bad_text_files(make, message, start, tmp_path, capsys):
-    path = make(tmp_path)
-    assert main(["train", str(path), "--init", str(start), "--out", str(tmp_path / "o"), "--steps", "1"]) == 2
-    error = capsys.readouterr().err.strip()
-    assert str(path) in error.splitlines()[-1]
-    assert message in error.splitlines()[-1]
+# ------------------------------------------------------------------------------------------- one step, however computed
 
 
-def test_a_loss_that_is_not_a_number_stops_and_saves_nothing(text, start, tmp_path):
-    model, tokenizer = BertForMaskedLM.from_pretrained(start), load_tokenizer(start)
-    with torch.no_grad():
-        model.head.bias[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="step 0"):
-        train(
-            model, tokenizer, [read_text_file(str(text), tokenizer)], tmp_path / "out", Settings(steps=1, max_length=16)
-        )
-    assert not (tmp_path / "out").exists()
+@pytest.fixture
+def corpus(tiny):
+    _, tokenizer, files = tiny.load()
+    return Corpus(files, tokenizer, vocab_size=tiny.config.vocab_size, max_length=24, tokens_per_step=2000)
 
 
-def test_rows_longer_than_the_model_are_refused(text, start, tmp_path):
-    model, tokenizer = BertForMaskedLM.from_pretrained(start), load_tokenizer(start)
-    with pytest.raises(ValueError, match=r"41.*40"):
-        train(
-            model, tokenizer, [read_text_file(str(text), tokenizer)], tmp_path / "o", Settings(steps=1, max_length=41)
-        )
-    with pytest.raises(ValueError, match="steps"):
-        Settings(steps=0)
+def gradients(model, passes, targets):
+    model.zero_grad()
+    loss = accumulate(LossSum(model), passes, targets, "float32", ALONE)
+    return loss / targets, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def _write(path, content):
-    path.write_bytes(content)
-    return path
+def test_accumulation_is_exact(tiny, corpus):
+    """One pass of 64 rows, and four of 16, in float64: what is left is its rounding, and not a mean of means."""
+    model = tiny.load()[0].double()
+    numbers = list(range(64))
+    at_once = [corpus.examples(0, numbers)]
+    in_four = [corpus.examples(0, numbers[at : at + 16]) for at in range(0, 64, 16)]
+    counts = [len(example.targets) for example in in_four]
+    assert sum(counts) == len(at_once[0].targets)
+    assert len(set(counts)) > 1, "with equal counts a mean of means would be right too"
+    loss, expected = gradients(model, at_once, sum(counts))
+    again, found = gradients(model, in_four, sum(counts))
+    assert again == pytest.approx(loss, rel=1e-14)
+    for name, gradient in expected.items():
+        # Rounding of float64 is 1e-16; a sum over a thousand tokens, relative to the largest entry, loses a few digits.
+        assert (found[name] - gradient).abs().max() <= 1e-13 * gradient.abs().max(), name
+    logits = model.predict(at_once[0].batch, at_once[0].positions)
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, at_once[0].targets).item(), rel=1e-12)
 
 
-def test_an_out_that_cannot_be_made_is_found_before_training(text, start, tmp_path, capsys):
-    for out, message in ((str(text), "File exists"), (" ", "--out needs")):
-        assert main(["train", str(text), "--init", str(start), "--out", out, "--steps", "100000"]) == 2
-        assert message in capsys.readouterr().err.splitlines()[-1]
+def test_a_run_in_small_passes_has_the_same_losses(tiny, tmp_path):
+    runs = []
+    for name, options in (("one", ()), ("many", ("--micro-tokens", 60))):
+        assert tiny.train(tmp_path / name, "--no-dropout", *options) == 0
+        runs.append(metrics(tmp_path / name))
+    for one, many in zip(*runs, strict=True):
+        assert (one["masked_tokens"], one["tokens"]) == (many["masked_tokens"], many["tokens"])
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)  # float32: 1e-7, which twelve steps may enlarge
+    assert weights(tmp_path / "one") != weights(tmp_path / "many"), "there was only one pass"
 
 
-def test_texts_of_no_weight_and_no_name(text, start, tmp_path, capsys):
-    for spec, message in ((f"{text}:0", "weight 0"), ("", "is not FILE")):
-        arguments = ["--init", str(start), "--out", str(tmp_path / "o"), "--steps", "1", "--max-length", "16"]
-        assert main(["train", spec, *arguments]) == 2
-        assert message in capsys.readouterr().err.splitlines()[-1]
+def test_the_passes_of_all_ranks_are_the_step(corpus):
+    for step, numbers in enumerate(corpus.steps(0)[:3]):
+        lengths, targets = [], 0
+        for rank in range(3):
+            share = Shares(corpus, Ranks(rank, 3), 100)[0, step, numbers]
+            assert all(example.batch.num_tokens <= 100 for example in share.passes)
+            assert len(share.passes) > 1
+            targets += sum(len(example.targets) for example in share.passes)
+            lengths.append([length for example in share.passes for length in example.batch.lengths])
+        whole = corpus.examples(0, numbers)
+        assert sorted(chain(*lengths)) == sorted(whole.batch.lengths)
+        assert targets == len(whole.targets)
+        assert max(map(sum, lengths)) - min(map(sum, lengths)) <= 24, "the ranks have about the same to do"
 
 
-def test_with_nothing_held_out_no_figure_is_made_up(start, tmp_path):
-    path = tmp_path / "one.txt"
-    path.write_text("the cat\n")
-    tokenizer = load_tokenizer(start)
-    figures = evaluate(BertForMaskedLM.from_pretrained(start), tokenizer, [read_text_file(str(path), tokenizer)])
-    assert figures["all"]["masked_tokens"] == 0
-    assert figures["all"]["top1"] != figures["all"]["top1"], "not a number"
+def test_a_rank_without_rows_takes_part_with_a_gradient_of_nothing(tiny, corpus):
+    share = Shares(corpus, Ranks(2, 3), None)[0, 0, corpus.steps(0)[0][:2]]
+    loss, found = gradients(tiny.load()[0], share.passes, 10)
+    assert loss == 0
+    assert all(not gradient.any() for gradient in found.values())
 
 
-def test_an_encoder_without_a_head_can_be_trained(text, start, tmp_path, capsys):
-    from safetensors.torch import load_file, save_file
+def test_activations_computed_again_give_the_same_gradients_and_keep_less(tiny, corpus):
+    model = tiny.load()[0].train()  # dropout too
+    passes = [corpus.examples(0, range(20))]
+    results = []
+    for again in (False, True):
+        kept = 0
 
-    weights = {name: x for name, x in load_file(start / "model.safetensors").items() if not name.startswith("cls.")}
-    save_file(weights, start / "model.safetensors")
+        def keep(tensor):
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        torch.manual_seed(0)
+        settings = Settings(steps=1, checkpoint_activations=again)
+        with wrapped_layers(model, settings), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            results.append((*gradients(model, passes, 50), kept))
+    (loss, plain, plain_kept), (loss_again, found, found_kept) = results
+    assert loss == loss_again
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
+    assert found_kept < 0.6 * plain_kept
+    assert not any("forward" in vars(module) for module in model.modules()), "the model is as it was"
+
+
+def test_compiled_layers_compute_the_same(tiny, corpus, monkeypatch):
+    # The back end that needs no C++ compiler, and no minute: what is tested is what torch makes graphs of.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    model = tiny.load()[0]
+    for batch in range(4):
+        passes = [corpus.examples(0, range(10 * batch, 10 * batch + 7 + batch))]
+        loss, expected = gradients(model, passes, 50)
+        with wrapped_layers(model, Settings(steps=1, compile=True, checkpoint_activations=batch % 2 == 1)):
+            again, found = gradients(model, passes, 50)
+        assert again == pytest.approx(loss, rel=1e-6)  # float32
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_a_number_stops_the_run_before_the_weights_are_touched(what, tiny, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    assert (
-        main(["train", str(text), "--init", str(start), "--out", str(out), "--steps", "1", "--max-length", "16"]) == 0
-    )
-    assert not BertForMaskedLM.from_pretrained(out).load_report.initialised
+    real = loop.accumulate
+
+    def accumulate(objective, *arguments):
+        loss = real(objective, *arguments)
+        if len(metrics(out)) == 4:  # in the fifth step
+            if what == "loss":
+                return math.inf
+            next(objective.parameters()).grad[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(loop, "accumulate", accumulate)
+    assert tiny.train(out) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"step 5: .*what was saved before stands.*learning rate of 0.005", error)
+    assert ("the loss is inf" in error) == (what == "loss")
+    assert ("gradient nan" in error) == (what == "gradient")
+    assert [path.name for path in saving.checkpoints(out)] == ["checkpoint-3"]
+    assert len(metrics(out)) == 4
+    assert all(x.isfinite().all() for x in BertForMaskedLM.from_pretrained(out / "checkpoint-3").state_dict().values())
+
+
+def test_weights_that_are_not_numbers_stop_at_the_first_step(tiny, tmp_path):
+    model, tokenizer, files = tiny.load()
+    with torch.no_grad():
+        model.head.bias[0] = math.nan
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FloatingPointError, match=r"step 1: the loss is nan"):
+        train(model, tokenizer, files, tmp_path / "out", Settings(steps=2, max_length=24, tokens_per_step=200))
+    assert all(torch.equal(x.nan_to_num(), before[name].nan_to_num()) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--steps 0", "steps must be at least 1, not 0"),
+        ("--save-every 0", "save_every must be at least 1"),
+        ("--evaluate-every -1", "evaluate_every must be at least 1"),
+        ("--max-length 2", "max_length must be at least 3"),
+        ("--max-length 41", "41.*40 positions"),
+        ("--tokens-per-step 23", "tokens_per_step is 23: a row of max_length 24"),
+        ("--micro-tokens 10", "micro_tokens is 10: a row of max_length 24"),
+        ("--learning-rate 0", "learning_rate must be above 0"),
+        ("--learning-rate nan", "learning_rate must be above 0, not nan"),
+        ("--learning-rate fast", "invalid float value: 'fast'"),
+        ("--warmup 2", "warmup is a share, from 0 to 1, not 2"),
+        ("--schedule sudden", "invalid choice: 'sudden'"),
+        ("--dtype float16", "invalid choice: 'float16'"),
+        ("--device abacus", "'abacus' cannot be used here"),
+        ("--workers 0", "workers must be at least 1, not 0"),
+        (f"--seed {2**70}", "seed must fit in 64 bits"),
+        ("--init no/such.json", "no/such.json: no such file"),
+        ("--init nothing", "nothing"),
+        ("--tokenizer minibert-uncased", "tokenizer has 30522 tokens, the model"),
+        ("--batch-size 64", "unrecognized arguments: --batch-size"),
+    ],
+)
+def test_a_wrong_value_is_one_line_and_exit_2(options, message, tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    try:
+        status = tiny.train(out, *options.split())
+    except SystemExit as error:  # the parser's own
+        status = error.code
+    assert status == 2
+    error = capsys.readouterr().err.strip()
+    assert re.search(message, error)
+    assert "\n" not in error
+    assert not (out / "run.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(tiny, tmp_path, capsys):
+    assert tiny.train(tmp_path / "out", "--device", "cuda") == 2
+    assert "there is cpu and no cuda" in capsys.readouterr().err
+
+
+def test_with_nothing_held_out_there_is_no_figure_and_no_best(tiny, tmp_path, capsys):
+    text, out = tmp_path / "one.txt", tmp_path / "out"
+    text.write_text("the licensor shall not be liable\n")
+    arguments = tiny.arguments(out, "--steps", "2")
+    assert main([arguments[0], str(text), *arguments[2:]]) == 0
+    assert "nan" in capsys.readouterr().out
+    assert metrics(out)[-1]["held_out"]["all"] == {"loss": None, "top1": None, "masked_tokens": 0}
+    assert not (out / "best").exists()
+    model, tokenizer, _ = tiny.load()
+    figures = evaluate(model, tokenizer, token_files([str(text)], tokenizer, tiny.tokens))
+    assert math.isnan(figures["all"]["top1"])
+
+
+def test_figures_of_each_text(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(tiny.text.read_text().splitlines()[::-1]))
+    arguments = tiny.arguments(out, "--steps", "2")
+    assert main([*arguments[:2], f"{other}:0.5", *arguments[2:]]) == 0
+    held_out = metrics(out)[-1]["held_out"]
+    assert list(held_out) == ["prose", "other", "all"]
+    assert held_out["all"]["masked_tokens"] == held_out["prose"]["masked_tokens"] + held_out["other"]["masked_tokens"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["held", "prose", "other", "all"]
+    assert json.loads((out / "run.json").read_text())["text 2"].startswith("other:0.5")

@@ -1,1 +1,3 @@
-"""Training BERT's masked language model: text files to examples (data.py), and the loop (loop.py)."""
+"""Training BERT's masked language model: text to token files (tokens.py), to examples (data.py), and the loop
+(loop.py), which can be killed, resumed (saving.py) and spread over processes (ranks.py).
+"""

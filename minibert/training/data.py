@@ -1,38 +1,27 @@
-"""Text files to training examples.
+"""Token files to training examples: an epoch is cut, shuffled into steps, and masked.
 
-A text file holds one paragraph a line (.txt, or .txt.gz). A hundredth of the lines, chosen by their own
-content, is held out: it is never trained on, so the accuracy on it says what the model has learnt and not what
-it remembers.
+An epoch goes through each text as often as its weight says. On each pass a text is cut afresh, so that the same words
+meet in other company: most of it into stretches that go on over the ends of lines, some of it into lines that stand
+alone, as a user's text will. Every token of a pass is in one example.
+
+All of it follows from (seed, epoch) and the token files, and a mask from (seed, epoch, number of the example). There is
+no other state: whoever makes an example, in whatever order, makes the same one.
 """
 
-import gzip
-import hashlib
-import re
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
-from minibert.masking import example_generator, mask_tokens
+from minibert.masking import example_generator, mask_packed
 from minibert.packing import PackedBatch
 from minibert.tokenizer import require_id, special_ids
+from minibert.training.tokens import Lines, TokenFile
 
-
-@dataclass(frozen=True)
-class TextFile:
-    """One file, tokenized. tokens: all training lines end to end, int32. starts: where each line begins, and
-    the end.
-    """
-
-    name: str
-    weight: float
-    tokens: Tensor
-    starts: Tensor
-    held_out: list[list[int]]
+REGION = 1000  # tokens: neighbouring lines that on one pass all stand alone, or all run on
 
 
 @dataclass(frozen=True)
@@ -44,108 +33,147 @@ class Example:
     targets: Tensor  # (M,)
 
 
-def is_held_out(line: str) -> bool:
-    """Whether a line is for evaluation: md5 of its bytes, as a number, is a multiple of 100."""
-    return int(hashlib.md5(line.encode()).hexdigest(), 16) % 100 == 0
+@dataclass(frozen=True)
+class Cuts:
+    """The examples of an epoch, E of them, each (E,) int64: the file, its first token there, and how many it has."""
+
+    file: Tensor
+    start: Tensor
+    length: Tensor
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a text file that are not blank. Raises ValueError, naming the file, if it is not UTF-8 text
-    (or gzip).
-    """
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            for line in file:
-                if line := line.strip():
-                    yield line
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 (or gzip of one): {error}") from error
+class Corpus:
+    """The examples of every epoch. Of the rows, about `short_fraction` are a line alone (or a part of one, if the line
+    is longer than a row). A row has at most `max_length` tokens, [CLS] and [SEP] included.
 
+    weight w of a text: an epoch goes through it ⌊w⌋ times, and once more through a share w − ⌊w⌋ of its rows.
 
-def read_text_file(spec: str, tokenizer: Tokenizer) -> TextFile:
-    """Tokenize one file. `spec` is its path, or path:weight; the weight says how often its text is drawn,
-    beside its length.
-    """
-    match = re.fullmatch(r"(.+?)(?::([0-9]+(?:\.[0-9]+)?))?", spec, flags=re.DOTALL)
-    if match is None:
-        raise ValueError(f"{spec!r} is not FILE or FILE:WEIGHT")
-    path, weight = Path(match[1]), float(match[2] or 1)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such text file")
-    lines = list(dict.fromkeys(read_lines(path)))
-    train: list[list[int]] = []
-    held_out: list[list[int]] = []
-    for at in tqdm(range(0, len(lines), 1000), desc=f"reading {path.name}", leave=False):
-        some = lines[at : at + 1000]
-        for line, encoding in zip(some, tokenizer.encode_batch_fast(some, add_special_tokens=False), strict=True):
-            if encoding.ids:
-                (held_out if is_held_out(line) else train).append(encoding.ids)
-    if not train:
-        raise ValueError(f"{path}: there is no text to train on in it")
-    lengths = torch.tensor([0, *(len(ids) for ids in train)])
-    tokens = torch.tensor([token for ids in train for token in ids], dtype=torch.int32)
-    return TextFile(path.name.split(".")[0], weight, tokens, lengths.cumsum(0), held_out)
-
-
-class ExampleMaker:
-    """Draws rows of text and masks them. Row number n is the same whoever makes it, in whatever order.
-
-    A row is either one line alone (`short_fraction` of the rows) or a stretch of text that goes on over the
-    ends of lines.
+    Raises ValueError for numbers that make no rows.
     """
 
     def __init__(
         self,
-        files: Sequence[TextFile],
+        files: Sequence[TokenFile],
         tokenizer: Tokenizer,
         *,
         vocab_size: int,
         max_length: int = 128,
         short_fraction: float = 0.3,
+        tokens_per_step: int = 8192,
         seed: int = 0,
     ) -> None:
+        if max_length < 3:
+            raise ValueError(f"max_length must be at least 3, for [CLS], a token and [SEP], not {max_length}")
+        if tokens_per_step < max_length:
+            raise ValueError(f"a step of {tokens_per_step} tokens has no room for a row of max_length {max_length}")
+        if not 0 <= short_fraction <= 1:
+            raise ValueError(f"short_fraction must be between 0 and 1, not {short_fraction}")
+        if not files:
+            raise ValueError("there is no text to train on")
         self.files = files
+        self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_length = max_length
         self.short_fraction = short_fraction
+        self.tokens_per_step = tokens_per_step
         self.seed = seed
-        self.shares = torch.tensor([file.weight * len(file.tokens) for file in files], dtype=torch.float64)
-        if not self.shares.sum() > 0:
-            raise ValueError("all texts have weight 0: nothing would be drawn")
-        self.cls, self.sep, self.mask = (require_id(tokenizer, token) for token in ("[CLS]", "[SEP]", "[MASK]"))
-        self.special = torch.tensor(special_ids(tokenizer))
+        self._latest: tuple[int, Cuts] | None = None
 
-    def row(self, number: int) -> list[int]:
-        """The token ids of row `number`, [CLS] and [SEP] included, not yet masked."""
-        generator = example_generator(self.seed, 0, number)
-        file = self.files[int(torch.multinomial(self.shares, 1, generator=generator))]
-        room = self.max_length - 2
-        line = int(torch.randint(len(file.starts) - 1, (1,), generator=generator))
-        if float(torch.rand(1, generator=generator)) < self.short_fraction:
-            start, stop = file.starts[line].item(), file.starts[line + 1].item()
-            stop = min(stop, start + room)
-        else:
-            start = int(torch.randint(max(1, len(file.tokens) - room), (1,), generator=generator))
-            stop = start + room
-        return [self.cls, *file.tokens[start:stop].tolist(), self.sep]
-
-    def examples(self, numbers: Sequence[int], rows: Sequence[list[int]] | None = None) -> Example:
-        """The rows with these numbers as one packed batch, masked by BERT's recipe. `rows` replaces the drawn
-        text.
+    def steps(self, epoch: int) -> list[list[int]]:
+        """The numbers of the examples of each step, all examples of the epoch in random order. A step has about
+        tokens_per_step tokens, and the last one as many as the first.
         """
-        rows = [self.row(number) for number in numbers] if rows is None else rows
-        ids, labels = [], []
-        for number, row in zip(numbers, rows, strict=True):
-            original = torch.tensor([row])
-            masked = mask_tokens(
-                original,
-                torch.isin(original, self.special),
-                vocab_size=self.vocab_size,
-                mask_token_id=self.mask,
-                generator=example_generator(self.seed, 1, number),
+        lengths = self._cuts(epoch).length + 2
+        order = torch.randperm(len(lengths), generator=example_generator(self.seed, epoch, -1))
+        before = lengths[order].cumsum(0) - lengths[order]
+        total = int(lengths.sum())
+        steps = math.ceil(total / self.tokens_per_step)
+        sizes = (before * steps // total).bincount(minlength=steps).tolist()
+        return [numbers.tolist() for numbers in order.split([size for size in sizes if size])]
+
+    def lengths(self, epoch: int, numbers: Sequence[int]) -> list[int]:
+        """How many tokens each example has, [CLS] and [SEP] included."""
+        return (self._cuts(epoch).length[torch.tensor(numbers, dtype=torch.int64)] + 2).tolist()
+
+    def examples(self, epoch: int, numbers: Sequence[int]) -> Example:
+        """The examples with these numbers as one packed batch, masked by BERT's recipe."""
+        cuts = self._cuts(epoch)
+        which = torch.tensor(numbers, dtype=torch.int64)
+        rows = [
+            self.files[file].tokens[start : start + length]
+            for file, start, length in zip(
+                cuts.file[which].tolist(), cuts.start[which].tolist(), cuts.length[which].tolist(), strict=True
             )
-            ids.append(masked.input_ids[0].tolist())
-            labels.append(masked.labels[0])
-        flat = torch.cat(labels)  # (T,)
-        positions = (flat >= 0).nonzero().flatten()  # (M,)
-        return Example(PackedBatch.from_lists(ids), positions, flat[positions])
+        ]
+        generators = [example_generator(self.seed, epoch, number) for number in numbers]
+        return masked_rows(rows, generators, self.tokenizer, self.vocab_size)
+
+    def _cuts(self, epoch: int) -> Cuts:
+        if self._latest is None or self._latest[0] != epoch:
+            self._latest = epoch, self._cut(epoch)
+        return self._latest[1]
+
+    def _cut(self, epoch: int) -> Cuts:
+        if epoch < 0:
+            raise ValueError(f"epochs are counted from 0, not {epoch}")
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for number, file in enumerate(self.files):
+            generator = example_generator(self.seed, epoch, -2 - number)  # examples count from 0, and −1 is their order
+            whole, share = divmod(file.weight, 1)
+            for _ in range(int(whole)):
+                start, length = cut(file, self.max_length - 2, self.short_fraction, generator)
+                parts.append((torch.full_like(start, number), start, length))
+            if share:
+                start, length = cut(file, self.max_length - 2, self.short_fraction, generator)
+                rows = int(share * len(start) + torch.rand(1, generator=generator).item())  # right on average
+                some = torch.randperm(len(start), generator=generator)[:rows]
+                parts.append((torch.full_like(some, number), start[some], length[some]))
+        cuts = Cuts(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        if not len(cuts.length):
+            raise ValueError("an epoch of these weights has no row: give the texts larger weights")
+        return cuts
+
+
+def cut(lines: Lines, room: int, short_fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Cut lines into rows of at most `room` tokens: first token and number of tokens of each row, (R,) int64. Every
+    token is in one row.
+    """
+    begin, end = lines.starts[:-1], lines.starts[1:]  # (L,)
+    total = int(end[-1])
+    # Of the text, the share whose rows are `short_fraction` of all rows: the rows of lone lines are shorter, and more.
+    if_alone = short_fraction * total / room
+    if_running = (1 - short_fraction) * int(((end - begin + room - 1) // room).sum())
+    share = if_alone / (if_alone + if_running)
+    regions = torch.rand(total // REGION + 2, generator=generator) < share
+    alone = regions[(begin + torch.randint(REGION, (1,), generator=generator)) // REGION]  # (L,)
+
+    # A span is a line that stands alone, or all lines from one of these to the next.
+    new = alone.clone()
+    new[0] = True
+    new[1:] |= alone[:-1]
+    first = begin[new]  # (spans,)
+    stop = torch.cat([first[1:], end[-1:]])
+    fresh = torch.randint(1, room + 1, first.shape, generator=generator)
+    head = torch.where(alone[new], room, fresh).minimum(stop - first)  # its first row; the others have all the room
+
+    rows = 1 + (stop - first - head + room - 1) // room
+    span = torch.arange(len(rows)).repeat_interleave(rows)  # (R,)
+    nth = torch.arange(len(span)) - (rows.cumsum(0) - rows)[span]
+    row_stop = (first + head)[span] + nth * room
+    row_start = torch.where(nth == 0, first[span], row_stop - room)
+    return row_start, row_stop.minimum(stop[span]) - row_start
+
+
+def masked_rows(
+    rows: Sequence[Tensor], generators: Sequence[torch.Generator], tokenizer: Tokenizer, vocab_size: int
+) -> Example:
+    """Rows of ids, each put between [CLS] and [SEP], as one packed batch, masked by BERT's recipe with the row's own
+    generator.
+    """
+    cls, sep, mask = (torch.tensor([require_id(tokenizer, token)]) for token in ("[CLS]", "[SEP]", "[MASK]"))
+    ids = torch.cat([part for row in rows for part in (cls, row.long(), sep)])  # (T,)
+    lengths = [len(row) + 2 for row in rows]
+    special = torch.isin(ids, torch.tensor(special_ids(tokenizer)))
+    masked = mask_packed(ids, special, lengths, generators, vocab_size=vocab_size, mask_token_id=int(mask))
+    positions = (masked.labels >= 0).nonzero().flatten()  # (M,)
+    return Example(PackedBatch.from_flat(masked.input_ids, lengths), positions, masked.labels[positions])

@@ -1,0 +1,76 @@
+"""The processes of a run, in torch's words its ranks: one alone, or several that torchrun started.
+
+Each holds a whole copy of the model and computes a share of every batch (data parallelism); torch's
+DistributedDataParallel adds up the gradients. Over nccl on GPUs, gloo on CPUs.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process is number `rank` of `size`. The first one writes the files."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Each of the numbers, added up over all ranks, in float64."""
+        if self.size == 1:
+            return list(numbers)
+        totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        result: list[float] = totals.tolist()
+        return result
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.sum(0.0)
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def join(device: str | None = None) -> Iterator[Ranks]:
+    """The ranks of this run, for as long as the block lasts. device: "cpu", "cuda", "cuda:1", …; None is "cuda"
+    where there is one, and else "cpu". Raises ValueError for a device that is not there.
+    """
+    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    where = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if size == 1:
+        yield Ranks(device=str(where))
+        return
+    if where.type == "cuda":
+        if where.index is not None:
+            raise ValueError(f"--device {device} names one GPU, and there are {size} processes: say cuda")
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
+        where = torch.device("cuda", local)
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    yield Ranks(dist.get_rank(), dist.get_world_size(), str(where))
+    dist.destroy_process_group()  # not after an error: the others may be waiting for us, and would do so for ever
+
+
+def find_device(name: str) -> torch.device:
+    """Raises ValueError, naming what there is, unless tensors can be made there."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        gpus = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "no cuda"
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name!r} cannot be used here, where there is cpu and {gpus}: {reason}") from error
+    return device

@@ -1,0 +1,44 @@
+"""What a run starts from: a checkpoint to go on training, or a config.json and random weights."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from minibert.checkpoint import read_config_file
+from minibert.model import BertForMaskedLM
+from minibert.tokenizer import load_tokenizer
+
+
+def start_model(init: str, *, seed: int, device: str) -> BertForMaskedLM:
+    """init: anything that `BertForMaskedLM.from_pretrained` reads, an encoder without a head too; or the path of a
+    configuration, a .json file, whose model begins with random weights: the same for the same seed.
+    """
+    if not _is_config(init):
+        return BertForMaskedLM.from_pretrained(init, device=device, init_missing_head=True)
+    config = read_config_file(_existing(init))
+    torch.manual_seed(seed)
+    return BertForMaskedLM(config).to(device)
+
+
+def start_tokenizer(init: str, tokenizer: str | None) -> Tokenizer:
+    """The tokenizer with the name `tokenizer`, or else the one that belongs to `init`. Raises FileNotFoundError, naming
+    the option, if neither is there.
+    """
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer)
+    where = _existing(init).parent if _is_config(init) else init
+    try:
+        return load_tokenizer(where)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: name a model that has one with --tokenizer") from error
+
+
+def _is_config(init: str) -> bool:
+    return init.endswith(".json")
+
+
+def _existing(init: str) -> Path:
+    if not Path(init).is_file():
+        raise FileNotFoundError(f"--init {init}: no such file")
+    return Path(init)

@@ -1,0 +1,312 @@
+"""A run that is killed, stopped or out of disk goes on where its last checkpoint was, bit for bit."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from threading import Event
+
+import pytest
+import torch
+from tiny import metrics, weights
+
+from minibert import BertForMaskedLM, load_tokenizer
+from minibert.cli import main
+from minibert.training import loop, saving
+from minibert.training.loop import Settings, parameter_groups, train
+
+KILLED_AT = """
+import os, signal, sys
+from minibert.cli import main
+
+def hook(event, paths):
+    if event == "os.rename" and str(paths[1]).endswith(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+main(sys.argv[2:])
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The folder of a run that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert tiny.train(out) == 0
+    return out
+
+
+def require_same(out, whole):
+    assert weights(out) == weights(whole)
+    assert weights(out / "best") == weights(whole / "best")
+    lines = [[{**line, "tokens_per_second": 0} for line in metrics(folder)] for folder in (out, whole)]
+    assert lines[0] == lines[1]
+    assert [line["step"] for line in lines[0]] == list(range(1, 13))
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_a_run_leaves_what_its_page_lists(whole, tiny):
+    assert {path.name for path in whole.iterdir()} == {
+        *("run.json", "metrics.jsonl", ".lock", "best", "config.json", "model.safetensors", "tokenizer.json"),
+    }
+    for folder in (whole, whole / "best"):
+        assert BertForMaskedLM.from_pretrained(folder).config == tiny.config
+        assert load_tokenizer(folder).to_str() == load_tokenizer(tiny.start).to_str()
+    held_out = {line["step"]: line["held_out"]["all"]["loss"] for line in metrics(whole) if "held_out" in line}
+    assert list(held_out) == [4, 8, 12]
+    best = min(held_out, key=held_out.get)
+    assert (weights(whole) == weights(whole / "best")) == (best == 12)
+
+
+def test_a_run_killed_by_sigkill_goes_on_bit_for_bit(tiny, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    # At the worst moment: the new checkpoint is written, and has not got its name yet.
+    command = [sys.executable, "-c", KILLED_AT, "checkpoint-6", *tiny.arguments(out)]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    assert [path.name for path in saving.checkpoints(out)] == ["checkpoint-3"]
+    assert len(metrics(out)) == 6
+    assert {path.suffix for path in (out / "checkpoint-3").iterdir()} == {".json", ".safetensors"}
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # what a power cut may leave
+    assert tiny.train(out) == 2
+    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
+    assert tiny.train(out, "--resume") == 0
+    require_same(out, whole)
+
+
+def test_killed_at_any_moment_of_a_save_the_newest_checkpoint_is_whole(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # that is for power cuts, and slow
+    model, tokenizer, _ = tiny.load()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before, out = tmp_path / "before", tmp_path / "out"
+
+    def save(folder, step):
+        with torch.no_grad():
+            model.head.bias.fill_(step)
+        saving.save_model(folder / "best", model, tokenizer)
+        saving.save_checkpoint(folder, model, tokenizer, optimizer, saving.Progress(step=step))
+
+    before.mkdir()
+    save(before, 1)
+    newest_steps, best_steps = set(), set()
+    for moment in range(500):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(before, out)
+        if (child := os.fork()) == 0:
+            _die_at(moment)
+            save(out, 2)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        newest = saving.checkpoints(out)[-1]
+        again = BertForMaskedLM.from_pretrained(newest)
+        progress = saving.restore(newest, again, torch.optim.AdamW(parameter_groups(again, 0.01), fused=True))
+        assert newest.name == f"checkpoint-{progress.step}"
+        assert again.head.bias[0] == progress.step
+        newest_steps.add(progress.step)
+        best_steps.add(BertForMaskedLM.from_pretrained(out / "best").head.bias[0].item())
+        if status == 0:
+            break
+    assert status == 0, "there are more moments than this test has tried"
+    assert moment > 30
+    assert newest_steps == best_steps == {1, 2}
+
+
+def _die_at(moment):
+    """Kill this process when it touches the file system for the moment-th time from now."""
+    seen = 0
+
+    def hook(event, _):
+        nonlocal seen
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.chmod"):
+            if seen == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+
+    sys.addaudithook(hook)
+
+
+def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stands(tiny, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    real = saving.save_file
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def no_room_left(*arguments):  # for files of more than 20,000 bytes, from the second checkpoint on
+        if saving.checkpoints(out):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            real(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(saving, "save_file", no_room_left)
+    assert tiny.train(out) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "checkpoint-6 could not be written" in message
+    assert "File too large" in message
+    assert "checkpoint-3 stands" in message
+    assert sorted(path.name for path in out.iterdir() if "6" in path.name) == []
+    monkeypatch.undo()
+    assert tiny.train(out, "--resume") == 0
+    require_same(out, whole)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_any_work(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/minibert"):
+        assert tiny.train(out, "--init", tmp_path / "no model") == 2, "the model would have been looked for"
+        error = capsys.readouterr().err.strip()
+        assert f"--out {out}" in error
+        assert "nothing can be written" in error
+        assert "\n" not in error
+    assert tiny.train(" ") == 2
+    assert "--out needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_stops(name, tiny, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    real = loop.accumulate
+
+    def accumulate(*arguments):
+        if len(metrics(out)) == 4:  # in the fifth step
+            os.kill(os.getpid(), getattr(signal, name))
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "accumulate", accumulate)
+    before = signal.getsignal(signal.SIGTERM)
+    assert tiny.train(out) == 130
+    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in saving.checkpoints(out)] == ["checkpoint-5"]
+    assert signal.getsignal(signal.SIGTERM) == before
+    monkeypatch.undo()
+    assert tiny.train(out, "--resume") == 0
+    require_same(out, whole)
+
+
+@pytest.fixture
+def stopped(tiny, tmp_path):
+    """The folder of a run that was stopped after its first step."""
+    out = tmp_path / "out"
+    model, tokenizer, files = tiny.load()
+    settings = Settings(
+        steps=12,
+        tokens_per_step=200,
+        max_length=24,
+        learning_rate=5e-3,
+        dtype="float32",
+        save_every=3,
+        evaluate_every=4,
+    )
+    out.mkdir()
+    saving.open_run(out, loop.describe(str(tiny.start), tokenizer, files, settings))
+    stop = Event()
+    stop.set()
+    assert train(model, tokenizer, files, out, settings, stop=stop) is None
+    assert [path.name for path in saving.checkpoints(out)] == ["checkpoint-1"]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--learning-rate", "1e-3", "learning_rate 0.005, and now it is 0.001"),
+        ("--steps", "13", "steps 12, and now it is 13"),
+        ("--seed", "1", "seed 0, and now it is 1"),
+        ("--dtype", "bfloat16", "dtype float32, and now it is bfloat16"),
+        ("--schedule", "cosine", "schedule linear, and now it is cosine"),
+        ("--init", "minibert-uncased", "start, and now it is minibert-uncased"),
+    ],
+)
+def test_a_run_goes_on_only_as_what_it_is(option, value, message, stopped, tiny, capsys):
+    assert tiny.train(stopped, "--resume", "--tokenizer", tiny.start, option, value) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in saving.checkpoints(stopped)] == ["checkpoint-1"]
+
+
+def test_a_run_goes_on_only_with_its_text(stopped, tiny, tmp_path, capsys):
+    arguments = tiny.arguments(stopped, "--resume")
+    arguments[1] += ":2"
+    assert main(arguments) == 2
+    assert "prose:1" in (error := capsys.readouterr().err.splitlines()[-1])
+    assert "prose:2" in error
+    text = tiny.text.read_text()
+    assert "copyright" in text
+    changed = tmp_path / "prose.txt"
+    changed.write_text(text.replace("copyright", "trademark"))  # as many tokens as before
+    assert main([arguments[0], str(changed), *arguments[2:]]) == 2
+    assert "prose:1" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_only_says_how_to_compute_may_change(stopped, tiny, whole):
+    assert tiny.train(stopped, "--resume", "--workers", "2", "--micro-tokens", "100", "--checkpoint-activations") == 0
+    losses = [[line["loss"] for line in metrics(out)] for out in (stopped, whole)]
+    # Two passes draw other dropout than one, so only the first step is bound to agree.
+    assert losses[0][0] == losses[1][0]
+    assert len(losses[0]) == 12
+
+
+def test_what_is_there_is_not_written_over(tiny, whole, capsys):
+    for out, options, message in (
+        (whole, [], "holds a finished run"),
+        (tiny.start, [], "holds a model already"),
+        (tiny.start, ["--resume"], "holds a model already"),
+    ):
+        before = weights(out)
+        assert tiny.train(out, *options) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert weights(out) == before
+    assert tiny.train(whole, "--resume") == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_to_go_on_where_nothing_is_is_to_begin(tiny, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert tiny.train(out, "--resume") == 0
+    assert "no run" in capsys.readouterr().err.splitlines()[0]
+    require_same(out, whole)
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_it(stopped, tiny, capsys):
+    for name in ("progress.json", "optimizer.safetensors", "model.safetensors"):
+        path = stopped / "checkpoint-1" / name
+        path.write_bytes(path.read_bytes()[:-10])
+        assert tiny.train(stopped, "--resume") == 2
+        assert str(path) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_other_folders_are_left_alone(tiny, tmp_path):
+    out = tmp_path / "out"
+    (out / "checkpoint-of-mine").mkdir(parents=True)
+    assert tiny.train(out, "--steps", "4") == 0
+    assert (out / "checkpoint-of-mine").is_dir()
+
+
+def test_two_runs_in_one_folder_at_a_time_are_one_too_many(stopped, tiny, capsys):
+    ready, held = os.pipe()
+    if (child := os.fork()) == 0:
+        with saving.folder_of_run(stopped, resume=True):
+            os.write(held, b"x")
+            signal.pause()
+    os.read(ready, 1)
+    try:
+        assert tiny.train(stopped, "--resume") == 2
+        assert "another process is training there" in capsys.readouterr().err.splitlines()[-1]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert tiny.train(stopped, "--resume") == 0, "the lock goes with the process that held it"
+
+
+def test_a_run_killed_when_it_was_just_finished_is_finished(tiny, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for leftover in ("checkpoint-9", ".old-checkpoint-6", ".new-checkpoint-12", "best/.new-model"):
+        (out / leftover).mkdir()
+    assert tiny.train(out, "--resume") == 0
+    assert "finished" in capsys.readouterr().out
+    require_same(out, whole)

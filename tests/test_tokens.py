@@ -1,0 +1,320 @@
+"""Token files: found, made once, kept through a kill, and never trusted when they are not what was written."""
+
+import fcntl
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+
+from minibert.cli import main
+from minibert.tokenizer import from_vocabulary
+from minibert.training.tokens import find_texts, is_held_out, token_files
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+TOKENIZER = from_vocabulary([*SPECIAL, "the", "a", *(f"word{number}" for number in range(400))])
+
+
+def lines_of(lines):
+    """Lines or a TokenFile as lists of ids."""
+    return [lines.line(number).tolist() for number in range(len(lines))]
+
+
+def ids_of(line):
+    return TOKENIZER.encode(line, add_special_tokens=False).ids
+
+
+def some_lines(count=400, start=0):
+    return [f"the word{number % 400} a word{number // 400}" for number in range(start, start + count)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, lines):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = "".join(line + "\n" for line in lines).encode()
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "tokens"
+
+
+def test_each_line_is_there_once_and_a_hundredth_is_held_out(write, folder):
+    lines = some_lines(1000)
+    path = write("text.txt", [*lines, "", "   ", *lines[:50]])
+    (file,) = token_files([str(path)], TOKENIZER, folder)
+    assert lines_of(file) == [ids_of(line) for line in lines if not is_held_out(line)]
+    assert lines_of(file.held_out) == [ids_of(line) for line in lines if is_held_out(line)]
+    assert 0 < len(file.held_out) < 30
+    assert (file.name, file.weight) == ("text", 1.0)
+
+
+def test_gzip_and_several_processes_give_the_same(write, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("minibert.training.tokens.CHUNK", 500)  # so that there is more than one for each process
+    lines = some_lines(600)
+    token_files([str(write("text.txt", lines)), str(write("more.txt.gz", lines))], TOKENIZER, folder, workers=2)
+    token_files([str(tmp_path / "text.txt")], TOKENIZER, tmp_path / "alone", workers=1)
+    (alone,) = (tmp_path / "alone").glob("text-*")
+    for place in folder.glob("*-*"):
+        for name in ("train.tokens", "train.starts", "held_out.tokens", "held_out.starts"):
+            assert (place / name).read_bytes() == (alone / name).read_bytes()
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, torch.uint16), (2**16 + 1, torch.uint32)])
+def test_ids_take_two_bytes_if_they_fit(size, dtype, write, folder):
+    words = [*SPECIAL, *(f"word{number}" for number in range(len(SPECIAL), size))]
+    path = write("text.txt", ["word5 " + words[-1]])
+    for _ in range(2):  # made, and found again
+        (file,) = token_files([str(path)], from_vocabulary(words), folder)
+        assert file.tokens.dtype == dtype
+        assert file.tokens.tolist() == [5, size - 1]
+    assert next(folder.glob("text-*/train.tokens")).stat().st_size == 2 * dtype.itemsize
+
+
+def test_what_is_there_is_not_made_again_and_a_changed_text_is(write, folder):
+    paths = [write("one.txt", some_lines(50)), write("two.txt", some_lines(50, 50))]
+    token_files([str(path) for path in paths], TOKENIZER, folder)
+    before = {place: place.stat().st_ino for place in folder.glob("*-*")}
+    token_files([str(path) for path in paths], TOKENIZER, folder)
+    assert {place: place.stat().st_ino for place in folder.glob("*-*")} == before
+
+    age = os.stat(paths[0])
+    write("one.txt", ["the word7", *some_lines(50)[1:]])
+    os.utime(paths[0], ns=(age.st_atime_ns, age.st_mtime_ns))  # no clock is trusted
+    one, two = token_files([str(path) for path in paths], TOKENIZER, folder)
+    assert one.line(0).tolist() == ids_of("the word7")
+    assert lines_of(two) == [ids_of(line) for line in some_lines(50, 50) if not is_held_out(line)]
+    assert {place: place.stat().st_ino for place in folder.glob("two-*")}.items() <= before.items()
+
+
+def test_token_files_of_another_tokenizer_are_refused(write, folder, tmp_path, capsys):
+    path = write("text.txt", some_lines(50))
+    token_files([str(path)], TOKENIZER, folder)
+    other = from_vocabulary([*SPECIAL, "a", "the", *(f"word{number}" for number in range(400))])
+    with pytest.raises(ValueError, match="another tokenizer"):
+        token_files([str(path)], other, folder)
+    cutting = from_vocabulary([*SPECIAL, "the", "a", *(f"word{number}" for number in range(400))])
+    cutting.enable_truncation(3)
+    (file,) = token_files([str(path)], cutting, folder)  # the same tokens, whatever its caller has set
+    assert lines_of(file)[0] == ids_of(some_lines(1)[0])
+    (cut,) = token_files([str(path)], cutting, tmp_path / "fresh")
+    assert torch.equal(cut.tokens, file.tokens)
+
+
+def _truncate(place):
+    os.truncate(place / "train.tokens", 10)
+
+
+def _flip(place):
+    content = bytearray((place / "train.tokens").read_bytes())
+    content[4] ^= 1
+    (place / "train.tokens").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        _truncate,
+        _flip,
+        lambda place: (place / "held_out.starts").unlink(),
+        lambda place: (place / "about.json").write_text("{"),
+        lambda place: (place / "about.json").write_text("[]"),
+        lambda place: (place / "about.json").unlink(),
+    ],
+    ids=["truncated", "a bit flipped", "a file missing", "no JSON", "other JSON", "nothing about it"],
+)
+def test_damaged_token_files_are_noticed_and_made_again(harm, write, folder):
+    path = write("text.txt", some_lines(50))
+    (file,) = token_files([str(path)], TOKENIZER, folder)
+    expected = lines_of(file)
+    harm(next(folder.glob("text-*")))
+    with pytest.warns(UserWarning, match="damaged"):
+        (file,) = token_files([str(path)], TOKENIZER, folder)
+    assert lines_of(file) == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        token_files([str(path)], TOKENIZER, folder)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tokenizers import Tokenizer
+from minibert.training import tokens
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    tokens.CHUNK = 2000
+    tokens.token_files([str(folder / "texts")], Tokenizer.from_file(str(folder / "tokenizer.json")), folder / "tokens",
+                       workers=2)
+"""
+
+
+def test_a_kill_loses_only_the_text_it_was_at(write, tmp_path, folder):
+    small, large = write("texts/a.txt", some_lines(100)), write("texts/b.txt", some_lines(150_000))
+    TOKENIZER.save(str(tmp_path / "tokenizer.json"))
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("b-*.part")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = _children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = list(folder.glob("a-*"))
+    assert len(done) == 1
+    assert [path.suffix for path in folder.glob("b-*")] == [".part"], "it was killed while it was at the second text"
+    inode = done[0].stat().st_ino
+
+    one, two = token_files([str(tmp_path / "texts")], TOKENIZER, folder, workers=1)
+    assert done[0].stat().st_ino == inode
+    assert not list(folder.glob("*.part"))
+    for file, path in ((one, small), (two, large)):
+        assert len(file) + len(file.held_out) == len(path.read_text().splitlines())
+    while any(map(_runs, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert children
+    assert not any(map(_runs, children)), "its workers must not outlive it"
+
+
+def _children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def _runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_who_comes_second_waits_and_makes_nothing_again(write, tmp_path, folder):
+    path = write("text.txt", some_lines(50))
+    token_files([str(path)], TOKENIZER, tmp_path / "elsewhere")
+    folder.mkdir()
+    second = threading.Thread(target=token_files, args=([str(path)], TOKENIZER, folder))
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second.start()
+        second.join(0.5)
+        assert second.is_alive()
+        (made,) = (tmp_path / "elsewhere").glob("text-*")
+        inode = made.stat().st_ino
+        made.rename(folder / made.name)
+    second.join(30)
+    assert not second.is_alive()
+    assert (folder / made.name).stat().st_ino == inode
+
+
+def test_a_full_disk_leaves_nothing_behind(write, folder, monkeypatch):
+    path = write("text.txt", some_lines(50))
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        token_files([str(path)], TOKENIZER, folder)
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_folders_globs_weights_and_names(write, tmp_path):
+    for name in ("a/wiki.txt", "a/deep/facts.txt.gz", "b/wiki.txt", "b/notes.md", "b/all.txt", "b/.hidden.txt"):
+        write(name, ["the a"])
+    write("b/odd:name.txt", ["the a"])
+    texts = find_texts([f"{tmp_path}/a:2.5", f"{tmp_path}/b/*.txt"])
+    assert [(text.path.relative_to(tmp_path).as_posix(), text.weight) for text in texts] == [
+        ("a/deep/facts.txt.gz", 2.5),
+        ("a/wiki.txt", 2.5),
+        ("b/all.txt", 1.0),
+        ("b/odd:name.txt", 1.0),
+        ("b/wiki.txt", 1.0),
+    ]
+    assert [text.name for text in texts] == [
+        "facts",
+        f"{tmp_path}/a/wiki.txt",
+        f"{tmp_path}/b/all.txt",  # the figures over all texts are called "all"
+        "odd:name",
+        f"{tmp_path}/b/wiki.txt",
+    ]
+    assert find_texts([f"{tmp_path}/b/odd:name.txt:3"])[0].weight == 3
+    assert [text.name for text in find_texts([f"{tmp_path}/**/facts*"])] == ["facts"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nothing.txt", "nothing.txt: no such text file"),
+        ("no*thing", "no such text file"),
+        ("empty", "no .txt or .gz file in this folder"),
+        ("text.txt:0", "weight 0 "),
+        ("text.txt:-1", "weight -1 "),
+        ("text.txt:nan", "weight nan "),
+        ("text.txt:inf", "weight inf "),
+        (":2", "is not PATH"),
+        ("latin.txt", "UTF-8"),
+        ("not.gz", "gzip"),
+        ("cut.gz", "gzip"),
+        ("rotten.gz", "gzip"),
+        ("blank.txt", "blank.txt: there is no text to train on"),
+        ("binary.txt", "UTF-8"),
+    ],
+)
+def test_what_is_no_text_is_one_line_and_status_2(spec, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    packed = gzip.compress(b"the word1\n" * 100 + os.urandom(2000).hex().encode())
+    for name, content in {
+        "text.txt": b"the a\n",
+        "latin.txt": b"caf\xe9\n",
+        "not.gz": b"plain",
+        "cut.gz": packed[:-20],
+        "rotten.gz": packed[:10] + b"\xff" * 100,  # no such kind of block
+        "blank.txt": b"\n \n\n",
+        "binary.txt": bytes(range(128, 256)),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    assert main(["train", spec, "--init", "minibert-uncased", "--out", "out", "--steps", "1"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_a_text_named_twice_is_refused(write, tmp_path):
+    path = write("texts/wiki.txt", ["the a"])
+    (tmp_path / "link.txt").symlink_to(path)
+    for again in (path, tmp_path / "texts", tmp_path / "link.txt", tmp_path / "t*" / "*.txt"):
+        with pytest.raises(ValueError, match="named twice"):
+            find_texts([str(path), f"{again}:4"])
+
+
+def test_a_text_without_lines_is_refused(write, folder, monkeypatch):
+    monkeypatch.setattr("minibert.training.tokens.LONGEST_LINE", 100)
+    with pytest.raises(ValueError, match="longer than 100 characters"):
+        token_files([str(write("text.txt", ["the " * 26]))], TOKENIZER, folder)
+    token_files([str(write("text.txt", ["the " * 24]))], TOKENIZER, folder)
+
+
+def test_the_format_is_what_its_docstring_says(write, folder):
+    path = write("text.txt", ["the a", "the word1"])
+    token_files([str(path)], TOKENIZER, folder)
+    (place,) = folder.glob("text-*")
+    assert (place / "train.tokens").read_bytes() == b"\x05\0\x06\0\x05\0\x08\0"
+    assert (place / "train.starts").read_bytes() == b"".join(n.to_bytes(8, "little") for n in (0, 2, 4))
+    about = json.loads((place / "about.json").read_text())
+    assert about["train"] == {"lines": 2, "tokens": 4}
+    assert about["dtype"] == "uint16"

@@ -1,0 +1,62 @@
+"""A real text and a tiny model, and the command that trains one on the other."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from minibert import BertConfig, BertForMaskedLM, load_tokenizer
+from minibert.cli import main
+from minibert.tokenizer import from_vocabulary
+from minibert.training.tokens import token_files
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+class Tiny:
+    """text: prose that ships with the package. start: a folder with a model of 2 layers × 32 with random weights, and
+    with a tokenizer that has the words of that text. tokens: a folder for token files.
+    """
+
+    def __init__(self, folder):
+        self.text, self.start, self.tokens = folder / "prose.txt", folder / "start", folder / "tokens"
+        prose = "\n".join((REPOSITORY / name).read_text(encoding="utf-8") for name in ("LICENSE", "README.md"))
+        self.text.write_text("\n".join(line.strip() for line in prose.splitlines() if line.strip()), encoding="utf-8")
+        words = sorted(set(re.findall(r"[a-z0-9]+|[^a-z0-9\s]", prose.lower())))
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+        self.config = BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=40,
+        )
+        torch.manual_seed(0)
+        BertForMaskedLM(self.config).save_pretrained(self.start)
+        from_vocabulary(vocabulary).save(str(self.start / "tokenizer.json"))
+
+    def arguments(self, out, *more):
+        """`minibert train` as the tests run it: 12 small steps. An option in `more` overrides."""
+        return [
+            *("train", str(self.text), "--init", str(self.start), "--out", str(out), "--tokens", str(self.tokens)),
+            *("--steps", "12", "--tokens-per-step", "200", "--max-length", "24", "--learning-rate", "5e-3"),
+            *("--dtype", "float32", "--save-every", "3", "--evaluate-every", "4", "--device", "cpu", *map(str, more)),
+        ]
+
+    def train(self, out, *more):
+        return main(self.arguments(out, *more))
+
+    def load(self):
+        """Model, tokenizer and token files, for `minibert.training.loop.train`."""
+        model, tokenizer = BertForMaskedLM.from_pretrained(self.start), load_tokenizer(self.start)
+        return model, tokenizer, token_files([str(self.text)], tokenizer, self.tokens)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
