@@ -256,7 +256,7 @@ def test_exchanged_axes_are_named_before_any_fault():
     ours, theirs, batch = port(SIZES[1])
     given = trace(theirs, **batch)
     given.tensors["layers.1.key"] = given.tensors["layers.1.key"].transpose(1, 2)
-    with pytest.raises(ValueError, match="layers.1.key is .*: axes 1 and 2 are exchanged"):
+    with pytest.raises(ValueError, match=r"layers\.1\.key is .*: axes 1 and 2 are exchanged"):
         diagnose(given, ours)
     given.tensors["layers.1.key"] = given.tensors["layers.1.key"][:, :, 1:]
     with pytest.raises(ValueError, match=r"No fault is sought") as error:

@@ -104,6 +104,12 @@ def test_exchanged_axes_are_named(made):
 
 def test_what_is_said_of_a_fault(made):
     a, b, ours = made
+    seen = b.tensors["attention_mask"][:, None, None, :] == 1
+    scores = torch.where(seen, b.tensors["layers.0.scores"], -1.0)  # a mask that hides nothing
+    soft = {"layers.0.scores": scores, "layers.0.probabilities": scores.softmax(-1)}
+    said = diff(a, changed(b, **soft), ours).summary
+    assert "first wrong: layers.0.probabilities" in said[0]
+    assert said[1] == "between them: the mask and the softmax over the keys"
     stale = [changed(each, **{"embeddings.sum": each.tensors["embeddings.sum"] + 1}) for each in (a, b)]
     assert "are these the weights of --model?" in diff(*stale, ours).summary[-1]
     one_wrong = diff(a, stale[1], ours)
