@@ -344,7 +344,8 @@ def _require_the_wanted(
         if not init_missing_head:
             raise ValueError(
                 f"{where}: this is an encoder without the masked-language-model head ({len(absent)} tensors, {HEAD}*). "
-                "Pass init_missing_head=True to start with an untrained one"
+                "Name a checkpoint that has one, or start with an untrained one: `minibert train` does, and in Python "
+                "from_pretrained(…, init_missing_head=True)"
             )
         report.initialised = tuple(sorted({wanted[hub] for hub in absent}))
     elif absent:
@@ -454,6 +455,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     with open(path, "rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
+        if len(start) == 8 and 0 not in start and not _looks_like(path):  # no header has 2^56 bytes
+            raise ValueError(f"{path}: not a safetensors file: it starts with {start!r}")
         if len(start) < 8 or length > size - 8 or length > 100_000_000:
             other = _looks_like(path) or f"its header claims {length} bytes" if len(start) == 8 else "it is cut off"
             raise ValueError(

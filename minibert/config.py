@@ -99,14 +99,14 @@ class BertConfig:
         computation, or that nobody here knows, or a missing size, is a ValueError that names it.
         """
         own = {field.name for field in fields(cls)}
+        for key, wanted in FIXED_KEYS.items():  # first: of another architecture nobody asks about single keys
+            if values.get(key, wanted) != wanted:
+                raise ValueError(
+                    f"{key} is {values[key]!r}, and minibert computes only {wanted!r}: "
+                    "this checkpoint is another architecture"
+                )
         for key, value in values.items():
-            if key in FIXED_KEYS:
-                if value != FIXED_KEYS[key]:
-                    raise ValueError(
-                        f"{key} is {value!r}, and minibert computes only {FIXED_KEYS[key]!r}: "
-                        "this checkpoint is another architecture"
-                    )
-            elif key not in own and key not in HARMLESS_KEYS:
+            if key not in own and key not in HARMLESS_KEYS and key not in FIXED_KEYS:
                 raise ValueError(
                     f"unknown key {key!r} (value {value!r}): it may change what the model computes. "
                     "If you know that it does not, take it out of config.json"

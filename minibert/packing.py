@@ -218,7 +218,7 @@ class PackedBatch:
         if position >= max_position_embeddings:
             raise ValueError(
                 f"a sequence reaches {position + 1} tokens, and the model has positions for {max_position_embeddings}: "
-                "shorten the text, or ask for truncation when it is tokenized"
+                "shorten it, or ask for truncation where the text is tokenized"
             )
 
     def require_positions(self, positions: Tensor) -> None:

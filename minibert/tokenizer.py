@@ -97,7 +97,7 @@ def encode(tokenizer: Tokenizer, text: str, max_length: int, *, truncate: bool =
     if not truncate:
         raise ValueError(
             f"the text is {len(encoding.ids)} tokens long and the model takes {max_length}: "
-            "shorten it, or ask for truncation"
+            "shorten it (truncate=True, and --truncate of fill-mask and mlm, cut it)"
         )
     body = tokenizer.encode(
         text, add_special_tokens=False

@@ -451,7 +451,8 @@ BROKEN = {
     ),
     "HTML page": (lambda raw: b"<!DOCTYPE html><html><title>503</title></html>", "HTML page"),
     "zipped pickle": (lambda raw: b"PK\x03\x04" + raw, "pickle"),
-    "random bytes": (lambda raw: bytes(range(255, 0, -1)) * 9, "header claims"),
+    "random bytes": (lambda raw: bytes(range(255, 0, -1)) * 9, "not a safetensors file"),
+    "JSON": (lambda raw: b'{"logits": [1, 2, 3]}', "not a safetensors file"),
 }
 
 
@@ -627,6 +628,16 @@ CONFIGS = {
 def test_config_of_another_model(folder, key, value):
     change_config(folder, **{key: value})
     refused(folder, rf"{key}.*{re.escape(str(value))}", mentions="config.json")
+
+
+def test_another_architecture_is_named_before_its_keys(folder):
+    values = {
+        "activation_function": "gelu_new",
+        **json.loads((folder / "config.json").read_text()),
+        "model_type": "gpt2",
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+    refused(folder, "model_type is 'gpt2'.*another architecture", mentions="config.json")
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,19 @@ def test_a_pair_and_an_unknown_fault(monkeypatch):
     diagnosis = diagnose(trace(theirs, **batch), ours)
     assert not diagnosis.found
     assert any("none of the known faults" in line for line in diagnosis.lines)
+    assert any(f"look at what computes {diagnosis.first_wrong}" in line for line in diagnosis.lines)
+
+
+def test_exchanged_axes_are_named_before_any_fault():
+    ours, theirs, batch = port(SIZES[1])
+    given = trace(theirs, **batch)
+    given.tensors["layers.1.key"] = given.tensors["layers.1.key"].transpose(1, 2)
+    with pytest.raises(ValueError, match=r"layers\.1\.key is .*: axes 1 and 2 are exchanged"):
+        diagnose(given, ours)
+    given.tensors["layers.1.key"] = given.tensors["layers.1.key"][:, :, 1:]
+    with pytest.raises(ValueError, match=r"No fault is sought") as error:
+        diagnose(given, ours)
+    assert "exchanged" not in str(error.value)
 
 
 @pytest.mark.parametrize("mask", ["dense", "right", "left", "holes"])

@@ -49,13 +49,83 @@ def test_what_does_not_fit_is_said(made):
     assert "NaN or infinity in B" in diff(a, changed(b, loss=b.tensors["loss"] * float("nan"))).rows[-1].verdict
     ids = b.tensors["input_ids"].clone()
     ids[1, 0] = (ids[1, 0] + 1) % 131
-    assert "input_ids at (1, 0)" in diff(a, changed(b, input_ids=ids)).summary[0]
+    with pytest.raises(ValueError, match=r"input_ids at \(1, 0\) is .* Trace both on the same inputs"):
+        diff(a, changed(b, input_ids=ids))
     fewer = changed(b, mine=torch.ones(2))
     del fewer.tensors["layers.0.query"]
     report = diff(a, fewer)
     assert report.ok
     assert any("B does not have layers.0.query" in note for note in report.notes)
     assert any("B has mine" in note for note in report.notes)
+
+
+def test_float64_has_a_bound_of_its_own():
+    ours, theirs = twins(SIZES, dtype=torch.float64)
+    batch = make_batch(SIZES, "left", (3, 5), two_segments=True)
+    a, b = trace(ours, **batch, grad=True), trace(theirs, **batch, grad=True)
+    report = diff(a, b, ours, everything=True)
+    assert report.ok, "\n".join(report.lines())
+    bounds = [row.allowed[0] for row in report.rows]
+    assert 9 * torch.finfo(torch.float64).eps < max(bounds) < 1e-12  # 8 would be the floor: no rounding was seen
+    gelu = changed(b, logits=b.tensors["logits"] * (1 + 1e-12))
+    assert diff(a, gelu, ours).rows[-1].verdict == "B is wrong"
+
+
+def without(given, *names):
+    return Trace({name: x for name, x in given.tensors.items() if name not in names}, given.config, given.metadata)
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_without_labels_the_rest_is_compared(made, with_model):
+    a, b, ours = made
+    model = ours if with_model else None
+    for pair in ((a, without(b, "labels")), (without(a, "labels"), b), (without(a, "labels"), without(b, "labels"))):
+        report = diff(*pair, model)
+        assert report.ok
+        assert report.rows[-1].name == "logits"
+        assert any("loss and gradients are not compared" in note for note in report.notes)
+    alone = without(
+        b, *[name for name in b.names if name not in ("input_ids", "attention_mask", "token_type_ids", "logits")]
+    )
+    assert "no difference in 1 tensor;" in diff(a, alone).summary[-1]
+
+
+def test_exchanged_axes_are_named(made):
+    a, b, ours = made
+    name = "layers.0.query"
+    stored = b.tensors[name].transpose(1, 2).contiguous()  # B S H K
+    noise = torch.where(b.tensors["attention_mask"][:, :, None, None] == 0, 7.0, stored)  # ports compute in the padding
+    for model in (None, ours):
+        row = diff(a, changed(b, **{name: noise}), model).rows[-1]
+        assert (row.name, row.verdict) == (name, "B is A transposed: axes 1 and 2 are exchanged")
+    report = diff(a, changed(b, **{name: stored + 1}))
+    assert report.rows[-1].verdict.endswith("should be 3 3 5 8: exchange axes 1 and 2 of B")
+    assert "nan" not in "\n".join(report.lines())
+
+
+def test_what_is_said_of_a_fault(made):
+    a, b, ours = made
+    seen = b.tensors["attention_mask"][:, None, None, :] == 1
+    scores = torch.where(seen, b.tensors["layers.0.scores"], -1.0)  # a mask that hides nothing
+    soft = {"layers.0.scores": scores, "layers.0.probabilities": scores.softmax(-1)}
+    said = diff(a, changed(b, **soft), ours).summary
+    assert "first wrong: layers.0.probabilities" in said[0]
+    assert said[1] == "between them: the mask and the softmax over the keys"
+    stale = [changed(each, **{"embeddings.sum": each.tensors["embeddings.sum"] + 1}) for each in (a, b)]
+    assert "are these the weights of --model?" in diff(*stale, ours).summary[-1]
+    one_wrong = diff(a, stale[1], ours)
+    assert "are these" not in " ".join(one_wrong.summary)
+    broken = b.tensors["logits"].clone()
+    broken[0, 0, 0] = float("nan")
+    said = " ".join(diff(a, changed(b, logits=broken), ours).summary)
+    assert "B has NaN or infinity from logits on" in said
+    assert "inf times" not in said
+    gradient = "gradient.cls.predictions.bias"
+    said = diff(a, changed(b, **{gradient: b.tensors[gradient] + 1})).summary[1]
+    assert said == "between them: the backward pass, from the head to the embeddings, as far as cls.predictions.bias"
+    assert "hides small faults" not in diff(a, b).summary[-1]
+    half = [Trace(each.tensors, each.config, {**each.metadata, "dtype": "bfloat16"}) for each in (a, b)]
+    assert "5.0e-01, which hides small faults: --model, or traces in float32, show more" in diff(*half).summary[-1]
 
 
 @pytest.mark.parametrize("with_model", [False, True])

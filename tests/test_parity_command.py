@@ -34,7 +34,7 @@ def parity(capsys, *options):
     return status, json.loads(out.out) if out.out else out.err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_any_folder_of_weights_has_parity(folder, dtype, capsys):
     status, report = parity(capsys, "--model", folder, "--dtype", dtype)
     assert (status, report["ok"]) == (0, True)

@@ -80,6 +80,8 @@ def test_hostile_files_are_one_clear_error(tmp_path, capsys):
     for cut in (0, 5, 8, 100, len(whole) - 5):
         path.write_bytes(whole[:cut])
         refused("not a whole safetensors file")
+    path.write_text('{"input_ids": [[1, 2, 3]], "text": "not a trace"}')
+    refused("not a safetensors file: it starts with")
     path.write_bytes((2**60).to_bytes(8, "little") + whole[8:])
     refused("its header claims 1152921504606846976 bytes")
     path.write_bytes(whole[:8] + b"\xff" * (len(whole) - 8))
@@ -119,6 +121,10 @@ def test_hostile_files_are_one_clear_error(tmp_path, capsys):
     for config in ("[1]", "", "{", "[" * 10**5, '{"vocab_size": NaN}', '{"hidden_size": 1e999}'):
         refuses("config", config=config)
     refuses("dtype", dtype="int4")
+    refuses("dtype in its metadata is 'torch.float32', and must be", dtype="torch.float32")
+    for key in ("config", "dtype"):
+        save_file(tensors, path, metadata={name: said for name, said in a.metadata.items() if name != key})
+        refused(f"there is no {key} in its metadata")
     del tensors["input_ids"]
     refuses("there is no input_ids")
 
@@ -223,8 +229,17 @@ def test_trace_of_a_text_and_of_ids(tmp_path, capsys):
     for wrong, words in (
         ({"ids": [[1]]}, "there is no input_ids"),
         ({"input_ids": [[1]], "mask": [[1]]}, "the key 'mask' is not known"),
-        ({"input_ids": [[1, 2], [3]]}, "all of one length"),
-        ({"input_ids": [[0.5]]}, "whole numbers, not torch.float32"),
+        ({"input_ids": [[1, 2], [3]]}, "row 1 has 1 entries, row 0 2"),
+        ({"input_ids": [[0.5]]}, "input_ids at (0, 0) is 0.5, and must be a whole number"),
+        ({"input_ids": [[1, "a"]]}, 'at (0, 1) is "a"'),
+        ({"input_ids": [[1], [None]]}, "at (1, 0) is null"),
+        ({"input_ids": [[True]]}, "at (0, 0) is true"),
+        ({"input_ids": [[1]], "attention_mask": [[True]]}, "attention_mask at (0, 0) is true"),
+        ({"input_ids": [[2**63]]}, "at (0, 0) is 9223372036854775808"),
+        ({"input_ids": []}, "none of them empty"),
+        ({"input_ids": [[]]}, "none of them empty"),
+        ({"input_ids": [1, 2]}, "a list of rows"),
+        ({"input_ids": [[7, 7]], "labels": [[-100, 40000]]}, "the label at (0, 1) is 40000"),
         ({"input_ids": [[99999999]]}, "99999999"),
         ({"input_ids": [[7]], "labels": [[-100]]}, "Leave labels out"),
     ):
@@ -234,9 +249,25 @@ def test_trace_of_a_text_and_of_ids(tmp_path, capsys):
         assert words in said
         assert said.count("\n") == 1
     assert main(["trace", "--text", "a " * 600, "--out", str(file)]) == 2  # too long for the model
-    assert main(["trace", "--text", "a", "--out", str(tmp_path / "none" / "t")]) == 2
+    assert "truncate" in capsys.readouterr().err
+    for wrong, words in (
+        (["--out", str(tmp_path / "none" / "t")], "there is no such folder"),
+        (["--out", ""], "needs the name of a file"),
+        (["--out", str(tmp_path)], "needs the name of a file"),
+        (["--out", str(file), "--device", "meta:x"], "--device cpu is everywhere"),
+        (["--out", str(file), "--ids", str(tmp_path)], "is a folder, and should be a JSON file of ids"),
+        (["--out", str(file), "--ids", str(tmp_path / "none")], "no such file; it should be a JSON file of ids"),
+    ):
+        assert main(["trace", *wrong]) == 2
+        assert words in capsys.readouterr().err
     assert main(["trace", "--text", "a", "--device", "moon", "--out", str(file)]) == 2
     assert "--device moon" in capsys.readouterr().err
+
+
+def write_ids(folder):
+    path = folder / "ids.json"
+    path.write_text(json.dumps({"input_ids": [[5, 6, 7]]}))
+    return path
 
 
 def test_the_commands(tmp_path, capsys):
@@ -262,7 +293,15 @@ def test_the_commands(tmp_path, capsys):
     assert len(rows) == len(tensors) - len(INPUTS)  # it goes on to the end, and still says what was first
     assert [line.split()[0] for line in rows if " differs" in line] == ["layers.1.query"]
     assert any("first wrong: layers.1.query. The last good one is layers.0.feed_forward_norm" in line for line in lines)
+    capsys.readouterr()
     assert main(["diff", files[0], str(tmp_path / "none")]) == 2
+    assert "none: no such file; it should be a trace" in capsys.readouterr().err
+    assert main(["diff", files[0], str(folder)]) == 2
+    assert f"{folder} is a folder, and should be a trace" in capsys.readouterr().err
+    assert main(["trace", "--model", str(folder), "--ids", str(write_ids(tmp_path)), "--out", files[1]]) == 0
+    capsys.readouterr()
+    assert main(["diff", *files]) == 2
+    assert "were asked different things" in capsys.readouterr().err
 
     ours.head.bias.data *= 2
     ours.save_pretrained(tmp_path / "doubled")

@@ -16,8 +16,8 @@ from minibert.loss import IGNORE
 from minibert.masking import mask_tokens
 from minibert.model import BertForMaskedLM
 from minibert.parity.record import exact_arithmetic, gradients, trace
-from minibert.parity.trace import GRADIENT, INPUTS, MEANINGS, hide_padding, row_of
-from minibert.parity.yardstick import K, Measure, largest, measures
+from minibert.parity.trace import GRADIENT, INPUTS, explain, hide_padding
+from minibert.parity.yardstick import K, Measure, largest, measures, rounding_dtype
 
 MASKING_SEED = 0
 
@@ -74,7 +74,7 @@ class ParityReport:
             yield f"{row.name:<{width}}  {row.value:>8.1e} {row.bound:>8.1e}  {verdict:<7}  {row.detail}"
         if self.first_wrong is not None:
             yield f"first wrong: {self.first_wrong}. The last good one is {self.last_good}"
-            yield f"between them: {MEANINGS[row_of(self.first_wrong)]}"
+            yield f"between them: {explain(self.first_wrong)}"
         yield f"a value is an error from float64; its bound is {K:.0f} times the error of the reference's own rounding"
 
 
@@ -97,7 +97,7 @@ def reference_of(
     config: Any = own.config
     asked = standard_inputs(config) if inputs is None else inputs
     truth = trace(deepcopy(own).to("cpu", torch.float64), **asked, grad=True)
-    rounded = trace(own, **asked, grad=True)
+    rounded = trace(own.to(rounding_dtype(dtype)), **asked, grad=True)
     pairs = ((name, truth.tensors[name], rounded.tensors[name]) for name in truth.names if name not in INPUTS)
     return Reference(title, asked, list(measures(pairs, dtype)))
 

@@ -21,7 +21,7 @@ from minibert.parity.diagnose import diagnose
 from minibert.parity.diff import diff
 from minibert.parity.golden import transformers_model
 from minibert.parity.record import trace
-from minibert.parity.trace import INPUTS, TraceFile
+from minibert.parity.trace import INPUTS, TraceFile, require_file
 from minibert.tokenizer import encode, load_tokenizer
 
 
@@ -35,11 +35,13 @@ def parity(options: argparse.Namespace) -> int:
         reference = reference_of(theirs, f"transformers {version('transformers')}", dtype)
         reference.masked = collator_masks(model.config.vocab_size)
     report = check(model, reference)
-    print(json.dumps(finite(report.to_dict()), indent=2) if options.json else "\n".join(report.lines()))
+    print(as_json(report.to_dict()) if options.json else "\n".join(report.lines()))
     return 0 if report.ok else 1
 
 
 def write_trace(options: argparse.Namespace) -> int:
+    if not options.out.strip() or Path(options.out).is_dir():
+        raise ValueError(f"--out {options.out!r}: it needs the name of a file")
     if not Path(options.out).absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {options.out}: there is no such folder. Make it first")
     device, dtype = torch_device(options.device), getattr(torch, options.dtype)
@@ -66,24 +68,28 @@ def compare(options: argparse.Namespace) -> int:
     a, b = TraceFile(options.a), TraceFile(options.b)
     model = None if options.model is None else BertForMaskedLM.from_pretrained(options.model)
     report = diff(a, b, model, everything=options.all)
-    print(json.dumps(finite(report.to_dict()), indent=2) if options.json else "\n".join(report.lines()))
+    print(as_json(report.to_dict()) if options.json else "\n".join(report.lines()))
     return 0 if report.ok else 1
 
 
 def name_fault(options: argparse.Namespace) -> int:
     given = TraceFile(options.trace)
     diagnosis = diagnose(given, BertForMaskedLM.from_pretrained(options.model))
-    print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else "\n".join(diagnosis.lines))
+    print(as_json(diagnosis.to_dict()) if options.json else "\n".join(diagnosis.lines))
     return 0 if diagnosis.ok else 1
 
 
-def finite(value: Any) -> Any:
+def as_json(report: dict[str, object]) -> str:
     """JSON has no NaN and no infinity: they become the words."""
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return str(value) if isinstance(value, float) and not abs(value) < float("inf") else value
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return str(value) if isinstance(value, float) and not abs(value) < float("inf") else value
+
+    return json.dumps(finite(report), indent=2, allow_nan=False)
 
 
 def torch_device(name: str) -> torch.device:
@@ -92,7 +98,9 @@ def torch_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"--device {name}: torch cannot use it here ({str(error).splitlines()[0]}). --device cpu is everywhere"
+        ) from error
     return device
 
 
@@ -109,18 +117,26 @@ def tokenized(texts: list[str], name: str, config: BertConfig) -> dict[str, Tens
 
 def read_ids(path: Path) -> dict[str, Tensor]:
     """A JSON object of lists of rows: input_ids, and if wanted attention_mask, token_type_ids, labels."""
+    require_file(path, "a JSON file of ids")
     values = checkpoint.read_json(path)
     if "input_ids" not in values or (unknown := values.keys() - set(INPUTS)):
         said = f"the key {sorted(unknown)[0]!r} is not known" if "input_ids" in values else "there is no input_ids"
         raise ValueError(f"{path}: {said}; it holds {', '.join(INPUTS)}, each a list of rows")
     result = {}
     for name, rows in values.items():
-        try:
-            result[name] = torch.tensor(rows)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path}: {name} must be rows of whole numbers, all of one length: {error}") from error
-        if result[name].dtype != torch.int64:
-            raise ValueError(f"{path}: {name} must be rows of whole numbers, not {result[name].dtype}")
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
+            raise ValueError(f"{path}: {name} must be a list of rows, [[…], […]], none of them empty")
+        for number, row in enumerate(rows):
+            if len(row) != len(rows[0]):
+                raise ValueError(
+                    f"{path}: {name} must be rows of one length, and row {number} has {len(row)} entries, row 0 "
+                    f"{len(rows[0])}: fill up with padding, and give an attention_mask"
+                )
+            for column, entry in enumerate(row):
+                if type(entry) is not int or not -(2**63) <= entry < 2**63:  # true and false are no ids
+                    said = json.dumps(entry)[:40]
+                    raise ValueError(f"{path}: {name} at {(number, column)} is {said}, and must be a whole number")
+        result[name] = torch.tensor(rows)
     return result
 
 

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations
 
 from minibert.model import BertForMaskedLM
+from minibert.parity.diff import count
 from minibert.parity.faults import CATALOGUE
 from minibert.parity.steps import Steps
-from minibert.parity.trace import GRADIENT, MEANINGS, Trace, hide_padding, row_of
+from minibert.parity.trace import GRADIENT, Trace, exchanged_axes, explain, hide_padding, row_of
 from minibert.parity.yardstick import Yardstick
 
 
@@ -49,10 +50,10 @@ def diagnose(given: Trace, model: BertForMaskedLM) -> Diagnosis:
     if plain.first_wrong is None and not plain.reproduced:
         raise ValueError(f"{given.name} has inputs only: there is nothing to diagnose")
     if plain.first_wrong is None:
-        return Diagnosis(True, lines=[f"{given.title}: nothing is wrong in {plain.reproduced} tensors"])
+        return Diagnosis(True, lines=[f"{given.title}: nothing is wrong in {count(plain.reproduced)}"])
     result = Diagnosis(False, first_wrong=plain.first_wrong)
     say = result.lines.append
-    say(f"{given.title}: the first wrong tensor is {plain.first_wrong} ({MEANINGS[row_of(plain.first_wrong)]})")
+    say(f"{given.title}: the first wrong tensor is {plain.first_wrong} ({explain(plain.first_wrong)})")
     singles = [bench.fit((fault,)) for fault in CATALOGUE]
     fits = [fit for fit in singles if fit.first_wrong is None]
     if not fits:
@@ -60,7 +61,7 @@ def diagnose(given: Trace, model: BertForMaskedLM) -> Diagnosis:
     for fit in fits:
         result.found.append([fault.title for fault in fit.faults])
         say(
-            f"{fit.title}: reproduces all {fit.reproduced} tensors, the worst at {fit.share:.0%} of the error that "
+            f"{fit.title}: reproduces all of {count(fit.reproduced)}, the worst at {fit.share:.0%} of the error that "
             f"{given.metadata['dtype']} may make"
         )
         for fault in fit.faults:
@@ -69,11 +70,12 @@ def diagnose(given: Trace, model: BertForMaskedLM) -> Diagnosis:
         say("these inputs cannot tell them apart: trace a batch with padding, two segments and labels, with --grad")
     if not fits:
         say(f"none of the known faults, alone or in pairs: {len(CATALOGUE)} were tried")
+        say(f"look at what computes {plain.first_wrong}; `minibert diff` with the model's own trace shows where")
         best = max(singles, key=lambda fit: fit.reproduced)
         if best.reproduced > plain.reproduced:
             say(
                 f"the nearest is {best.title}: with it the first wrong tensor is {best.first_wrong}, "
-                f"{best.reproduced - plain.reproduced} tensors later. {best.faults[0].remedy}"
+                f"{count(best.reproduced - plain.reproduced)} later. {best.faults[0].remedy}"
             )
     return result
 
@@ -94,10 +96,11 @@ class _Bench:
             if name not in self.shapes:
                 continue
             if self.shapes[name] != measure.truth.shape:
+                axes = exchanged_axes(self.shapes[name], tuple(measure.truth.shape))
+                hint = f": axes {axes[0]} and {axes[1]} are exchanged" if axes else ""
                 raise ValueError(
                     f"{self.given.name}: {name} is {self.shapes[name]}, and this model's is "
-                    f"{tuple(measure.truth.shape)}: no fault is sought before the shapes agree (`minibert diff` says "
-                    "which axes are exchanged)"
+                    f"{tuple(measure.truth.shape)}{hint}. No fault is sought before the shapes agree"
                 )
             there = self.given.read(name).to(mask.device)
             error = measure.error(hide_padding(row_of(name), there, mask))

@@ -15,10 +15,11 @@ from minibert.parity import yardstick
 from minibert.parity.trace import (
     GRADIENT,
     INPUTS,
-    MEANINGS,
     Trace,
+    exchanged_axes,
     expected_names,
     expected_shape,
+    explain,
     hide_padding,
     row_of,
 )
@@ -34,13 +35,15 @@ ROUNDINGS = 64.0
 class Row:
     """One tensor in both traces. relative: max_abs by the tensor's scale. first: the first index where they differ by
     more than the tolerance. errors: of either trace from float64, relative to the scale, if there is a model;
-    allowed: the same for what their dtypes may do. verdict: "ok", or what is wrong."""
+    allowed: the same for what their dtypes may do. verdict: "ok", or what is wrong. Numbers are None where the shapes
+    do not fit.
+    """
 
     name: str
     shape: tuple[int, ...]
-    max_abs: float
-    relative: float
-    cosine: float
+    max_abs: float | None
+    relative: float | None
+    cosine: float | None
     first: tuple[int, ...] | None
     verdict: str
     errors: tuple[float, float] | None = None
@@ -79,10 +82,12 @@ class Report:
                 extra = ""
                 if row.errors and row.allowed:
                     extra = f" {row.errors[0]:>8.1e} {row.errors[1]:>8.1e} {max(row.allowed):>8.1e}"
+                numbers = f"{'-':>8} {'-':>8} {'-':>9}"
+                if row.max_abs is not None:
+                    numbers = f"{row.max_abs:>8.1e} {row.relative:>8.1e} {row.cosine:>9.6f}"
                 where = f", first at {row.first}" if row.first is not None else ""
                 yield (
-                    f"{row.name:<{width}}  {_shape(row.shape):<{shape_width}} {row.max_abs:>8.1e} {row.relative:>8.1e} "
-                    f"{row.cosine:>9.6f}{extra}  {row.verdict}{where}"
+                    f"{row.name:<{width}}  {_shape(row.shape):<{shape_width}} {numbers}{extra}  {row.verdict}{where}"
                 )
         yield from self.summary
 
@@ -92,19 +97,25 @@ def diff(a: Trace, b: Trace, model: BertForMaskedLM | None = None, *, everything
 
     With the `model` that both are traces of, each is measured from the same computation in float64
     (yardstick.py) and the report says which is wrong; without, from each other. Raises ValueError if one has no
-    usable inputs, or is of another model's size.
+    usable inputs, is of another model's size, or was asked something else than the other.
     """
     report = Report((a.title, b.title), notes=list(_config_notes(a, b)))
     (inputs, _), (others, _) = a.inputs(), b.inputs()
     for name, mine, other in zip(INPUTS, inputs, others, strict=True):
         if (said := _different_inputs(name, mine, other)) is not None:
-            report.ok = False
-            report.summary.append(f"the two models were asked different things: {said}. Trace both on the same inputs")
-            return report
-    shapes_a, shapes_b = a.shapes(), b.shapes()
+            raise ValueError(
+                f"the two models were asked different things: {said} (A is {a.name}, B is {b.name}). "
+                "Trace both on the same inputs"
+            )
     shapes_a, shapes_b = a.shapes(), b.shapes()
     report.notes += _absent(a, shapes_a, shapes_b)
     names = [name for name in expected_names(a.config) if name in shapes_a and name in shapes_b and name not in INPUTS]
+    if inputs.labels is None or others.labels is None:
+        of_labels = [name for name in names if name == "loss" or name.startswith(GRADIENT)]
+        names = [name for name in names if name not in of_labels]
+        lost = [side for side, given in zip("AB", (inputs, others), strict=True) if given.labels is None]
+        if len(lost) == 1 or of_labels:
+            report.notes.append(f"note: no labels in {' and '.join(lost)}: loss and gradients are not compared")
     if not names:
         raise ValueError(
             f"{a.name} and {b.name} have no tensor in common but their inputs: there is nothing to compare"
@@ -165,12 +176,15 @@ class _Judge:
         if self.running:
             found = [next(measure for measure in side if measure.name == name) for side in self.running]
             self.sticks = (found[0], found[-1])
-        nothing = float("nan")
         wanted = expected_shape(name, self.a.config, tuple(self.mask.shape))
         if shape != wanted or other != wanted:
-            said = self.transposed(name) if sorted(shape) == sorted(other) == sorted(wanted) else None
-            said = said or f"the shape is {_shape(shape)} in A and {_shape(other)} in B, and should be {_shape(wanted)}"
-            return Row(name, shape, nothing, nothing, nothing, None, said)
+            said = self.transposed(name)
+            if said is None:
+                said = f"the shape is {_shape(shape)} in A and {_shape(other)} in B, and should be {_shape(wanted)}"
+                for side, stored in (("A", shape), ("B", other)):
+                    if axes := exchanged_axes(stored, wanted):
+                        said += f": exchange axes {axes[0]} and {axes[1]} of {side}"
+            return Row(name, shape, None, None, None, None, said)
         max_abs = scale = dot = norm_a = norm_b = 0.0
         errors = [0.0, 0.0]
         finite = [True, True]
@@ -223,25 +237,33 @@ class _Judge:
 
     def transposed(self, name: str) -> str | None:
         """What to say if the one tensor is the other with two axes exchanged."""
-        one, two = self.a.read(name).double(), self.b.read(name).double()
-        if one.dim() != two.dim():
+        shape, other = (shapes[name] for shapes in self.shapes)
+        if sorted(shape) != sorted(other):
             return None
+        one, two = self.a.read(name).double(), self.b.read(name).double()
+        wanted = expected_shape(name, self.a.config, tuple(self.mask.shape))
         limit = ROUNDINGS * torch.finfo(self.coarser).eps * (largest(one) or 1.0)
         for i in range(one.dim()):
             for j in range(i + 1, one.dim()):
-                if one.shape == two.transpose(i, j).shape and distance(one, two.transpose(i, j)) <= limit:
+                # The padding is known in the layout of the table only: turn the one that has another.
+                pair = [one, two.transpose(i, j)] if shape == wanted else [one.transpose(i, j), two]
+                if any(x.shape != wanted for x in pair):
+                    continue
+                if distance(*(hide_padding(row_of(name), x, self.mask) for x in pair)) <= limit:
                     return f"B is A transposed: axes {i} and {j} are exchanged"
         return None
 
     def accuse(self, row: Row, last_good: str) -> Iterator[str]:
         yield f"first wrong: {row.name}. The last good one is {last_good}"
-        yield f"between them: {MEANINGS[row_of(row.name)]}"
+        yield f"between them: {explain(row.name)}"
         if not row.errors or not self.sticks:
             if not self.sticks:
                 yield f"which of the two is wrong, only a model can tell (--model); {_without_model(self.coarser)}"
             return
         for side, given, error, stick in zip("AB", (self.a, self.b), row.errors, self.sticks, strict=True):
-            if not error <= stick.allowed:
+            if not error < float("inf"):
+                yield f"{side} has NaN or infinity from {row.name} on, where float64 has numbers ({given.title})"
+            elif not error <= stick.allowed:
                 yield (
                     f"{side} is {error / stick.explained:,.0f} times worse than {_name(given.dtype)} explains, "
                     f"from {row.name} on: {error:.1e} from float64, where rounding makes {stick.explained:.1e} "
@@ -251,22 +273,32 @@ class _Judge:
                 yield (
                     f"{side} is right up to here: {error:.1e} from float64, allowed {stick.allowed:.1e} ({given.title})"
                 )
+        tolerance = ROUNDINGS * torch.finfo(self.coarser).eps
+        both = all(not error <= stick.allowed for error, stick in zip(row.errors, self.sticks, strict=True))
+        if both and row.relative is not None and row.relative <= tolerance:
+            yield "but A and B agree with each other: are these the weights of --model?"
 
     def acquit(self, rows: list[Row]) -> Iterator[str]:
         forward = [row for row in rows if not row.name.startswith(GRADIENT)]
         last = next((row for row in rows if row.name == "logits"), (forward or rows)[-1])
         if last.errors is None:
-            yield f"no difference in {len(rows)} tensors; {_without_model(self.coarser)}"
+            yield f"no difference in {count(len(rows))}; {_without_model(self.coarser)}"
             return
         dtypes = " and ".join(dict.fromkeys((_name(self.a.dtype), _name(self.b.dtype))))
         yield (
             f"{last.name}: A {last.errors[0]:.1e}, B {last.errors[1]:.1e} from float64: both right for {dtypes} "
-            f"({len(rows)} tensors)"
+            f"({count(len(rows))})"
         )
 
 
 def _without_model(dtype: torch.dtype) -> str:
-    return f"the tolerance was {ROUNDINGS:.0f} roundings of {_name(dtype)}, {ROUNDINGS * torch.finfo(dtype).eps:.1e}"
+    tolerance = ROUNDINGS * torch.finfo(dtype).eps
+    said = f"the tolerance was {ROUNDINGS:.0f} roundings of {_name(dtype)}, {tolerance:.1e}"
+    return said if tolerance < 0.01 else f"{said}, which hides small faults: --model, or traces in float32, show more"
+
+
+def count(tensors: int) -> str:
+    return f"{tensors} tensor{'s' * (tensors != 1)}"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -285,8 +317,8 @@ def _config_notes(a: Trace, b: Trace) -> Iterator[str]:
 
 
 def _different_inputs(name: str, mine: Tensor | None, other: Tensor | None) -> str | None:
-    if mine is None or other is None:
-        return None if mine is other else f"only {'B' if mine is None else 'A'} has {name}"
+    if mine is None or other is None:  # labels: nothing before the loss depends on them
+        return None
     if mine.shape != other.shape:
         return f"{name} is {tuple(mine.shape)} in A and {tuple(other.shape)} in B"
     apart = (mine != other).nonzero()

@@ -42,8 +42,8 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("layers.N.query", "B H S K", "the query projection of what the layer reads, split into heads"),
     ("layers.N.key", "B H S K", "the key projection, split into heads"),
     ("layers.N.value", "B H S K", "the value projection, split into heads"),
-    ("layers.N.scores", "B H S S", "query · keyᵀ / √K with the mask on it: what the softmax reads"),
-    ("layers.N.probabilities", "B H S S", "the softmax of the scores over the keys"),
+    ("layers.N.scores", "B H S S", "query · keyᵀ / √K, before the softmax; masked keys are not compared"),
+    ("layers.N.probabilities", "B H S S", "the mask and the softmax over the keys"),
     ("layers.N.context", "B S D", "probabilities · value, the heads side by side again"),
     ("layers.N.attention_output", "B S D", "the output projection of the context, before the residual is added"),
     ("layers.N.attention_norm", "B S D", "the LayerNorm of attention_output + what the layer reads"),
@@ -63,7 +63,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     (
         "gradient.NAME",
         "",
-        "of the loss by each parameter, NAME and shape as in the checkpoint; from head to embeddings",
+        "the gradient of the loss by parameter NAME, name and shape as in the checkpoint; from head to embeddings",
     ),
 )
 MASKED = -1e4  # a score below this is masked, whatever number was used for it: compared as this one
@@ -81,6 +81,13 @@ def row_of(name: str) -> str:
         return "gradient.NAME"
     parts = name.split(".")
     return ".".join(["layers", "N", *parts[2:]]) if parts[0] == "layers" and len(parts) > 2 else name
+
+
+def explain(name: str) -> str:
+    """How a tensor comes from those before it, in words."""
+    if name.startswith(GRADIENT):
+        return f"the backward pass, from the head to the embeddings, as far as {name.removeprefix(GRADIENT)}"
+    return MEANINGS[row_of(name)]
 
 
 def expected_names(config: BertConfig) -> list[str]:
@@ -121,6 +128,14 @@ def expected_shape(name: str, config: BertConfig, shape: tuple[int, ...]) -> tup
     if name.startswith(GRADIENT):
         return _parameter_shapes(config)[re.sub(r"\.\d+\.", ".0.", name.removeprefix(GRADIENT))]
     return tuple(sizes[letter] for letter in SHAPES[row_of(name)])
+
+
+def exchanged_axes(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, int] | None:
+    """The two axes that make `wanted` of `shape` when they are exchanged."""
+    apart = [axis for axis, (one, two) in enumerate(zip(shape, wanted, strict=False)) if one != two]
+    if len(shape) != len(wanted) or len(apart) != 2 or sorted(shape) != sorted(wanted):
+        return None
+    return apart[0], apart[1]
 
 
 @cache
@@ -175,8 +190,12 @@ def check_inputs(
             raise ValueError(f"all labels are {IGNORE}: a mean over no position is no number. Leave labels out")
         if bool((asked & (attention_mask == 0)).any()):
             raise ValueError(f"a label stands where attention_mask is 0: make it {IGNORE}")
-        if bool((asked & ((labels < 0) | (labels >= config.vocab_size))).any()):
-            raise ValueError(f"a label is neither {IGNORE} nor an id below {config.vocab_size}")
+        outside = (asked & ((labels < 0) | (labels >= config.vocab_size))).nonzero()
+        if len(outside):
+            place = tuple(outside[0].tolist())
+            raise ValueError(
+                f"the label at {place} is {int(labels[place])}: neither {IGNORE} nor an id below {config.vocab_size}"
+            )
     return Inputs(input_ids.long(), attention_mask.long(), token_type_ids.long(), labels), batch
 
 
@@ -259,6 +278,7 @@ class TraceFile(Trace):
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
+        require_file(self.path, "a trace, one safetensors file")
         with open(self.path, "rb") as start:
             length = int.from_bytes(start.read(8), "little")
         if MOST_HEADER < length <= self.path.stat().st_size:
@@ -273,13 +293,17 @@ class TraceFile(Trace):
             )
         if metadata.get("version") != VERSION:
             raise ValueError(f"{path}: a trace of version {metadata.get('version')!r}; this minibert reads {VERSION!r}")
+        if absent := [key for key in ("config", "dtype") if key not in metadata]:
+            raise ValueError(
+                f"{path}: there is no {absent[0]} in its metadata: the README's section Traces says what it is"
+            )
         try:
-            config = BertConfig.from_dict(_json_object(metadata.get("config", "")))
+            config = BertConfig.from_dict(_json_object(metadata["config"]))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: the config in its metadata: {error}") from error
         known = [str(dtype).removeprefix("torch.") for dtype in DTYPES.values()]
-        if metadata.get("dtype") not in known:
-            raise ValueError(f"{path}: dtype in its metadata is {metadata.get('dtype')!r}, not {', '.join(known)}")
+        if metadata["dtype"] not in known:
+            raise ValueError(f"{path}: dtype in its metadata is {metadata['dtype']!r}, and must be {', '.join(known)}")
         if config.num_hidden_layers > MOST_LAYERS:
             raise ValueError(
                 f"{path}: num_hidden_layers {config.num_hidden_layers}, and a trace has {MOST_LAYERS} at most"
@@ -319,6 +343,13 @@ class TraceFile(Trace):
         with safe_open(self.path, framework="pt") as file:
             tensor: Tensor = file.get_slice(name)[start:stop]
         return tensor
+
+
+def require_file(path: Path, what: str) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and should be {what}")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; it should be {what}")
 
 
 def _json_object(text: str) -> dict[str, Any]:
