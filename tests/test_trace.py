@@ -178,10 +178,10 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     trace(ours, torch.randint(64, (8, 64))).save(tmp_path / "a.safetensors")
     # and a gradient of 0.5 GB, which is sparse on the disk
     wide = json.dumps({**sizes, "vocab_size": 2**20})
-    header = {"input_ids": entry((1, 1), 0, "I64")}
-    header["gradient.bert.embeddings.word_embeddings.weight"] = entry((2**20, 128), 8)
+    header = {"input_ids": entry((1, 1), 0, "I64"), "labels": entry((1, 1), 8, "I64")}
+    header["gradient.bert.embeddings.word_embeddings.weight"] = entry((2**20, 128), 16)
     metadata = {"format": "minibert-trace", "version": "1", "dtype": "float32", "config": wide}
-    write_raw(tmp_path / "b.safetensors", header, 8 + 2**29, metadata)
+    write_raw(tmp_path / "b.safetensors", header, 16 + 2**29, metadata)
     code = """
 import resource, sys
 from minibert import BertForMaskedLM
