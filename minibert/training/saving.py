@@ -78,7 +78,7 @@ def folder_of_run(out: Path, *, resume: bool) -> Iterator[None]:
         except OSError as error:
             raise OSError(error.errno, f"--out {out}: nothing can be written there: {error.strerror}") from error
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with this process, however that ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process; unlike lockf, not when a save opens and closes it
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"{out}: another process is training there now") from error
         _remove_leftovers(out)
