@@ -78,7 +78,8 @@ def folder_of_run(out: Path, *, resume: bool) -> Iterator[None]:
         except OSError as error:
             raise OSError(error.errno, f"--out {out}: nothing can be written there: {error.strerror}") from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process; unlike lockf, not when a save opens and closes it
+            # It ends with this process. (lockf would end as soon as a save opens and closes the file.)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"{out}: another process is training there now") from error
         _remove_leftovers(out)
