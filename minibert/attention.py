@@ -6,9 +6,10 @@ Shapes: T packed tokens · B sequences · S the longest of them · H heads · K 
 as (T, H, K), and so does the result. A token sees all the tokens of its own sequence, and no other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -39,20 +40,40 @@ def choose_kernel(query: Tensor, batch: PackedBatch, dropout: float) -> str:
                  torch then takes a flash kernel), and wherever nothing better is there
     "varlen"     flash attention on the packed tokens: CUDA in half precision, without dropout, which it does not have
     "sequences"  on the CPU, uneven lengths: each sequence by itself, so that nothing is computed for padding
-    "formula"    equation 1: for training on the CPU in half precision, where the fused kernel's backward is far slower
+    "formula"    equation 1: on the CPU in half precision, where the fused kernel is slower: always in its backward pass
     """
     if (forced := forced_kernel()) is not None:
         return forced
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if batch.uniform:
-        slow_backward = query.is_cpu and half and query.requires_grad
-        return "formula" if slow_backward else "sdpa"
     if query.is_cpu:
-        return "sequences"
+        if not batch.uniform:
+            return "sequences"
+        if half and query.requires_grad:
+            return "formula"
+        if fused_is_slow(query, batch.max_seqlen):
+            return "formula" if batch.max_seqlen <= 256 else "sequences"  # whose scores stay in the cache
+        return "sdpa"
+    if batch.uniform:
+        return "sdpa"
     head_size = query.shape[-1]
     if query.is_cuda and half and dropout == 0 and head_size % 8 == 0 and head_size <= 256:
         return "varlen"
     return "sdpa"
+
+
+def fused_is_slow(query: Tensor, length: int) -> bool:
+    """Whether, in a forward pass on this CPU, equation 1 is faster than the fused kernel for a sequence of this length.
+
+    torch's fused kernel multiplies bfloat16 matrices with AMX where that is; on other CPUs it has nothing as fast as
+    the batched product that equation 1 calls. On an AMD EPYC (Zen 5) it took 1.5 times as long for 64 tokens, 2.7 for
+    512.
+    """
+    return query.dtype == torch.bfloat16 and length >= 64 and not _has_amx()
+
+
+@cache
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 @contextmanager
@@ -87,16 +108,34 @@ def formula(
 
 
 def equation_1(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    drop: Callable[[Tensor, float], Tensor] = F.dropout,
 ) -> tuple[Tensor, Tensor]:
     """softmax(Q Kᵀ / √K) V, and the softmax alone. query, key, value (…, S, K); mask (…, S), true where a key
-    may be seen.
+    may be seen. drop: how a weight is dropped, F.dropout or `quick_dropout`.
     """
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (…, S, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probabilities = scores.softmax(-1)
-    return F.dropout(probabilities, dropout) @ value, probabilities
+    return drop(probabilities, dropout) @ value, probabilities
+
+
+def quick_dropout(x: Tensor, p: float) -> Tensor:
+    """F.dropout for training on the CPU, where torch draws random numbers one after the other, which took an eighth of
+    a step: here 16 random bits decide over an element, not 64. So p is rounded to a multiple of 2^-16, and the
+    elements dropped are others than F.dropout's (and transformers') for the same seed.
+    """
+    if p == 0:
+        return x
+    dropped = min(max(round(p * 2**16), 1), 2**16 - 1)  # of the 2^16 patterns that 16 bits have
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # each 64 random bits
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout: float = 0.0) -> Tensor:
@@ -109,15 +148,15 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout:
 
 def sequences(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout: float = 0.0) -> Tensor:
     """Each sequence by itself: no padding, no mask. With gradients by equation 1, whose backward pass is the
-    faster on the CPU.
+    faster on the CPU, and with `quick_dropout`: what is dropped differs from padded rows in any case.
     """
     contexts = []
     parts = [x.transpose(0, 1).split(batch.lengths, dim=1) for x in (query, key, value)]
     for q, k, v in zip(*parts, strict=True):  # each (H, length, K)
-        if query.requires_grad:
-            context = equation_1(q, k, v, dropout=dropout)[0]
+        if query.requires_grad or dropout or fused_is_slow(q, q.shape[1]):
+            context = equation_1(q, k, v, dropout=dropout, drop=quick_dropout)[0]
         else:
-            context = F.scaled_dot_product_attention(q[None], k[None], v[None], dropout_p=dropout)[0]
+            context = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
         contexts.append(context.transpose(0, 1))
     return torch.cat(contexts)  # (T, H, K)
 

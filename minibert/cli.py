@@ -458,7 +458,7 @@ def train(options: argparse.Namespace) -> int:
     from minibert.training.loop import Settings, describe, require_fit
     from minibert.training.loop import train as run
     from minibert.training.ranks import join
-    from minibert.training.start import start_model, start_tokenizer
+    from minibert.training.start import start_config, start_model, start_tokenizer
     from minibert.training.tokens import token_files
 
     if not options.out.strip():
@@ -493,12 +493,9 @@ def train(options: argparse.Namespace) -> int:
                 print(f"minibert train: there is no run in {out} to go on with: one begins", file=sys.stderr)
             around.enter_context(saving.folder_of_run(out, resume=options.resume))
         ranks.wait()
-        if saving.is_finished(out):
-            if ranks.first:
-                print(f"{out}: this run is finished")
-            return 0
         tokenizer = start_tokenizer(options.init, options.tokenizer)
-        checkpoint = next(reversed(saving.checkpoints(out)), None)
+        finished = saving.is_finished(out)
+        checkpoint = out if finished else next(reversed(saving.checkpoints(out)), None)
         if checkpoint is None:
             model = start_model(options.init, seed=options.seed, device=ranks.device)
         else:
@@ -507,8 +504,16 @@ def train(options: argparse.Namespace) -> int:
         tokens = Path(options.tokens) if options.tokens else out / "tokens"
         files = token_files(options.texts, tokenizer, tokens, workers=options.workers)
         if ranks.first:
-            saving.open_run(out, describe(options.init, tokenizer, files, settings))
+            config = start_config(options.init, model)
+            saving.open_run(out, describe(options.init, config, tokenizer, files, settings))
+            if not any(len(file.held_out) for file in files):
+                lost = f"there will be no figures and no {out / 'best'}"
+                print(f"minibert train: the texts are so short that no line is held out: {lost}", file=sys.stderr)
         ranks.wait()
+        if finished:
+            if ranks.first:
+                print(f"{out}: this run is finished; to train its model further: --init {out} and another --out")
+            return 0
         before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             figures = run(model, tokenizer, files, out, settings, ranks=ranks, checkpoint=checkpoint, stop=stop)

@@ -7,7 +7,7 @@ from twins import CONFIGS, make_batch, twins
 
 from minibert import BertConfig, BertForMaskedLM, PackedBatch
 from minibert import attention as module
-from minibert.attention import attention, choose_kernel, formula, use_kernel
+from minibert.attention import attention, choose_kernel, formula, quick_dropout, use_kernel
 
 UNEVEN, UNIFORM = (5, 1, 9, 3), (6, 6, 6)
 lengths_given = pytest.mark.parametrize("lengths", [UNEVEN, UNIFORM, (7,)], ids=["uneven", "uniform", "one"])
@@ -76,6 +76,36 @@ def test_dropout_drops_whole_weights_and_keeps_the_mean(kernel):
     assert abs(got[..., 0].mean() - 1) < 5 * got[..., 0].std() / 195**0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.5, 1e-9, 1 - 1e-9])
+def test_quick_dropout_drops_its_share_and_scales_the_rest(p, dtype):
+    x = torch.ones(301, 333, dtype=dtype, requires_grad=True)  # not a multiple of four elements
+    torch.manual_seed(0)
+    y = quick_dropout(x, p)
+    share = min(max(p, 2**-16), 1 - 2**-16)
+    expected, spread = share * x.numel(), (share * (1 - share) * x.numel()) ** 0.5
+    assert abs((y == 0).sum() - expected) <= 5 * spread + 1
+    # p is rounded by up to 2^-17, and the factor to the dtype.
+    kept = y[y > 0].unique()
+    assert kept.numel() == 1
+    assert kept.item() == pytest.approx(1 / (1 - share), rel=2**-17 / (1 - share) + torch.finfo(dtype).eps)
+    y.float().sum().backward()
+    assert torch.equal(x.grad, y), "the gradient passes where the value did, with the same factor"
+    torch.manual_seed(0)
+    assert torch.equal(quick_dropout(x, p), y)
+    assert not torch.equal(quick_dropout(x, p), y) or p in (1e-9, 1 - 1e-9)
+    assert quick_dropout(x, 0.0) is x
+
+
+def test_quick_dropout_draws_elements_independently():
+    """Neighbours at any small distance (four of them come from one number) are dropped together p² of the time."""
+    torch.manual_seed(0)
+    dropped = (quick_dropout(torch.ones(400_000), 0.3) == 0).float()
+    for distance in range(1, 9):
+        together = (dropped[:-distance] * dropped[distance:]).mean()
+        assert together == pytest.approx(0.09, abs=5 * (0.09 * 0.91 / 400_000) ** 0.5)
+
+
 def test_a_token_sees_its_own_sequence_only():
     batch = packed(UNEVEN)
     qkv = random_qkv(batch)
@@ -102,8 +132,26 @@ def test_the_choice_on_the_cpu():
     query = torch.zeros(24, 3, 8)
     assert choose_kernel(query, packed(UNIFORM), 0.0) == "sdpa"
     assert choose_kernel(query, packed(UNEVEN), 0.0) == "sequences"
-    assert choose_kernel(query.bfloat16(), packed(UNIFORM), 0.0) == "sdpa"
+    assert choose_kernel(query.bfloat16(), packed(UNIFORM), 0.0) == "sdpa"  # short
     assert choose_kernel(query.bfloat16().requires_grad_(), packed(UNIFORM), 0.0) == "formula"
+
+
+@pytest.mark.parametrize(("amx", "kernels"), [(True, "sdpa sdpa sdpa"), (False, "sdpa formula sequences")])
+def test_without_amx_equation_1_is_for_long_sequences_in_bfloat16(amx, kernels, monkeypatch):
+    monkeypatch.setattr(module, "_has_amx", lambda: amx)
+    query = torch.zeros(1, 3, 8, dtype=torch.bfloat16)
+    assert [choose_kernel(query, packed((n, n)), 0.0) for n in (32, 128, 400)] == kernels.split()
+    assert [choose_kernel(query.float(), packed((n, n)), 0.0) for n in (32, 128, 400)] == ["sdpa"] * 3
+    called = []
+    real = module.F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        module.F, "scaled_dot_product_attention", lambda *a, **k: called.append(a[0].shape[-2]) or real(*a, **k)
+    )
+    batch = packed((70, 20, 64))
+    qkv = random_qkv(batch, torch.bfloat16)
+    got = attention(*qkv, batch)
+    assert called == ([70, 20, 64] if amx else [20])
+    torch.testing.assert_close(got.double(), by_hand(*qkv, batch.lengths), rtol=0, atol=TOLERANCE[torch.bfloat16])
 
 
 def test_uniform_lengths_need_no_mask(monkeypatch):

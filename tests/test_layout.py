@@ -45,8 +45,8 @@ ORDER = {
     "cli": 13,
     "__main__": 14,
     "bench.__init__": 4,
-    "bench.contenders": 5,
-    "bench.run": 6,
+    "bench.contenders": 9,
+    "bench.run": 10,
 }
 
 

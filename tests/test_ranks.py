@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import islice
 
 import pytest
 from safetensors.torch import load_file
@@ -52,7 +53,7 @@ def require_same_run(out, alone):
         assert {key: two[key] for key in ("epoch", "tokens", "masked_tokens", "learning_rate")} == {
             key: one[key] for key in ("epoch", "tokens", "masked_tokens", "learning_rate")
         }
-        assert two["loss"] == pytest.approx(one["loss"], rel=5e-6)
+        assert two["loss"] == (one["loss"] and pytest.approx(one["loss"], rel=5e-6))  # None: nothing was masked
         assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-5)
         if "held_out" in one:
             assert two["held_out"]["all"] == pytest.approx(one["held_out"]["all"], rel=1e-5)
@@ -71,7 +72,7 @@ def alone(tiny, tmp_path_factory):
     assert tiny.train(out, *OPTIONS) == 0
     _, tokenizer, files = tiny.load()
     corpus = Corpus(files, tokenizer, vocab_size=tiny.config.vocab_size, max_length=24, tokens_per_step=24)
-    assert {1, 2} <= {len(numbers) for numbers in corpus.steps(0)[:12]}
+    assert {1, 2} <= {len(numbers) for numbers in islice(corpus.steps(0), 12)}
     return out
 
 

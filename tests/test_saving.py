@@ -160,7 +160,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_work(tiny, tmp_path
     for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/minibert"):
         assert tiny.train(out, "--init", tmp_path / "no model") == 2, "the model would have been looked for"
         error = capsys.readouterr().err.strip()
-        assert f"--out {out}" in error
+        assert error.startswith(f"minibert train: --out {out}")
         assert "nothing can be written" in error
         assert "\n" not in error
     assert tiny.train(" ") == 2
@@ -203,7 +203,7 @@ def stopped(tiny, tmp_path):
         evaluate_every=4,
     )
     out.mkdir()
-    saving.open_run(out, loop.describe(str(tiny.start), tokenizer, files, settings))
+    saving.open_run(out, loop.describe(str(tiny.start), model.config, tokenizer, files, settings))
     stop = Event()
     stop.set()
     assert train(model, tokenizer, files, out, settings, stop=stop) is None
@@ -262,6 +262,20 @@ def test_what_is_there_is_not_written_over(tiny, whole, capsys):
         assert weights(out) == before
     assert tiny.train(whole, "--resume") == 0
     assert "finished" in capsys.readouterr().out
+    assert tiny.train(whole, "--resume", "--steps", "13") == 2
+    assert "steps 12, and now it is 13" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_configuration_that_has_changed_is_noticed(tiny, tmp_path, monkeypatch, capsys):
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(tiny.start / name, tmp_path / name)
+    config, out = tmp_path / "config.json", tmp_path / "out"
+    monkeypatch.setattr(loop, "accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or 0.0)
+    assert tiny.train(out, "--init", config) == 130
+    monkeypatch.undo()
+    config.write_text(config.read_text().replace('"hidden_dropout_prob": 0.1', '"hidden_dropout_prob": 0.2'))
+    assert tiny.train(out, "--init", config, "--resume") == 2
+    assert "hidden_dropout_prob 0.1, and now it is 0.2" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_to_go_on_where_nothing_is_is_to_begin(tiny, whole, tmp_path, capsys):
@@ -288,14 +302,18 @@ def test_other_folders_are_left_alone(tiny, tmp_path):
 
 def test_two_runs_in_one_folder_at_a_time_are_one_too_many(stopped, tiny, capsys):
     ready, held = os.pipe()
+    model, tokenizer, _ = tiny.load()
     if (child := os.fork()) == 0:
         with saving.folder_of_run(stopped, resume=True):
+            saving.save_model(stopped / "best", model, tokenizer)  # which opens and closes what is in the folder
             os.write(held, b"x")
             signal.pause()
-    os.read(ready, 1)
+    os.close(held)
+    assert os.read(ready, 1) == b"x"
     try:
-        assert tiny.train(stopped, "--resume") == 2
-        assert "another process is training there" in capsys.readouterr().err.splitlines()[-1]
+        for options in (["--resume"], []):
+            assert tiny.train(stopped, *options) == 2
+            assert "another process is training there" in capsys.readouterr().err.splitlines()[-1]
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

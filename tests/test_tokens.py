@@ -253,6 +253,9 @@ def test_folders_globs_weights_and_names(write, tmp_path):
     ]
     assert find_texts([f"{tmp_path}/b/odd:name.txt:3"])[0].weight == 3
     assert [text.name for text in find_texts([f"{tmp_path}/**/facts*"])] == ["facts"]
+    write("c/part:3", ["the a"])  # a path that ends as a weight does
+    for spec, weight in ((f"{tmp_path}/c/part:3", 1), (f"{tmp_path}/c/part:3:2", 2), (f"{tmp_path}/c/*:2", 2)):
+        assert [(text.name, text.weight) for text in find_texts([spec])] == [("part:3", weight)]
 
 
 @pytest.mark.parametrize(
@@ -272,11 +275,16 @@ def test_folders_globs_weights_and_names(write, tmp_path):
         ("rotten.gz", "gzip"),
         ("blank.txt", "blank.txt: there is no text to train on"),
         ("binary.txt", "UTF-8"),
+        ("text.txt:abc", "'abc' is no number"),
+        ("/dev/null", "/dev/null is not a file"),
+        ("pipe", "pipe is not a file"),
+        ("text.txt:1e11", "2e+11 tokens, more than 1e+10"),
     ],
 )
 def test_what_is_no_text_is_one_line_and_status_2(spec, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     packed = gzip.compress(b"the word1\n" * 100 + os.urandom(2000).hex().encode())
     for name, content in {
         "text.txt": b"the a\n",

@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 
 import pytest
 import torch
@@ -158,7 +158,7 @@ def test_a_run_in_small_passes_has_the_same_losses(tiny, tmp_path):
 
 
 def test_the_passes_of_all_ranks_are_the_step(corpus):
-    for step, numbers in enumerate(corpus.steps(0)[:3]):
+    for step, numbers in enumerate(islice(corpus.steps(0), 3)):
         lengths, targets = [], 0
         for rank in range(3):
             share = Shares(corpus, Ranks(rank, 3), 100)[0, step, numbers]
@@ -173,10 +173,34 @@ def test_the_passes_of_all_ranks_are_the_step(corpus):
 
 
 def test_a_rank_without_rows_takes_part_with_a_gradient_of_nothing(tiny, corpus):
-    share = Shares(corpus, Ranks(2, 3), None)[0, 0, corpus.steps(0)[0][:2]]
+    share = Shares(corpus, Ranks(2, 3), None)[0, 0, next(corpus.steps(0))[:2]]
     loss, found = gradients(tiny.load()[0], share.passes, 10)
     assert loss == 0
     assert all(not gradient.any() for gradient in found.values())
+
+
+def test_in_training_elements_are_dropped_at_the_models_rate(tiny, corpus):
+    """The stand-in for nn.Dropout on the CPU: in training only, and everywhere the model has dropout."""
+    model = tiny.load()[0].train()
+    batch = corpus.examples(0, range(20)).batch
+    drawn = []
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output: drawn.append((output == 0).float().mean().item()))
+        for module in model.modules()
+        if isinstance(module, torch.nn.Dropout)
+    ]
+    with wrapped_layers(model):
+        model.encode(batch)
+        # 5 places, of some 400 tokens × 32
+        assert len(drawn) == 1 + 2 * 2
+        assert all(share == pytest.approx(0.1, abs=5 * (0.09 / (batch.num_tokens * 32)) ** 0.5) for share in drawn)
+        assert not torch.equal(model.encode(batch), model.encode(batch))
+        model.eval()
+        drawn.clear()
+        assert torch.equal(model.encode(batch), model.encode(batch))
+        assert max(drawn) < 1e-3
+    for hook in hooks:
+        hook.remove()
 
 
 def test_activations_computed_again_give_the_same_gradients_and_keep_less(tiny, corpus):
@@ -192,8 +216,10 @@ def test_activations_computed_again_give_the_same_gradients_and_keep_less(tiny, 
             return tensor
 
         torch.manual_seed(0)
-        settings = Settings(steps=1, checkpoint_activations=again)
-        with wrapped_layers(model, settings), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with (
+            wrapped_layers(model, checkpoint_activations=again),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
             results.append((*gradients(model, passes, 50), kept))
     (loss, plain, plain_kept), (loss_again, found, found_kept) = results
     assert loss == loss_again
@@ -210,7 +236,7 @@ def test_compiled_layers_compute_the_same(tiny, corpus, monkeypatch):
     for batch in range(4):
         passes = [corpus.examples(0, range(10 * batch, 10 * batch + 7 + batch))]
         loss, expected = gradients(model, passes, 50)
-        with wrapped_layers(model, Settings(steps=1, compile=True, checkpoint_activations=batch % 2 == 1)):
+        with wrapped_layers(model, compile=True, checkpoint_activations=batch % 2 == 1):
             again, found = gradients(model, passes, 50)
         assert again == pytest.approx(loss, rel=1e-6)  # float32
         for name, gradient in expected.items():
@@ -265,8 +291,9 @@ def test_weights_that_are_not_numbers_stop_at_the_first_step(tiny, tmp_path):
         ("--max-length 41", "41.*40 positions"),
         ("--tokens-per-step 23", "tokens_per_step is 23: a row of max_length 24"),
         ("--micro-tokens 10", "micro_tokens is 10: a row of max_length 24"),
-        ("--learning-rate 0", "learning_rate must be above 0"),
-        ("--learning-rate nan", "learning_rate must be above 0, not nan"),
+        ("--learning-rate 0", "learning_rate must be a number above 0"),
+        ("--learning-rate nan", "learning_rate must be a number above 0, not nan"),
+        ("--learning-rate inf", "learning_rate must be a number above 0, not inf"),
         ("--learning-rate fast", "invalid float value: 'fast'"),
         ("--warmup 2", "warmup is a share, from 0 to 1, not 2"),
         ("--schedule sudden", "invalid choice: 'sudden'"),
@@ -304,12 +331,24 @@ def test_with_nothing_held_out_there_is_no_figure_and_no_best(tiny, tmp_path, ca
     text.write_text("the licensor shall not be liable\n")
     arguments = tiny.arguments(out, "--steps", "2")
     assert main([arguments[0], str(text), *arguments[2:]]) == 0
-    assert "nan" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "nan" in said.out
+    assert "no line is held out" in said.err
     assert metrics(out)[-1]["held_out"]["all"] == {"loss": None, "top1": None, "masked_tokens": 0}
     assert not (out / "best").exists()
     model, tokenizer, _ = tiny.load()
     figures = evaluate(model, tokenizer, token_files([str(text)], tokenizer, tiny.tokens))
     assert math.isnan(figures["all"]["top1"])
+
+
+def test_a_step_in_which_nothing_is_masked_has_no_loss(tiny, tmp_path):
+    text, out = tmp_path / "short.txt", tmp_path / "out"
+    text.write_text("\n".join(["the", "shall", "be", "not"]))  # a row is one word or a few, and at 15 % often unmasked
+    arguments = tiny.arguments(out, "--max-length", "3", "--tokens-per-step", "3")
+    assert main([arguments[0], str(text), *arguments[2:]]) == 0
+    lines = metrics(out)
+    assert {line["masked_tokens"] for line in lines} == {0, 1}
+    assert all((line["loss"] is None) == (line["masked_tokens"] == 0) for line in lines)
 
 
 def test_figures_of_each_text(tiny, tmp_path, capsys):

@@ -22,6 +22,7 @@ from minibert.inference import PrepackedLinear, prepare_for_inference
 from minibert.loss import IGNORE, masked_lm_loss
 from minibert.model import BertForMaskedLM
 from minibert.packing import PackedBatch
+from minibert.training.loop import wrapped_layers
 
 SHAPES = ("1x16", "1x128", "8x128", "8x512", "mixed", "normal", "lognormal")
 PEERS = ("eager", "sdpa", "compiled", "packed", "onnxruntime", "onnxruntime-int8", "openvino")
@@ -214,7 +215,8 @@ def _transformers(name: str, precision: str, dtype: torch.dtype, folder: Path, d
 
 def _training(name: str, precision: str, folder: Path, device: str) -> Contender:
     """A step: forward, loss at the asked positions, backward, AdamW. float32 weights; in bfloat16 under autocast.
-    Dropout as the configuration has it. Ours is packed; transformers is padded, since that is how it is trained."""
+    Dropout as the configuration has it. Ours is packed, and as `minibert train` runs it; transformers is padded, since
+    that is how it is trained."""
     model: Any
     if name == "minibert":
         model = BertForMaskedLM.from_pretrained(folder, device=device)
@@ -233,12 +235,15 @@ def _training(name: str, precision: str, folder: Path, device: str) -> Contender
 
     def run(work: Workload) -> Tensor:
         _set_training(model, True)
-        with cast():
-            if name == "minibert":
-                loss = masked_lm_loss(*our_logits(work)).mean
-            else:
+        if name == "minibert":
+            with wrapped_layers(model):
+                with cast():
+                    loss = masked_lm_loss(*our_logits(work)).mean
+                loss.backward()
+        else:
+            with cast():
                 loss = call(input_ids=work.input_ids, attention_mask=work.attention_mask, labels=work.labels).loss
-        loss.backward()
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()

@@ -9,7 +9,7 @@ no other state: whoever makes an example, in whatever order, makes the same one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Cuts:
-    """The examples of an epoch, E of them, each (E,) int64: the file, its first token there, and how many it has."""
+    """The examples of an epoch, E of them: the file (E,) int32, the first token there (E,) int64, and how many (E,)
+    int32.
+    """
 
     file: Tensor
     start: Tensor
@@ -79,17 +81,19 @@ class Corpus:
         self.seed = seed
         self._latest: tuple[int, Cuts] | None = None
 
-    def steps(self, epoch: int) -> list[list[int]]:
+    def steps(self, epoch: int) -> Iterator[list[int]]:
         """The numbers of the examples of each step, all examples of the epoch in random order. A step has about
         tokens_per_step tokens, and the last one as many as the first.
         """
-        lengths = self._cuts(epoch).length + 2
-        order = torch.randperm(len(lengths), generator=example_generator(self.seed, epoch, -1))
-        before = lengths[order].cumsum(0) - lengths[order]
+        order = torch.randperm(len(self._cuts(epoch).length), generator=example_generator(self.seed, epoch, -1))
+        lengths = self._cuts(epoch).length[order] + 2
+        before = lengths.cumsum(0).sub_(lengths)
         total = int(lengths.sum())
         steps = math.ceil(total / self.tokens_per_step)
-        sizes = (before * steps // total).bincount(minlength=steps).tolist()
-        return [numbers.tolist() for numbers in order.split([size for size in sizes if size])]
+        sizes = before.mul_(steps).floor_divide_(total).bincount(minlength=steps).tolist()
+        del lengths, before  # an epoch may have many examples
+        for numbers in order.split([size for size in sizes if size]):
+            yield numbers.tolist()
 
     def lengths(self, epoch: int, numbers: Sequence[int]) -> list[int]:
         """How many tokens each example has, [CLS] and [SEP] included."""
@@ -122,12 +126,12 @@ class Corpus:
             whole, share = divmod(file.weight, 1)
             for _ in range(int(whole)):
                 start, length = cut(file, self.max_length - 2, self.short_fraction, generator)
-                parts.append((torch.full_like(start, number), start, length))
+                parts.append((torch.full_like(length, number), start, length))
             if share:
                 start, length = cut(file, self.max_length - 2, self.short_fraction, generator)
                 rows = int(share * len(start) + torch.rand(1, generator=generator).item())  # right on average
                 some = torch.randperm(len(start), generator=generator)[:rows]
-                parts.append((torch.full_like(some, number), start[some], length[some]))
+                parts.append((torch.full_like(length[some], number), start[some], length[some]))
         cuts = Cuts(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
         if not len(cuts.length):
             raise ValueError("an epoch of these weights has no row: give the texts larger weights")
@@ -135,8 +139,8 @@ class Corpus:
 
 
 def cut(lines: Lines, room: int, short_fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Cut lines into rows of at most `room` tokens: first token and number of tokens of each row, (R,) int64. Every
-    token is in one row.
+    """Cut lines into rows of at most `room` tokens: first token (R,) int64 and number of tokens (R,) int32 of each row.
+    Every token is in one row.
     """
     begin, end = lines.starts[:-1], lines.starts[1:]  # (L,)
     total = int(end[-1])
@@ -161,7 +165,7 @@ def cut(lines: Lines, room: int, short_fraction: float, generator: torch.Generat
     nth = torch.arange(len(span)) - (rows.cumsum(0) - rows)[span]
     row_stop = (first + head)[span] + nth * room
     row_start = torch.where(nth == 0, first[span], row_stop - room)
-    return row_start, row_stop.minimum(stop[span]) - row_start
+    return row_start, (row_stop.minimum(stop[span]) - row_start).int()
 
 
 def masked_rows(

@@ -28,6 +28,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from minibert.attention import quick_dropout
+from minibert.config import BertConfig
 from minibert.loss import masked_lm_loss
 from minibert.masking import example_generator
 from minibert.model import BertForMaskedLM, EncoderLayer
@@ -92,7 +94,7 @@ class Settings:
             raise ValueError(f"seed must fit in 64 bits, and {self.seed} does not")
         for key in ("learning_rate", "clip"):
             if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"{key} must be above 0, not {getattr(self, key)}")
+                raise ValueError(f"{key} must be a number above 0, not {getattr(self, key)}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0, not {self.weight_decay}")
         for key in ("warmup", "short_fraction"):
@@ -225,9 +227,10 @@ def accumulate(objective: nn.Module, passes: Sequence[Example], targets: float, 
 
 def take_step(
     objective: nn.Module, optimizer: torch.optim.Optimizer, share: Share, step: int, settings: Settings, ranks: Ranks
-) -> dict[str, float]:
-    """One step of the optimizer, `step` counted from 0, and what there is to say about it. Raises FloatingPointError,
-    before the weights are touched, if the loss or the gradient is not a number any more.
+) -> dict[str, Any]:
+    """One step of the optimizer, `step` counted from 0, and what there is to say about it; the loss is None where no
+    token was masked. Raises FloatingPointError, before the weights are touched, if the loss or the gradient is not a
+    number any more.
     """
     targets, tokens = ranks.sum(sum(len(example.targets) for example in share.passes), share.tokens)
     # Dropout draws from torch's own generator, seeded anew for each step: so there is no state of it to save.
@@ -246,7 +249,7 @@ def take_step(
         group["lr"] = rate
     optimizer.step()
     return {
-        "loss": loss,
+        "loss": loss if targets else None,
         "learning_rate": rate,
         "gradient_norm": norm,
         "masked_tokens": int(targets),
@@ -255,22 +258,33 @@ def take_step(
 
 
 @contextmanager
-def wrapped_layers(model: BertForMaskedLM, settings: Settings) -> Iterator[None]:
-    """Within this block the encoder layers are compiled, or keep only their input for the backward pass, as asked."""
+def wrapped_layers(
+    model: BertForMaskedLM, *, compile: bool = False, checkpoint_activations: bool = False
+) -> Iterator[None]:
+    """Within this block the encoder layers are compiled, or keep only their input for the backward pass, as asked; and
+    dropout on the CPU is `quick_dropout` (compiled code has its own).
+    """
     try:
+        if not compile and model.embeddings.word.weight.is_cpu:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    vars(module)["forward"] = partial(_drop, module)
         for layer in model.layers:
             assert isinstance(layer, EncoderLayer)
-            if settings.compile:
+            if compile:
                 # Attention stays outside: its loop over the lengths would make another graph of every batch.
                 vars(layer.attention)["forward"] = torch.compiler.disable(layer.attention.forward)
                 vars(layer)["forward"] = torch.compile(layer.forward, dynamic=True)
-            if settings.checkpoint_activations:
+            if checkpoint_activations:
                 vars(layer)["forward"] = partial(recompute, layer.forward, use_reentrant=False)
         yield
     finally:
-        for layer in model.layers:
-            for module in (layer, layer.attention):
-                vars(module).pop("forward", None)
+        for module in model.modules():
+            vars(module).pop("forward", None)
+
+
+def _drop(module: nn.Dropout, x: Tensor) -> Tensor:
+    return quick_dropout(x, module.p) if module.training else x
 
 
 # ----------------------------------------------------------------------------------------------------------- the loop
@@ -313,7 +327,9 @@ def train(
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     figures: Figures = {}
     with ExitStack() as around:
-        around.enter_context(wrapped_layers(model, settings))
+        around.enter_context(
+            wrapped_layers(model, compile=settings.compile, checkpoint_activations=settings.checkpoint_activations)
+        )
         log = around.enter_context(open_log(out, progress.step, settings.steps)) if ranks.first else None
         began = time.perf_counter()
         for share in shares(corpus, settings, progress, ranks):
@@ -360,22 +376,26 @@ def open_log(out: Path, step: int, steps: int) -> Iterator[Callable[[dict[str, A
         def log(line: dict[str, Any]) -> None:
             file.write(json.dumps(line, allow_nan=False) + "\n")
             file.flush()
-            recent.append(line)
-            mean = {key: sum(one[key] for one in recent) / len(recent) for key in ("loss", "tokens_per_second")}
-            bar.set_postfix_str(f"loss {mean['loss']:.3f}, {mean['tokens_per_second']:.0f} tokens/s", refresh=False)
             bar.update()
+            if line["loss"] is not None:
+                recent.append(line)
+                loss, speed = (sum(one[key] for one in recent) / len(recent) for key in ("loss", "tokens_per_second"))
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s", refresh=False)
 
         yield log
 
 
-def describe(init: str, tokenizer: Tokenizer, files: Sequence[TokenFile], settings: Settings) -> dict[str, Any]:
-    """What a run is; one that goes on must be the same (`saving.open_run`)."""
+def describe(
+    init: str, config: BertConfig, tokenizer: Tokenizer, files: Sequence[TokenFile], settings: Settings
+) -> dict[str, Any]:
+    """What a run is; one that goes on must be the same (`saving.open_run`). config: what `init` says the model is."""
     texts = {
         f"text {number}": f"{file.name}:{file.weight:g} (SHA-256 {file.sha256[:16]})"
         for number, file in enumerate(files, start=1)
     }
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    return {"init": init, "tokenizer": f"SHA-256 {digest[:16]}", **settings.described(), **texts}
+    sizes = {f"configuration's {key}": value for key, value in asdict(config).items()}
+    return {"init": init, **sizes, "tokenizer": f"SHA-256 {digest[:16]}", **settings.described(), **texts}
 
 
 def _without_nan(figures: Figures) -> dict[str, dict[str, float | None]]:

@@ -5,6 +5,7 @@ DistributedDataParallel adds up the gradients. Over nccl on GPUs, gloo on CPUs.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,9 @@ def join(device: str | None = None) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
     yield Ranks(dist.get_rank(), dist.get_world_size(), str(where))
     dist.destroy_process_group()  # not after an error: the others may be waiting for us, and would do so for ever
+    # gloo's threads still hold the last tensors, and need Python to let go of them. Without a pause they may ask for it
+    # when Python is shutting down already, which ends the process with SIGABRT (one run in twelve did, torch 2.13).
+    time.sleep(0.1)
 
 
 def find_device(name: str) -> torch.device:

@@ -61,13 +61,9 @@ def folder_of_run(out: Path, *, resume: bool) -> Iterator[None]:
 
     Raises ValueError, or the OSError of the write that failed.
     """
-    if is_finished(out) and not (is_begun(out) and resume):
-        what = "a finished run" if is_begun(out) else "a model already"
-        raise ValueError(f"{out} holds {what}: choose another --out")
-    if is_begun(out) and not resume:
-        raise ValueError(
-            f"{out} holds a run that is not finished: add --resume to go on with it, or choose another --out"
-        )
+    begun = is_begun(out)
+    if is_finished(out) and not (begun and resume):
+        raise ValueError(f"{out} holds {'a finished run' if begun else 'a model already'}: choose another --out")
     with ExitStack() as around:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -76,12 +72,17 @@ def folder_of_run(out: Path, *, resume: bool) -> Iterator[None]:
             probe.unlink()
             lock = around.enter_context(open(out / LOCK, "w"))
         except OSError as error:
-            raise OSError(error.errno, f"--out {out}: nothing can be written there: {error.strerror}") from error
+            what = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+            raise OSError(f"--out {out}: nothing can be written there: {what}") from error  # without errno's number
         try:
             # It ends with this process. (lockf would end as soon as a save opens and closes the file.)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"{out}: another process is training there now") from error
+        if begun and not resume:
+            raise ValueError(
+                f"{out} holds a run that is not finished: add --resume to go on with it, or choose another --out"
+            )
         _remove_leftovers(out)
         yield
 

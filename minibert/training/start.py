@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer
 
 from minibert.checkpoint import read_config_file
+from minibert.config import BertConfig
 from minibert.model import BertForMaskedLM
 from minibert.tokenizer import load_tokenizer
 
@@ -19,6 +20,13 @@ def start_model(init: str, *, seed: int, device: str) -> BertForMaskedLM:
     config = read_config_file(_existing(init))
     torch.manual_seed(seed)
     return BertForMaskedLM(config).to(device)
+
+
+def start_config(init: str, model: BertForMaskedLM) -> BertConfig:
+    """What `init` says now that the model is. A configuration may have changed since `model`, which began with it, was
+    saved; a checkpoint was read once, and `model` is what came of it.
+    """
+    return read_config_file(_existing(init)) if _is_config(init) else model.config
 
 
 def start_tokenizer(init: str, tokenizer: str | None) -> Tokenizer:

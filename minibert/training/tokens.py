@@ -48,6 +48,7 @@ KINDS = ("train", "held_out")
 FILES = tuple(f"{kind}.{what}" for kind in KINDS for what in ("tokens", "starts"))
 CHUNK = 200_000  # characters that a worker gets at a time
 LONGEST_LINE = 10_000_000  # characters: what is longer has no lines, and would have to be in memory as a whole
+LARGEST_EPOCH = 10_000_000_000  # tokens: its rows are in memory, some 4 GB of them where a row has up to 128 tokens
 WORTH_A_WORKER = 4_000_000  # bytes of text: with less, starting a process takes longer than it saves
 
 
@@ -99,7 +100,8 @@ def token_files(
     process is making token files in `folder`, this one waits.
 
     Raises FileNotFoundError for a text that is not there, and ValueError for one that is not UTF-8 or has no line to
-    train on, for a text named twice, for a weight that is not above 0, and for token files of another tokenizer.
+    train on, for a text named twice, for a weight that is not above 0, for weights that make an epoch too large, and
+    for token files of another tokenizer.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
@@ -129,7 +131,14 @@ def token_files(
                     about |= {"text": str(text.path.resolve()), "text_sha256": digests[number]}
                     chunks = _chunks(_read_lines(text.path, progress))
                     _write(text, place, about, _encoded(chunks, dtype, pool, 3 * workers))
-    return [_open(place, text) for place, text in zip(places, texts, strict=True)]
+    files = [_open(place, text) for place, text in zip(places, texts, strict=True)]
+    tokens = sum(file.weight * len(file.tokens) for file in files)
+    if tokens > LARGEST_EPOCH:
+        raise ValueError(
+            f"an epoch of these texts with these weights is {tokens:.3g} tokens, more than {LARGEST_EPOCH:.3g}, and "
+            "its rows must fit in memory: make all weights smaller, for only their proportions say what is learnt"
+        )
+    return files
 
 
 # -------------------------------------------------------------------------------------------------------- finding texts
@@ -138,7 +147,7 @@ def token_files(
 def find_texts(specs: Sequence[str]) -> list[Text]:
     """The texts that `specs` name. Each is PATH or PATH:WEIGHT, where PATH is a file, a folder (all .txt and .gz in it
     and below, but nothing hidden) or a glob (** goes below). The weight, 1 if there is none, is that of each text
-    found.
+    found. What is there under the whole of a spec, with its colon, is that path.
 
     A text is called what its file is called, without .txt and .gz; or by its path, if another is called that too.
     """
@@ -164,6 +173,8 @@ def _split(spec: str) -> tuple[str, float]:
         weight = float(number)
     except ValueError:  # there is no weight; if there is a colon, it is the path's own
         where, weight = spec, 1.0
+    if Path(spec).exists():  # as "part:2"; with a weight, "part:2:1"
+        where, weight = spec, 1.0
     if not where.strip():
         raise ValueError(f"{spec!r} is not PATH or PATH:WEIGHT")
     if not 0 < weight < math.inf:
@@ -179,8 +190,13 @@ def _paths(where: str) -> list[Path]:
     else:
         paths = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(where, recursive=True))]
     if not (files := [path for path in paths if path.is_file()]):
-        what = "there is no .txt or .gz file in this folder" if path.is_dir() else "no such text file"
-        raise FileNotFoundError(f"{where}: {what}")
+        if path.is_dir():
+            raise FileNotFoundError(f"{where}: there is no .txt or .gz file in this folder")
+        if paths:
+            raise ValueError(f"{paths[0]} is not a file: a text is read twice, so save what comes out of it first")
+        before, colon, weight = where.rpartition(":")
+        hint = f" (and as a weight of {before}, {weight!r} is no number)" if colon and Path(before).exists() else ""
+        raise FileNotFoundError(f"{where}: no such text file{hint}")
     return files
 
 
