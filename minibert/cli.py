@@ -53,6 +53,17 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
     return int(status)
 
 
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next tensor. By default it gives large blocks back to Linux, and each new
+    one begins with page faults: a sixth of a training step in bfloat16, a twentieth of 8 × 128 logits in float32.
+    """
+    import ctypes
+
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose end stays
+
+
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"minibert: warning: {message}", file=sys.stderr)
 
@@ -461,6 +472,7 @@ def train(options: argparse.Namespace) -> int:
     from minibert.training.start import start_config, start_model, start_tokenizer
     from minibert.training.tokens import token_files
 
+    _keep_freed_memory()
     if not options.out.strip():
         raise ValueError("--out needs the name of a folder")
     settings = Settings(
@@ -565,6 +577,7 @@ def bench(options: argparse.Namespace) -> None:
     from minibert.bench import run as bench_run
     from minibert.bench.contenders import PEERS
 
+    _keep_freed_memory()
     if options.layers is not None and options.model is not None:
         raise ValueError(
             f"--layers {options.layers} is for the random model, and --model names one: give one of the two"

@@ -456,4 +456,6 @@ same precision, and in bfloat16 beside int8. "of matmul" is the arithmetic that 
 padding), a second, over this machine's measured matmul rate in that precision. Training is forward, loss at the asked
 positions, backward and AdamW, on float32 weights, in bfloat16 under autocast, with the dropout of the configuration;
 ONNX Runtime and OpenVINO do not train here. peak MiB (--memory) is the whole process's resident memory on the CPU,
-torch's allocations on CUDA, up to that workload. Every contender has the number of threads printed above."""
+torch's allocations on CUDA, up to that workload. Every contender has the number of threads printed above. The
+command lets glibc keep freed memory, for all of them alike; in a process of your own, the environment variables
+MALLOC_MMAP_THRESHOLD_=1073741824 and MALLOC_TRIM_THRESHOLD_=2147483647 do that."""
