@@ -150,30 +150,36 @@ def sequences(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dro
     """Each sequence by itself: no padding, no mask. With gradients by equation 1, whose backward pass is the
     faster on the CPU, and with `quick_dropout`: what is dropped differs from padded rows in any case.
     """
-    contexts = []
     parts = [x.transpose(0, 1).split(batch.lengths, dim=1) for x in (query, key, value)]
-    for q, k, v in zip(*parts, strict=True):  # each (H, length, K)
-        if query.requires_grad or dropout or fused_is_slow(q, q.shape[1]):
-            context = equation_1(q, k, v, dropout=dropout, drop=quick_dropout)[0]
-        else:
-            context = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-        contexts.append(context.transpose(0, 1))
+    contexts = [one_sequence(q, k, v, dropout).transpose(0, 1) for q, k, v in zip(*parts, strict=True)]
     return torch.cat(contexts)  # (T, H, K)
 
 
-def attention_at(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
-    """The context of the tokens at `positions` (M,) only: (M, H, K). Without dropout, and without gradients."""
-    if not query.is_cpu or len(positions) >= len(query):
-        return attention(query, key, value, batch)[positions]
-    context = query.new_empty(len(positions), *query.shape[1:])
+def one_sequence(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Attention of one sequence on the CPU: query (H, some or all of its tokens, K), key and value (H, length, K)."""
+    if query.requires_grad or dropout or fused_is_slow(query, query.shape[1]):
+        return equation_1(query, key, value, dropout=dropout, drop=quick_dropout)[0]
+    return F.scaled_dot_product_attention(query[None], key[None], value[None])[0]
+
+
+def attention_at(
+    query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, positions: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """The context of the tokens at `positions` (M,) only: (M, H, K)."""
+    if not query.is_cpu or not 0 < len(positions) < len(query):
+        return attention(query, key, value, batch, dropout)[positions]
     starts = batch.cu_seqlens
     sequence = torch.searchsorted(starts, positions, right=True) - 1  # (M,)
-    for number in sequence.unique().tolist():
-        asked = (sequence == number).nonzero().flatten()
-        tokens = slice(int(starts[number]), int(starts[number + 1]))
-        q, k, v = (x.transpose(0, 1)[None] for x in (query[positions[asked]], key[tokens], value[tokens]))
-        context[asked] = F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
-    return context
+    order = sequence.argsort(stable=True)
+    asked = sequence.bincount(minlength=batch.num_sequences).tolist()
+    queries = query[positions[order]].transpose(0, 1).split(asked, dim=1)
+    keys, values = (x.transpose(0, 1).split(batch.lengths, dim=1) for x in (key, value))
+    contexts = [
+        one_sequence(q, k, v, dropout).transpose(0, 1)
+        for q, k, v in zip(queries, keys, values, strict=True)
+        if q.shape[1]
+    ]
+    return torch.cat(contexts)[order.argsort()]  # (M, H, K)
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch) -> Tensor:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from minibert.config import BertConfig
 from minibert.inference import PrepackedLinear, prepare_for_inference
-from minibert.loss import IGNORE, masked_lm_loss
+from minibert.loss import IGNORE
 from minibert.model import BertForMaskedLM
 from minibert.packing import PackedBatch
-from minibert.training.loop import wrapped_layers
+from minibert.training.loop import LossSum, wrapped_layers
 
 SHAPES = ("1x16", "1x128", "8x128", "8x512", "mixed", "normal", "lognormal")
 PEERS = ("eager", "sdpa", "compiled", "packed", "onnxruntime", "onnxruntime-int8", "openvino")
@@ -228,17 +228,17 @@ def _training(name: str, precision: str, folder: Path, device: str) -> Contender
     def cast() -> Any:
         return torch.autocast(device, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
-    def our_logits(work: Workload) -> tuple[Tensor, Tensor]:
-        batch = PackedBatch.from_padded(work.input_ids, work.attention_mask)
-        positions = batch.pack(work.asked).nonzero().flatten()
-        return model.predict(batch, positions), batch.pack(work.labels)[positions]  # (M, V), (M,)
+    objective = LossSum(model)
 
     def run(work: Workload) -> Tensor:
         _set_training(model, True)
         if name == "minibert":
             with wrapped_layers(model):
+                batch = PackedBatch.from_padded(work.input_ids, work.attention_mask)
+                positions = batch.pack(work.asked).nonzero().flatten()
+                targets = batch.pack(work.labels)[positions]
                 with cast():
-                    loss = masked_lm_loss(*our_logits(work)).mean
+                    loss = objective(batch, positions, targets) / len(targets)
                 loss.backward()
         else:
             with cast():
@@ -253,7 +253,8 @@ def _training(name: str, precision: str, folder: Path, device: str) -> Contender
         _set_training(model, False)
         with cast():
             if name == "minibert":
-                return our_logits(work)[0]
+                batch = PackedBatch.from_padded(work.input_ids, work.attention_mask)
+                return model.predict(batch, batch.pack(work.asked).nonzero().flatten())  # (M, V)
             logits: Tensor = model(input_ids=work.input_ids, attention_mask=work.attention_mask).logits
             return logits
 

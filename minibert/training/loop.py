@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from minibert.attention import quick_dropout
+from minibert.attention import attention_at, quick_dropout
 from minibert.config import BertConfig
 from minibert.loss import masked_lm_loss
 from minibert.masking import example_generator
@@ -196,14 +196,30 @@ def _as_it_is(share: Any) -> Any:
 
 
 class LossSum(nn.Module):
-    """What DistributedDataParallel wraps: its forward() is the sum of the loss over the targets."""
+    """What DistributedDataParallel wraps: its forward() is the sum of the loss over the targets. As in inference.py,
+    the last layer runs for the masked positions only, whose hidden states are all that the head reads.
+    """
 
     def __init__(self, model: BertForMaskedLM) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: PackedBatch, positions: Tensor, targets: Tensor) -> Tensor:
-        return masked_lm_loss(self.model.predict(batch, positions), targets).sum
+        x = self.model.embeddings(batch)  # (T, D)
+        *layers, last = self.model.layers
+        for layer in layers:
+            x = layer(x, batch)  # (T, D)
+        x = layer_at(last, x, batch, positions)  # (M, D)
+        return masked_lm_loss(self.model.head(x, self.model.embeddings.word.weight), targets).sum
+
+
+def layer_at(layer: nn.Module, x: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
+    """What EncoderLayer makes of x (T, D) at `positions` (M,): (M, D)."""
+    assert isinstance(layer, EncoderLayer)
+    dropout = layer.attention.dropout if layer.training else 0.0
+    context = attention_at(*layer.attention.split_heads(x), batch, positions, dropout)  # (M, H, K)
+    x = layer.attention_norm(layer.dropout(layer.attention.output(context.flatten(-2))) + x[positions])  # (M, D)
+    return layer.feed_forward_norm(layer.dropout(layer.feed_forward(x)) + x)  # (M, D)
 
 
 def accumulate(objective: nn.Module, passes: Sequence[Example], targets: float, dtype: str, ranks: Ranks) -> float:
@@ -261,8 +277,8 @@ def take_step(
 def wrapped_layers(
     model: BertForMaskedLM, *, compile: bool = False, checkpoint_activations: bool = False
 ) -> Iterator[None]:
-    """Within this block the encoder layers are compiled, or keep only their input for the backward pass, as asked; and
-    dropout on the CPU is `quick_dropout` (compiled code has its own).
+    """Within this block the encoder layers are compiled, or keep only their input for the backward pass, as asked (but
+    for the last, which has few positions); and dropout on the CPU is `quick_dropout` (compiled code has its own).
     """
     try:
         if not compile and model.embeddings.word.weight.is_cpu:
