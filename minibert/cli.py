@@ -55,10 +55,13 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
 
 def _keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next tensor. By default it gives large blocks back to Linux, and each new
-    one begins with page faults: a sixth of a training step in bfloat16, a twentieth of 8 × 128 logits in float32.
+    one begins with page faults: a sixth of a training step in bfloat16, a twentieth of 8 × 128 logits in float32. Whoever
+    sets glibc's own variables knows better.
     """
     import ctypes
 
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        return
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose end stays

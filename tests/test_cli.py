@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -542,3 +543,29 @@ def test_a_pipe_that_is_not_utf_8(folder):
         timeout=120,
     )
     assert done.returncode == 0
+
+
+KEPT = """
+import resource, sys
+from minibert.cli import _keep_freed_memory
+import torch
+if sys.argv[1] == "kept":
+    _keep_freed_memory()
+def faults():
+    torch.ones(16_000_000)  # 64 MB, freed at once
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+first = faults()
+print(faults() - first)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this is about glibc")
+def test_freed_memory_is_kept_unless_glibcs_variables_say_otherwise():
+    def faults(how, **variables):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | variables
+        done = subprocess.run([sys.executable, "-c", KEPT, how], capture_output=True, text=True, env=environment)
+        return int(done.stdout)
+
+    assert faults("kept") < 20
+    assert faults("as it was") > 25  # on pages of 4 kB 15,625; of 2 MB 31
+    assert faults("kept", MALLOC_MMAP_THRESHOLD_="33554432") > 25

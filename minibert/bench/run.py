@@ -457,5 +457,5 @@ padding), a second, over this machine's measured matmul rate in that precision. 
 positions, backward and AdamW, on float32 weights, in bfloat16 under autocast, with the dropout of the configuration;
 ONNX Runtime and OpenVINO do not train here. peak MiB (--memory) is the whole process's resident memory on the CPU,
 torch's allocations on CUDA, up to that workload. Every contender has the number of threads printed above. The
-command lets glibc keep freed memory, for all of them alike; in a process of your own, the environment variables
-MALLOC_MMAP_THRESHOLD_=1073741824 and MALLOC_TRIM_THRESHOLD_=2147483647 do that."""
+command lets glibc keep freed memory, for all of them alike, unless MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ is
+set; in a process of your own, 1073741824 and 2147483647 in these variables do the same."""
