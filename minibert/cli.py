@@ -55,8 +55,8 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
 
 def _keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next tensor. By default it gives large blocks back to Linux, and each new
-    one begins with page faults: a sixth of a training step in bfloat16, a twentieth of 8 × 128 logits in float32. Whoever
-    sets glibc's own variables knows better.
+    one begins with page faults: a sixth of a training step in bfloat16, a twentieth of 8 × 128 logits in float32.
+    Whoever sets glibc's own variables knows better.
     """
     import ctypes
 
