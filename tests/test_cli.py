@@ -551,11 +551,11 @@ from minibert.cli import _keep_freed_memory
 import torch
 if sys.argv[1] == "kept":
     _keep_freed_memory()
-def faults():
-    torch.ones(16_000_000)  # 64 MB, freed at once
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-first = faults()
-print(faults() - first)
+for _ in range(2):  # a block is found again only once those beside it are free too: the first few are new
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(16_000_000)  # 64 MB, freed at once
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20)
 """
 
 
@@ -564,8 +564,8 @@ def test_freed_memory_is_kept_unless_glibcs_variables_say_otherwise():
     def faults(how, **variables):
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | variables
         done = subprocess.run([sys.executable, "-c", KEPT, how], capture_output=True, text=True, env=environment)
-        return int(done.stdout)
+        return float(done.stdout)
 
-    assert faults("kept") < 20
-    assert faults("as it was") > 25  # on pages of 4 kB 15,625; of 2 MB 31
-    assert faults("kept", MALLOC_MMAP_THRESHOLD_="33554432") > 25
+    as_it_was = faults("as it was")  # for each tensor: on pages of 4 kB 15,625
+    assert faults("kept") < 0.1 * as_it_was
+    assert faults("kept", MALLOC_MMAP_THRESHOLD_="33554432") > 0.9 * as_it_was
