@@ -18,6 +18,7 @@ from torch import Tensor
 from minibert.packing import PackedBatch
 
 KERNELS = ("formula", "sdpa", "sequences", "varlen")
+QUERIES = 128  # at a time, where scores are written out: so they stay in the cache, and memory does not grow with S²
 _forced: ContextVar[str | None] = ContextVar("_forced", default=None)  # each thread has its own
 
 
@@ -39,20 +40,19 @@ def choose_kernel(query: Tensor, batch: PackedBatch, dropout: float) -> str:
     "sdpa"       torch's scaled_dot_product_attention: for sequences of one length, where it needs no mask (on CUDA
                  torch then takes a flash kernel), and wherever nothing better is there
     "varlen"     flash attention on the packed tokens: CUDA in half precision, without dropout, which it does not have
-    "sequences"  on the CPU, uneven lengths: each sequence by itself, so that nothing is computed for padding
-    "formula"    equation 1: on the CPU in half precision, where the fused kernel is slower: always in its backward pass
+    "sequences"  on the CPU: each sequence by itself, so that nothing is computed for padding; also for sequences of one
+                 length, where dropout or the fused kernel would be slow
+    "formula"    equation 1: for training on the CPU in half precision, where the fused kernel's backward is far slower
     """
     if (forced := forced_kernel()) is not None:
         return forced
     half = query.dtype in (torch.float16, torch.bfloat16)
     if query.is_cpu:
-        if not batch.uniform:
+        if not batch.uniform or (dropout and query.requires_grad):
             return "sequences"
         if half and query.requires_grad:
             return "formula"
-        if fused_is_slow(query, batch.max_seqlen):
-            return "formula" if batch.max_seqlen <= 256 else "sequences"  # whose scores stay in the cache
-        return "sdpa"
+        return "sequences" if fused_is_slow(query, batch.max_seqlen) else "sdpa"
     if batch.uniform:
         return "sdpa"
     head_size = query.shape[-1]
@@ -65,10 +65,9 @@ def fused_is_slow(query: Tensor, length: int) -> bool:
     """Whether, in a forward pass on this CPU, equation 1 is faster than the fused kernel for a sequence of this length.
 
     torch's fused kernel multiplies bfloat16 matrices with AMX where that is; on other CPUs it has nothing as fast as
-    the batched product that equation 1 calls. On an AMD EPYC (Zen 5) it took 1.5 times as long for 64 tokens, 2.7 for
-    512.
+    the batched product that equation 1 calls: on an AMD EPYC (Zen 5) it took 1.5 times as long, and more.
     """
-    return query.dtype == torch.bfloat16 and length >= 64 and not _has_amx()
+    return query.is_cpu and query.dtype == torch.bfloat16 and length >= 64 and not _has_amx()
 
 
 @cache
@@ -115,8 +114,8 @@ def equation_1(
     dropout: float = 0.0,
     drop: Callable[[Tensor, float], Tensor] = F.dropout,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(Q Kᵀ / √K) V, and the softmax alone. query, key, value (…, S, K); mask (…, S), true where a key
-    may be seen. drop: how a weight is dropped, F.dropout or `quick_dropout`.
+    """softmax(Q Kᵀ / √K) V, and the softmax alone. query, key, value (…, S, K), the query also for some of the tokens
+    only; mask (…, S), true where a key may be seen. drop: how a weight is dropped, F.dropout or `quick_dropout`.
     """
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (…, S, S)
     if mask is not None:
@@ -133,9 +132,9 @@ def quick_dropout(x: Tensor, p: float) -> Tensor:
     if p == 0:
         return x
     dropped = min(max(round(p * 2**16), 1), 2**16 - 1)  # of the 2^16 patterns that 16 bits have
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # each 64 random bits
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)  # 64 each
     kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+    return torch.where(kept, x * (2**16 / (2**16 - dropped)), 0.0)
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout: float = 0.0) -> Tensor:
@@ -157,8 +156,11 @@ def sequences(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dro
 
 def one_sequence(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
     """Attention of one sequence on the CPU: query (H, some or all of its tokens, K), key and value (H, length, K)."""
-    if query.requires_grad or dropout or fused_is_slow(query, query.shape[1]):
+    if query.requires_grad or dropout:
         return equation_1(query, key, value, dropout=dropout, drop=quick_dropout)[0]
+    if fused_is_slow(query, query.shape[1]):
+        some = query.split(QUERIES, dim=1)
+        return torch.cat([equation_1(q, key, value)[0] for q in some], dim=1)
     return F.scaled_dot_product_attention(query[None], key[None], value[None])[0]
 
 
@@ -166,7 +168,7 @@ def attention_at(
     query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, positions: Tensor, dropout: float = 0.0
 ) -> Tensor:
     """The context of the tokens at `positions` (M,) only: (M, H, K)."""
-    if not query.is_cpu or not 0 < len(positions) < len(query):
+    if not query.is_cpu or forced_kernel() is not None or not 0 < len(positions) < len(query):
         return attention(query, key, value, batch, dropout)[positions]
     starts = batch.cu_seqlens
     sequence = torch.searchsorted(starts, positions, right=True) - 1  # (M,)

@@ -53,20 +53,6 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
     return int(status)
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next tensor. By default it gives large blocks back to Linux, and each new
-    one begins with page faults: a sixth of a training step in bfloat16, a twentieth of 8 × 128 logits in float32.
-    Whoever sets glibc's own variables knows better.
-    """
-    import ctypes
-
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "MALLOC_TRIM_THRESHOLD_" in os.environ:
-        return
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose end stays
-
-
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"minibert: warning: {message}", file=sys.stderr)
 
@@ -214,7 +200,7 @@ def _add_train(command: "Callable[..., Parser]") -> None:
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products (default: %(default)s)"
     )
     sub.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one, else cpu)")
-    sub.add_argument("--compile", action="store_true", help="the layers, with torch.compile")
+    sub.add_argument("--compile", action="store_true", help="the layers but the last, with torch.compile")
     sub.add_argument(
         "--checkpoint-activations", action="store_true", help="compute each layer twice, and keep less in memory"
     )
@@ -468,6 +454,7 @@ def train(options: argparse.Namespace) -> int:
     from threading import Event
 
     from minibert import BertForMaskedLM
+    from minibert.memory import keep_freed_memory
     from minibert.training import saving
     from minibert.training.loop import Settings, describe, require_fit
     from minibert.training.loop import train as run
@@ -475,7 +462,7 @@ def train(options: argparse.Namespace) -> int:
     from minibert.training.start import start_config, start_model, start_tokenizer
     from minibert.training.tokens import token_files
 
-    _keep_freed_memory()
+    keep_freed_memory()
     if not options.out.strip():
         raise ValueError("--out needs the name of a folder")
     settings = Settings(
@@ -516,19 +503,20 @@ def train(options: argparse.Namespace) -> int:
         else:
             model = BertForMaskedLM.from_pretrained(checkpoint, device=ranks.device)
         require_fit(model, tokenizer, settings)
+        config = start_config(options.init, model)
+        if finished:
+            saving.require_same(out, describe(options.init, config, tokenizer, [], settings))
+            if ranks.first:
+                print(f"{out}: this run is finished; to train its model further: --init {out} and another --out")
+            return 0
         tokens = Path(options.tokens) if options.tokens else out / "tokens"
         files = token_files(options.texts, tokenizer, tokens, workers=options.workers)
         if ranks.first:
-            config = start_config(options.init, model)
             saving.open_run(out, describe(options.init, config, tokenizer, files, settings))
             if not any(len(file.held_out) for file in files):
                 lost = f"there will be no figures and no {out / 'best'}"
                 print(f"minibert train: the texts are so short that no line is held out: {lost}", file=sys.stderr)
         ranks.wait()
-        if finished:
-            if ranks.first:
-                print(f"{out}: this run is finished; to train its model further: --init {out} and another --out")
-            return 0
         before = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             figures = run(model, tokenizer, files, out, settings, ranks=ranks, checkpoint=checkpoint, stop=stop)
@@ -579,8 +567,9 @@ def diagnose(options: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> None:
     from minibert.bench import run as bench_run
     from minibert.bench.contenders import PEERS
+    from minibert.memory import keep_freed_memory
 
-    _keep_freed_memory()
+    keep_freed_memory()
     if options.layers is not None and options.model is not None:
         raise ValueError(
             f"--layers {options.layers} is for the random model, and --model names one: give one of the two"

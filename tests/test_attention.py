@@ -7,7 +7,7 @@ from twins import CONFIGS, make_batch, twins
 
 from minibert import BertConfig, BertForMaskedLM, PackedBatch
 from minibert import attention as module
-from minibert.attention import attention, choose_kernel, formula, quick_dropout, use_kernel
+from minibert.attention import attention, attention_at, choose_kernel, formula, quick_dropout, use_kernel
 
 UNEVEN, UNIFORM = (5, 1, 9, 3), (6, 6, 6)
 lengths_given = pytest.mark.parametrize("lengths", [UNEVEN, UNIFORM, (7,)], ids=["uneven", "uniform", "one"])
@@ -97,6 +97,38 @@ def test_quick_dropout_drops_its_share_and_scales_the_rest(p, dtype):
     assert quick_dropout(x, 0.0) is x
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("positions", [[], [3], [8, 0, 17, 5, 2], [0, 0, 7], list(range(18))], ids=str)
+def test_attention_at_some_positions_has_the_values_and_gradients_of_attention_there(positions, dtype):
+    batch, positions = packed((5, 0, 9, 1, 3)), torch.tensor(positions, dtype=torch.int64)
+    results = []
+    for at in (attention_at, lambda q, k, v, b, at: formula(q, k, v, b)[0][at]):
+        torch.manual_seed(0)
+        qkv = random_qkv(batch, dtype, requires_grad=True)
+        context = at(*qkv, batch, positions)
+        (context.double() ** 2).sum().backward()
+        results.append([context, *(x.grad for x in qkv)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=5 * TOLERANCE[dtype])
+
+
+def test_attention_at_some_positions_keeps_the_mean_under_dropout():
+    batch = packed((40, 25))
+    query, key, _ = random_qkv(batch)
+    positions = torch.arange(0, 65, 2)
+    got = attention_at(query.requires_grad_(), key, torch.ones_like(query), batch, positions, 0.5)
+    assert got.std() > 0.05, "nothing was dropped"
+    assert abs(got[..., 0].mean() - 1) < 5 * got[..., 0].std() / (33 * 3) ** 0.5
+
+
+def test_attention_at_some_positions_is_on_the_kernel_that_was_asked_for(monkeypatch):
+    batch, called = packed(UNEVEN), []
+    monkeypatch.setattr(module, "formula", lambda *a: called.append(1) or formula(*a))
+    with use_kernel("formula"):
+        attention_at(*random_qkv(batch), batch, torch.tensor([1, 2]))
+    assert called
+
+
 def test_quick_dropout_draws_elements_independently():
     """Neighbours at any small distance (four of them come from one number) are dropped together p² of the time."""
     torch.manual_seed(0)
@@ -134,9 +166,10 @@ def test_the_choice_on_the_cpu():
     assert choose_kernel(query, packed(UNEVEN), 0.0) == "sequences"
     assert choose_kernel(query.bfloat16(), packed(UNIFORM), 0.0) == "sdpa"  # short
     assert choose_kernel(query.bfloat16().requires_grad_(), packed(UNIFORM), 0.0) == "formula"
+    assert choose_kernel(query.requires_grad_(), packed(UNIFORM), 0.1) == "sequences"
 
 
-@pytest.mark.parametrize(("amx", "kernels"), [(True, "sdpa sdpa sdpa"), (False, "sdpa formula sequences")])
+@pytest.mark.parametrize(("amx", "kernels"), [(True, "sdpa sdpa sdpa"), (False, "sdpa sequences sequences")])
 def test_without_amx_equation_1_is_for_long_sequences_in_bfloat16(amx, kernels, monkeypatch):
     monkeypatch.setattr(module, "_has_amx", lambda: amx)
     query = torch.zeros(1, 3, 8, dtype=torch.bfloat16)
@@ -147,10 +180,10 @@ def test_without_amx_equation_1_is_for_long_sequences_in_bfloat16(amx, kernels, 
     monkeypatch.setattr(
         module.F, "scaled_dot_product_attention", lambda *a, **k: called.append(a[0].shape[-2]) or real(*a, **k)
     )
-    batch = packed((70, 20, 64))
+    batch = packed((300, 20, 64))  # 300: more than are written out at once
     qkv = random_qkv(batch, torch.bfloat16)
     got = attention(*qkv, batch)
-    assert called == ([70, 20, 64] if amx else [20])
+    assert called == ([300, 20, 64] if amx else [20])
     torch.testing.assert_close(got.double(), by_hand(*qkv, batch.lengths), rtol=0, atol=TOLERANCE[torch.bfloat16])
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -543,29 +542,3 @@ def test_a_pipe_that_is_not_utf_8(folder):
         timeout=120,
     )
     assert done.returncode == 0
-
-
-KEPT = """
-import resource, sys
-from minibert.cli import _keep_freed_memory
-import torch
-if sys.argv[1] == "kept":
-    _keep_freed_memory()
-for _ in range(2):  # a block is found again only once those beside it are free too: the first few are new
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(16_000_000)  # 64 MB, freed at once
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this is about glibc")
-def test_freed_memory_is_kept_unless_glibcs_variables_say_otherwise():
-    def faults(how, **variables):
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")} | variables
-        done = subprocess.run([sys.executable, "-c", KEPT, how], capture_output=True, text=True, env=environment)
-        return float(done.stdout)
-
-    as_it_was = faults("as it was")  # for each tensor: on pages of 4 kB 15,625
-    assert faults("kept") < 0.1 * as_it_was
-    assert faults("kept", MALLOC_MMAP_THRESHOLD_="33554432") > 0.9 * as_it_was

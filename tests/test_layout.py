@@ -15,6 +15,7 @@ ORDER = {
     "config": 0,
     "packing": 0,
     "loss": 0,
+    "memory": 0,
     "checkpoint": 1,
     "attention": 1,
     "masking": 1,

@@ -266,6 +266,16 @@ def test_what_is_there_is_not_written_over(tiny, whole, capsys):
     assert "steps 12, and now it is 13" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_of_a_finished_run_the_text_may_be_gone(tiny, tmp_path, capsys):
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    shutil.copy(tiny.text, text)
+    arguments = tiny.arguments(out)
+    assert main([arguments[0], str(text), *arguments[2:]]) == 0
+    text.unlink()
+    assert main([arguments[0], str(text), *arguments[2:], "--resume"]) == 0
+    assert "finished" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_a_configuration_that_has_changed_is_noticed(tiny, tmp_path, monkeypatch, capsys):
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(tiny.start / name, tmp_path / name)

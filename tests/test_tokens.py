@@ -275,7 +275,9 @@ def test_folders_globs_weights_and_names(write, tmp_path):
         ("rotten.gz", "gzip"),
         ("blank.txt", "blank.txt: there is no text to train on"),
         ("binary.txt", "UTF-8"),
-        ("text.txt:abc", "'abc' is no number"),
+        ("text.txt:abc", "'abc' is no weight of text.txt"),
+        (":abc", ":abc: no such text file"),
+        ("folders/*", "folders/*: no such text file"),
         ("/dev/null", "/dev/null is not a file"),
         ("pipe", "pipe is not a file"),
         ("text.txt:1e11", "2e+11 tokens, more than 1e+10"),
@@ -285,6 +287,7 @@ def test_what_is_no_text_is_one_line_and_status_2(spec, message, tmp_path, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folders" / "inner").mkdir(parents=True)
     packed = gzip.compress(b"the word1\n" * 100 + os.urandom(2000).hex().encode())
     for name, content in {
         "text.txt": b"the a\n",

@@ -22,7 +22,6 @@ from minibert.inference import PrepackedLinear, prepare_for_inference
 from minibert.loss import IGNORE
 from minibert.model import BertForMaskedLM
 from minibert.packing import PackedBatch
-from minibert.training.loop import LossSum, wrapped_layers
 
 SHAPES = ("1x16", "1x128", "8x128", "8x512", "mixed", "normal", "lognormal")
 PEERS = ("eager", "sdpa", "compiled", "packed", "onnxruntime", "onnxruntime-int8", "openvino")
@@ -217,6 +216,8 @@ def _training(name: str, precision: str, folder: Path, device: str) -> Contender
     """A step: forward, loss at the asked positions, backward, AdamW. float32 weights; in bfloat16 under autocast.
     Dropout as the configuration has it. Ours is packed, and as `minibert train` runs it; transformers is padded, since
     that is how it is trained."""
+    from minibert.training.loop import LossSum, wrapped_layers
+
     model: Any
     if name == "minibert":
         model = BertForMaskedLM.from_pretrained(folder, device=device)

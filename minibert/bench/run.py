@@ -22,6 +22,7 @@ from minibert.bench.contenders import PEERS, SHAPES, Absent, Contender, Workload
 from minibert.bench.contenders import make_workload as make
 from minibert.config import BertConfig
 from minibert.inference import PrepackedLinear
+from minibert.memory import keep_freed_memory
 from minibert.model import BertForMaskedLM
 
 TASKS = ("inference", "training")
@@ -359,6 +360,7 @@ def _measure_memory(rows: list[Row], folder: Path, settings: Settings) -> None:
 def peak_memory(folder: str, name: str, precision: str, task: str, device: str, shapes: str) -> None:
     """Run in a process of its own: prints {shape: bytes}. On the CPU the peak resident memory of the whole process,
     Python and libraries included; on CUDA what torch allocated at most."""
+    keep_freed_memory()  # as the command that started this one does
     config = BertConfig.from_dict(json.loads((Path(folder) / "config.json").read_text()))
     works = [make(shape, config, device, everywhere=task == "inference") for shape in shapes.split(",")]
     contender = build(name, precision, task, Path(folder), device)

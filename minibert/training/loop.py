@@ -54,10 +54,10 @@ class Settings:
     which matrices are multiplied; the weights are float32.
 
     How it is computed, which may change when a run goes on: micro_tokens: tokens in one pass, at most; a step is
-    as many passes as it takes (None: one). checkpoint_activations: keep only the input of each layer, and compute
-    the layer again for the gradient: less memory, more time. compile: the layers, with torch.compile. workers:
-    processes that make batches ahead. save_every, evaluate_every: steps between checkpoints, and between looks
-    at the held-out lines.
+    as many passes as it takes (None: one). checkpoint_activations: keep only the input of each layer but the last, and
+    compute the layer again for the gradient: less memory, more time. compile: the same layers, with torch.compile.
+    workers: processes that make batches ahead. save_every, evaluate_every: steps between checkpoints, and between
+    looks at the held-out lines.
     """
 
     steps: int
@@ -285,7 +285,7 @@ def wrapped_layers(
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     vars(module)["forward"] = partial(_drop, module)
-        for layer in model.layers:
+        for layer in model.layers[:-1]:
             assert isinstance(layer, EncoderLayer)
             if compile:
                 # Attention stays outside: its loop over the lengths would make another graph of every batch.

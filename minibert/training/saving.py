@@ -72,7 +72,7 @@ def folder_of_run(out: Path, *, resume: bool) -> Iterator[None]:
             probe.unlink()
             lock = around.enter_context(open(out / LOCK, "w"))
         except OSError as error:
-            what = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+            what = "it is a file" if out.is_file() else error.strerror
             raise OSError(f"--out {out}: nothing can be written there: {what}") from error  # without errno's number
         try:
             # It ends with this process. (lockf would end as soon as a save opens and closes the file.)
@@ -104,9 +104,14 @@ def open_run(out: Path, described: Mapping[str, Any]) -> None:
         with _whole_file(out / RUN) as temporary:
             temporary.write_text(json.dumps(dict(described), indent=2) + "\n", encoding="utf-8")
         return
+    require_same(out, dict.fromkeys(read_json(out / RUN), "not given") | dict(described))
+
+
+def require_same(out: Path, described: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming both values, if the run in `out` was begun with anything other than `described`."""
     begun = read_json(out / RUN)
-    for key in [*described, *(begun.keys() - described.keys())]:
-        before, now = begun.get(key, "not given"), described.get(key, "not given")
+    for key, now in described.items():
+        before = begun.get(key, "not given")
         if before != now:
             raise ValueError(
                 f"{out}: this run was begun with {key} {before}, and now it is {now}: "

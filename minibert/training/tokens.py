@@ -48,7 +48,7 @@ KINDS = ("train", "held_out")
 FILES = tuple(f"{kind}.{what}" for kind in KINDS for what in ("tokens", "starts"))
 CHUNK = 200_000  # characters that a worker gets at a time
 LONGEST_LINE = 10_000_000  # characters: what is longer has no lines, and would have to be in memory as a whole
-LARGEST_EPOCH = 10_000_000_000  # tokens: its rows are in memory, some 4 GB of them where a row has up to 128 tokens
+LARGEST_EPOCH = 10_000_000_000  # tokens: its rows are in memory, some 8 GB of them where a row has up to 128 tokens
 WORTH_A_WORKER = 4_000_000  # bytes of text: with less, starting a process takes longer than it saves
 
 
@@ -132,11 +132,12 @@ def token_files(
                     chunks = _chunks(_read_lines(text.path, progress))
                     _write(text, place, about, _encoded(chunks, dtype, pool, 3 * workers))
     files = [_open(place, text) for place, text in zip(places, texts, strict=True)]
-    tokens = sum(file.weight * len(file.tokens) for file in files)
+    tokens = sum(max(1, file.weight) * len(file.tokens) for file in files)  # all rows are cut, also for a share of them
     if tokens > LARGEST_EPOCH:
         raise ValueError(
             f"an epoch of these texts with these weights is {tokens:.3g} tokens, more than {LARGEST_EPOCH:.3g}, and "
-            "its rows must fit in memory: make all weights smaller, for only their proportions say what is learnt"
+            "its rows must fit in memory: make the weights smaller, for only their proportions say what is learnt, or "
+            "cut texts of a weight below 1 into several, and train on them in turn"
         )
     return files
 
@@ -192,10 +193,10 @@ def _paths(where: str) -> list[Path]:
     if not (files := [path for path in paths if path.is_file()]):
         if path.is_dir():
             raise FileNotFoundError(f"{where}: there is no .txt or .gz file in this folder")
-        if paths:
-            raise ValueError(f"{paths[0]} is not a file: a text is read twice, so save what comes out of it first")
-        before, colon, weight = where.rpartition(":")
-        hint = f" (and as a weight of {before}, {weight!r} is no number)" if colon and Path(before).exists() else ""
+        if no_folders := [path for path in paths if not path.is_dir()]:
+            raise ValueError(f"{no_folders[0]} is not a file: a text is read twice, so save what comes out of it first")
+        before, _, weight = where.rpartition(":")
+        hint = f" (and {weight!r} is no weight of {before})" if before and Path(before).is_file() else ""
         raise FileNotFoundError(f"{where}: no such text file{hint}")
     return files
 
