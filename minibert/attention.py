@@ -154,7 +154,7 @@ def sequences(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dro
     return torch.cat(contexts)  # (T, H, K)
 
 
-def one_sequence(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+def one_sequence(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
     """Attention of one sequence on the CPU: query (H, some or all of its tokens, K), key and value (H, length, K)."""
     if query.requires_grad or dropout:
         return equation_1(query, key, value, dropout=dropout, drop=quick_dropout)[0]
@@ -164,12 +164,10 @@ def one_sequence(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> T
     return F.scaled_dot_product_attention(query[None], key[None], value[None])[0]
 
 
-def attention_at(
-    query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, positions: Tensor, dropout: float = 0.0
-) -> Tensor:
-    """The context of the tokens at `positions` (M,) only: (M, H, K)."""
+def attention_at(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
+    """The context of the tokens at `positions` (M,) only: (M, H, K). Without dropout."""
     if not query.is_cpu or forced_kernel() is not None or not 0 < len(positions) < len(query):
-        return attention(query, key, value, batch, dropout)[positions]
+        return attention(query, key, value, batch)[positions]
     starts = batch.cu_seqlens
     sequence = torch.searchsorted(starts, positions, right=True) - 1  # (M,)
     order = sequence.argsort(stable=True)
@@ -177,9 +175,7 @@ def attention_at(
     queries = query[positions[order]].transpose(0, 1).split(asked, dim=1)
     keys, values = (x.transpose(0, 1).split(batch.lengths, dim=1) for x in (key, value))
     contexts = [
-        one_sequence(q, k, v, dropout).transpose(0, 1)
-        for q, k, v in zip(queries, keys, values, strict=True)
-        if q.shape[1]
+        one_sequence(q, k, v).transpose(0, 1) for q, k, v in zip(queries, keys, values, strict=True) if q.shape[1]
     ]
     return torch.cat(contexts)[order.argsort()]  # (M, H, K)
 

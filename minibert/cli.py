@@ -200,7 +200,7 @@ def _add_train(command: "Callable[..., Parser]") -> None:
         "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products (default: %(default)s)"
     )
     sub.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one, else cpu)")
-    sub.add_argument("--compile", action="store_true", help="the layers but the last, with torch.compile")
+    sub.add_argument("--compile", action="store_true", help="the layers, with torch.compile")
     sub.add_argument(
         "--checkpoint-activations", action="store_true", help="compute each layer twice, and keep less in memory"
     )

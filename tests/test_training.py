@@ -13,7 +13,6 @@ from tiny import metrics, weights
 
 from minibert import BertForMaskedLM, load_tokenizer
 from minibert.cli import main
-from minibert.loss import masked_lm_loss
 from minibert.training import loop, saving
 from minibert.training.data import Corpus
 from minibert.training.loop import (
@@ -180,29 +179,6 @@ def test_a_rank_without_rows_takes_part_with_a_gradient_of_nothing(tiny, corpus)
     assert all(not gradient.any() for gradient in found.values())
 
 
-def test_the_last_layer_at_masked_positions_only_is_the_same_loss_and_gradient(tiny, corpus):
-    model = tiny.load()[0]
-    example = corpus.examples(0, range(20))
-    shuffled = torch.randperm(len(example.positions), generator=torch.Generator().manual_seed(0))
-    results = []
-    for positions, targets in (
-        (example.positions, example.targets),
-        (example.positions[shuffled], example.targets[shuffled]),
-    ):
-        model.zero_grad()
-        loss = LossSum(model)(example.batch, positions, targets)
-        loss.backward()
-        results.append((loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}))
-    model.zero_grad()
-    loss = masked_lm_loss(model.predict(example.batch, example.positions), example.targets).sum
-    loss.backward()
-    for found, gradients_found in results:
-        assert found == pytest.approx(loss.item(), rel=1e-6)  # float32
-        for name, parameter in model.named_parameters():
-            difference = (gradients_found[name] - parameter.grad).abs().max()
-            assert difference <= 1e-5 * parameter.grad.abs().max(), name
-
-
 def test_in_training_elements_are_dropped_at_the_models_rate(tiny, corpus):
     """The stand-in for nn.Dropout on the CPU: in training only, and everywhere the model has dropout."""
     model = tiny.load()[0].train()
@@ -248,7 +224,7 @@ def test_activations_computed_again_give_the_same_gradients_and_keep_less(tiny, 
     (loss, plain, plain_kept), (loss_again, found, found_kept) = results
     assert loss == loss_again
     assert all(torch.equal(plain[name], found[name]) for name in plain)
-    assert found_kept < 0.65 * plain_kept, "of two layers the first, which is the larger part, keeps its input only"
+    assert found_kept < 0.6 * plain_kept
     assert not any("forward" in vars(module) for module in model.modules()), "the model is as it was"
 
 

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from minibert.attention import attention_at, quick_dropout
+from minibert.attention import quick_dropout
 from minibert.config import BertConfig
 from minibert.loss import masked_lm_loss
 from minibert.masking import example_generator
@@ -54,10 +54,10 @@ class Settings:
     which matrices are multiplied; the weights are float32.
 
     How it is computed, which may change when a run goes on: micro_tokens: tokens in one pass, at most; a step is
-    as many passes as it takes (None: one). checkpoint_activations: keep only the input of each layer but the last, and
-    compute the layer again for the gradient: less memory, more time. compile: the same layers, with torch.compile.
-    workers: processes that make batches ahead. save_every, evaluate_every: steps between checkpoints, and between
-    looks at the held-out lines.
+    as many passes as it takes (None: one). checkpoint_activations: keep only the input of each layer, and compute
+    the layer again for the gradient: less memory, more time. compile: the layers, with torch.compile. workers:
+    processes that make batches ahead. save_every, evaluate_every: steps between checkpoints, and between looks
+    at the held-out lines.
     """
 
     steps: int
@@ -196,30 +196,14 @@ def _as_it_is(share: Any) -> Any:
 
 
 class LossSum(nn.Module):
-    """What DistributedDataParallel wraps: its forward() is the sum of the loss over the targets. As in inference.py,
-    the last layer runs for the masked positions only, whose hidden states are all that the head reads.
-    """
+    """What DistributedDataParallel wraps: its forward() is the sum of the loss over the targets."""
 
     def __init__(self, model: BertForMaskedLM) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, batch: PackedBatch, positions: Tensor, targets: Tensor) -> Tensor:
-        x = self.model.embeddings(batch)  # (T, D)
-        *layers, last = self.model.layers
-        for layer in layers:
-            x = layer(x, batch)  # (T, D)
-        x = layer_at(last, x, batch, positions)  # (M, D)
-        return masked_lm_loss(self.model.head(x, self.model.embeddings.word.weight), targets).sum
-
-
-def layer_at(layer: nn.Module, x: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
-    """What EncoderLayer makes of x (T, D) at `positions` (M,): (M, D)."""
-    assert isinstance(layer, EncoderLayer)
-    dropout = layer.attention.dropout if layer.training else 0.0
-    context = attention_at(*layer.attention.split_heads(x), batch, positions, dropout)  # (M, H, K)
-    x = layer.attention_norm(layer.dropout(layer.attention.output(context.flatten(-2))) + x[positions])  # (M, D)
-    return layer.feed_forward_norm(layer.dropout(layer.feed_forward(x)) + x)  # (M, D)
+        return masked_lm_loss(self.model.predict(batch, positions), targets).sum
 
 
 def accumulate(objective: nn.Module, passes: Sequence[Example], targets: float, dtype: str, ranks: Ranks) -> float:
@@ -277,15 +261,15 @@ def take_step(
 def wrapped_layers(
     model: BertForMaskedLM, *, compile: bool = False, checkpoint_activations: bool = False
 ) -> Iterator[None]:
-    """Within this block the encoder layers are compiled, or keep only their input for the backward pass, as asked (but
-    for the last, which has few positions); and dropout on the CPU is `quick_dropout` (compiled code has its own).
+    """Within this block the encoder layers are compiled, or keep only their input for the backward pass, as asked; and
+    dropout on the CPU is `quick_dropout` (compiled code has its own).
     """
     try:
         if not compile and model.embeddings.word.weight.is_cpu:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     vars(module)["forward"] = partial(_drop, module)
-        for layer in model.layers[:-1]:
+        for layer in model.layers:
             assert isinstance(layer, EncoderLayer)
             if compile:
                 # Attention stays outside: its loop over the lengths would make another graph of every batch.
