@@ -17,8 +17,10 @@ a few sizes, and from the second batch of a size on `predict` replays a CUDA gra
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from contextlib import suppress
+from functools import cache, partial
 from importlib.util import find_spec
+from math import inf
 from threading import Lock
 from time import perf_counter
 
@@ -68,11 +70,11 @@ class PreparedBert(BertForMaskedLM):
         word = self.embeddings.word.weight
         self._before, self._after = before_attention, after_attention
         self._graphs: Graphs | None = None
-        if word.is_cpu and _prepacking_pays(dtype):
+        if word.is_cpu and (linear := fastest_linear(dtype)):
             for layer in self.layers:
                 assert isinstance(layer, EncoderLayer)
-                _prepack_layer(layer, model.config.hidden_act)
-            self.head = PrepackedHead(self.head, word, model.config.hidden_act)  # type: ignore[assignment]
+                _prepack_layer(layer, linear, model.config.hidden_act)
+            self.head = PrepackedHead(self.head, linear, word, model.config.hidden_act)  # type: ignore[assignment]
         if word.device.type in COMPILED_ON and _can_compile():
             self._before = torch.compile(before_attention, dynamic=True)
             self._after = torch.compile(after_attention, dynamic=True)
@@ -143,33 +145,99 @@ class PrepackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: tuple[str, str] = ("none", "")) -> None:
         super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)  # an opaque tensor: no parameter, not saved
         self.bias = bias
         self.activation = activation
+        self.pack(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[0] == 0:
-            return x.new_empty(0, self.bias.shape[0])
+    # Here and in ConvolvedLinear are the only calls of what is private to torch.
+
+    def pack(self, weight: Tensor) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)  # an opaque tensor: no parameter, not saved
+
+    def multiply(self, x: Tensor) -> Tensor:
         name, algorithm = self.activation
-        # Private to torch, and the only place where it is called.
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)
         return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x) if x.shape[0] else x.new_empty(0, self.bias.shape[0])
+
+
+USUAL = (8, 64)  # images × height whose order of the weights is taken
+HEIGHTS = (4, 8, 16, 24, 32, 64, 128, 256)
+ONE_BY_ONE = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
+
+
+class ConvolvedLinear(PrepackedLinear):
+    """The same as a 1×1 convolution: a token is a pixel, D its channels, and `height` tokens are an image. On CPUs with
+    AVX2 and no AVX-512, oneDNN has a faster kernel for that than for the product. float32.
+
+    In which order it wants the weights depends on the height, and every batch has another number of tokens. So the
+    height is one of those in HEIGHTS that want the same order, and the last image is filled up with zeros.
+    """
+
+    def pack(self, weight: Tensor) -> None:
+        self.shape = weight.shape  # (outputs, inputs)
+        self.weight = _order_for_images(weight, *USUAL)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        tokens = len(x)
+        height = _best_height(*self.shape, tokens)
+        if missing := -tokens % height:
+            x = F.pad(x, (0, 0, 0, missing))
+        images = x.reshape(-1, height, 1, x.shape[1]).permute(0, 3, 1, 2)  # (images, D, height, 1), D innermost
+        name, algorithm = self.activation
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            images, self.weight, self.bias, *ONE_BY_ONE, name, [], algorithm
+        )
+        y = y.permute(0, 2, 3, 1).reshape(tokens + missing, -1)
+        return y[:tokens] if missing else y
+
+
+@cache
+def _best_height(outputs: int, inputs: int, tokens: int) -> int:
+    """Large images are faster, and more of the last one may be filled up: a small model of what was measured."""
+    threads = torch.get_num_threads()
+    for height in sorted(HEIGHTS, key=lambda height: (tokens + -tokens % height) * (1 + 4 / height)):
+        images = -(-tokens // height)
+        if images > threads:  # beyond that, all that may matter is how evenly threads can share them
+            images = threads + images % threads
+        if _order_fits(outputs, inputs, height, images):
+            return height
+    return USUAL[1]
+
+
+@cache
+def _order_fits(outputs: int, inputs: int, height: int, images: int) -> bool:
+    """Whether this CPU's oneDNN wants the weights for so many images of this height in the same order as for USUAL. If
+    not, it would order them anew in each call, which is right and slow.
+    """
+    weight = torch.empty(outputs, inputs)
+    describe = torch.ops.mkldnn._get_mkldnn_serialized_md
+    return torch.equal(*(describe(_order_for_images(weight, *size)) for size in ((images, height), USUAL)))
+
+
+def _order_for_images(weight: Tensor, images: int, height: int) -> Tensor:
+    """weight (outputs, inputs) as oneDNN wants it for a convolution of so many images of height × 1 pixels."""
+    shape = [images, weight.shape[1], height, 1]
+    ordered: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight[:, :, None, None], *ONE_BY_ONE, shape)
+    return ordered
 
 
 class PrepackedHead(nn.Module):
     """MLMHead with prepacked linear maps. It holds a second, ordered copy of the word embeddings."""
 
-    def __init__(self, head: MLMHead, word_embeddings: Tensor, hidden_act: str) -> None:
+    def __init__(self, head: MLMHead, linear: type[PrepackedLinear], word_embeddings: Tensor, hidden_act: str) -> None:
         super().__init__()
-        self.dense = PrepackedLinear(head.dense.weight, head.dense.bias, FUSED[hidden_act])
+        self.dense = linear(head.dense.weight, head.dense.bias, FUSED[hidden_act])
         self.norm = head.norm
-        self.decoder = PrepackedLinear(word_embeddings, head.bias)
+        self.decoder = linear(word_embeddings, head.bias)
 
     def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
         return self.decoder(self.norm(self.dense(x)))  # (M, V)
 
 
-def _prepack_layer(layer: EncoderLayer, hidden_act: str) -> None:
+def _prepack_layer(layer: EncoderLayer, linear: type[PrepackedLinear], hidden_act: str) -> None:
     attention, feed_forward = layer.attention, layer.feed_forward
     for module, name, activation in (
         (attention, "qkv", ("none", "")),
@@ -177,36 +245,37 @@ def _prepack_layer(layer: EncoderLayer, hidden_act: str) -> None:
         (feed_forward, "intermediate", FUSED[hidden_act]),
         (feed_forward, "output", ("none", "")),
     ):
-        linear = getattr(module, name)
-        setattr(module, name, PrepackedLinear(linear.weight, linear.bias, activation))
+        plain = getattr(module, name)
+        setattr(module, name, linear(plain.weight, plain.bias, activation))
     feed_forward.activation = nn.Identity()  # it is part of `intermediate` now
 
 
 @cache
-def _prepacking_pays(dtype: torch.dtype) -> bool:
-    """Whether oneDNN on prepacked weights is there, gives what nn.Linear gives, and is faster. Measured once in a
-    process, some milliseconds, on one linear layer of BERT's size, few tokens: with many the two are about equal.
+def fastest_linear(dtype: torch.dtype) -> type[PrepackedLinear] | None:
+    """The fastest of nn.Linear (None) and the two above, as far as they are there and give what it gives. Measured once
+    in a process, in a fifth of a second, on the largest linear layer of BERT-base, with few tokens and with many.
     """
     if dtype not in (torch.float32, torch.bfloat16):
-        return False
+        return None
+    generator = torch.Generator().manual_seed(0)
+    few, many, weight, bias = (
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((16, 768), (128, 768), (3072, 768), (3072,))
+    )
+    plain = partial(F.linear, weight=weight, bias=bias)
+    ways: dict[type[PrepackedLinear] | None, Callable[[Tensor], Tensor]] = {None: plain}
     with torch.inference_mode():
-        generator = torch.Generator().manual_seed(0)
-        x, weight, bias = (
-            torch.randn(*shape, generator=generator).to(dtype) for shape in ((64, 768), (768, 768), (768,))
-        )
-        try:
-            packed = PrepackedLinear(weight, bias)
-            if not torch.allclose(packed(x).float(), F.linear(x, weight, bias).float(), rtol=2e-2, atol=0.5):
-                return False
-        except (AttributeError, RuntimeError, NotImplementedError):  # another torch, or a build without oneDNN
-            return False
-        fastest = [float("inf"), float("inf")]
-        for _ in range(7):  # in turn, so that whatever else the machine does hits both
-            for which, run in enumerate((lambda: packed(x), lambda: F.linear(x, weight, bias))):
+        for packing in (PrepackedLinear, ConvolvedLinear) if dtype == torch.float32 else (PrepackedLinear,):
+            with suppress(AttributeError, RuntimeError, NotImplementedError):  # another torch, or one without oneDNN
+                packed = packing(weight, bias)
+                if torch.allclose(packed(few).float(), plain(few).float(), rtol=2e-2, atol=0.5):
+                    ways[packing] = packed
+        fastest = {(kind, x): inf for kind in ways for x in (few, many)}
+        for _ in range(7):  # in turn, so that whatever else the machine does hits all alike
+            for kind, x in fastest:
                 began = perf_counter()
-                run()
-                fastest[which] = min(fastest[which], perf_counter() - began)
-    return fastest[0] < 1.05 * fastest[1]
+                ways[kind](x)
+                fastest[kind, x] = min(fastest[kind, x], perf_counter() - began)
+    return min(ways, key=lambda kind: fastest[kind, few] * fastest[kind, many])
 
 
 # ----------------------------------------------------------------------------------------------------------------- CUDA

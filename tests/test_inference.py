@@ -14,7 +14,15 @@ from twins import CONFIGS, MASKS, SIZES, make_batch, twins
 import minibert.inference
 from minibert import BertConfig, BertForMaskedLM, FillMask, PackedBatch
 from minibert.attention import attention, attention_at, use_kernel
-from minibert.inference import CapturedPredict, Graphs, PrepackedLinear, PreparedBert, _round_up, prepare_for_inference
+from minibert.inference import (
+    CapturedPredict,
+    ConvolvedLinear,
+    Graphs,
+    PrepackedLinear,
+    PreparedBert,
+    _round_up,
+    prepare_for_inference,
+)
 from minibert.tokenizer import from_vocabulary
 
 has_bfloat16 = pytest.mark.skipif(
@@ -24,21 +32,23 @@ has_bfloat16 = pytest.mark.skipif(
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.15}
 
 
-@pytest.fixture(params=[True, False], ids=["prepacked", "plain"])
-def either_way(request, monkeypatch):
-    """With oneDNN's prepacked linear layers, and with the fallback to plain modules."""
-    monkeypatch.setattr(minibert.inference, "_prepacking_pays", lambda dtype: request.param)
-    return request.param
+@pytest.fixture(params=[PrepackedLinear, ConvolvedLinear, None], ids=["product", "convolution", "plain"])
+def each_way(request, monkeypatch):
+    """With oneDNN's prepacked linear layers, as products or as convolutions, and with the fallback to plain modules."""
+    monkeypatch.setattr(minibert.inference, "fastest_linear", lambda dtype: request.param)
+    return request.param or nn.Linear
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=has_bfloat16)], ids=str)
-def test_both_doors_give_the_same_answers(name, mask, dtype, either_way):
+def test_both_doors_give_the_same_answers(name, mask, dtype, each_way):
+    if each_way is ConvolvedLinear and dtype != torch.float32:
+        pytest.skip("convolutions are for float32")
     ours, theirs = twins(CONFIGS[name], "sdpa")
     given = make_batch(CONFIGS[name], mask, SIZES[name], two_segments=True)
     fast = prepare_for_inference(ours, dtype)
-    assert any(isinstance(module, PrepackedLinear) for module in fast.modules()) == either_way
+    assert type(fast.layers[-1].feed_forward.output) is each_way
     seen = given["attention_mask"].bool()
     expected = theirs(**given)
     got = fast(**given)
@@ -49,7 +59,7 @@ def test_both_doors_give_the_same_answers(name, mask, dtype, either_way):
     torch.testing.assert_close(logits.float(), ours.predict(batch, positions), rtol=0, atol=TOLERANCE[dtype])
 
 
-def test_asking_for_no_position_one_twice_and_all(either_way):
+def test_asking_for_no_position_one_twice_and_all(each_way):
     ours, _ = twins(CONFIGS["batch 13, gelu"])
     fast = prepare_for_inference(ours)
     batch = PackedBatch.from_lists([[5, 6, 7], [], [8], [9, 10, 11, 12]])
@@ -66,7 +76,7 @@ def test_attention_at_is_attention_there():
     torch.testing.assert_close(attention_at(query, key, value, batch, positions), expected, rtol=0, atol=1e-6)
 
 
-def test_the_original_stays_as_it_is(either_way):
+def test_the_original_stays_as_it_is(each_way):
     ours, _ = twins(CONFIGS["batch 13, gelu"])
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     fast = prepare_for_inference(ours, torch.float32)
@@ -98,18 +108,43 @@ def test_wrong_dtypes_are_refused(monkeypatch):
 
 
 def test_without_the_private_operator_plain_modules_serve(monkeypatch):
-    minibert.inference._prepacking_pays.cache_clear()
+    minibert.inference.fastest_linear.cache_clear()
     monkeypatch.setattr(
         minibert.inference.PrepackedLinear, "__init__", lambda *arguments: torch.ops.mkldnn.no_such_thing
     )
     ours, _ = twins(CONFIGS["batch 13, gelu"])
     fast = prepare_for_inference(ours)
-    minibert.inference._prepacking_pays.cache_clear()
+    minibert.inference.fastest_linear.cache_clear()
     assert isinstance(fast, PreparedBert)
     assert isinstance(fast.layers[0].attention.qkv, nn.Linear)
 
 
-def test_many_texts_come_back_in_order(either_way, monkeypatch):
+def test_a_way_that_gives_something_else_is_not_taken(monkeypatch):
+    for kind in (ConvolvedLinear, PrepackedLinear):
+        monkeypatch.setattr(kind, "multiply", lambda self, x: torch.zeros(len(x), len(self.bias)))
+    minibert.inference.fastest_linear.cache_clear()
+    assert minibert.inference.fastest_linear(torch.float32) is None
+    minibert.inference.fastest_linear.cache_clear()
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(37, 99), (768, 768), (1536, 384)])
+@torch.inference_mode()
+def test_convolutions_for_every_number_of_tokens(inputs, outputs):
+    """They are the linear layer; and no number of tokens wants the weights in another order, which would be slow."""
+    weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
+    linear = ConvolvedLinear(weight, bias)
+    describe = torch.ops.mkldnn._get_mkldnn_serialized_md
+    for tokens in (*range(20), 31, 64, 100, 129, 300, 759, 1065):
+        x = torch.randn(tokens, inputs)
+        # results of order 5, each a sum of up to 1536 products, added up in another order
+        torch.testing.assert_close(linear(x), nn.functional.linear(x, weight, bias), rtol=0, atol=5e-5)
+        if tokens:
+            height = minibert.inference._best_height(outputs, inputs, tokens)
+            wanted = minibert.inference._order_for_images(weight, -(-tokens // height), height)
+            assert torch.equal(describe(wanted), describe(linear.weight)), (tokens, height)
+
+
+def test_many_texts_come_back_in_order(each_way, monkeypatch):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(40)), "."]
     tokenizer = from_vocabulary(words)
     ours, _ = twins({**CONFIGS["batch 13, gelu"], "vocab_size": len(words)})
@@ -156,7 +191,7 @@ MIXES = [[5, 9], [9, 5], [1, 1, 1, 1], [20, 5, 9], [3], [12] * 5, [70, 2], [30, 
 
 
 def test_graphs_of_rounded_sizes_give_the_same_logits(monkeypatch):
-    monkeypatch.setattr(minibert.inference, "_prepacking_pays", lambda dtype: False)
+    monkeypatch.setattr(minibert.inference, "fastest_linear", lambda dtype: None)
     monkeypatch.setattr(minibert.inference, "capture", eager_capture)
     monkeypatch.setattr(minibert.attention, "varlen", flash_attention_reads)
     monkeypatch.setattr(minibert.inference, "attention_at", lambda q, k, v, b, at: attention(q, k, v, b)[at])
@@ -204,7 +239,7 @@ def test_compiled_once_for_all_lengths(monkeypatch):
     compile_it = torch.compile
     monkeypatch.setattr(minibert.inference, "COMPILED_ON", ("cpu",))
     monkeypatch.setattr(minibert.inference, "_can_compile", lambda: True)
-    monkeypatch.setattr(minibert.inference, "_prepacking_pays", lambda dtype: False)
+    monkeypatch.setattr(minibert.inference, "fastest_linear", lambda dtype: None)
     monkeypatch.setattr(torch, "compile", lambda run, **o: compile_it(run, backend=counter, fullgraph=True, **o))
     torch._dynamo.reset()
     ours, _ = twins({**CONFIGS["batch 13, gelu"], "max_position_embeddings": 128})

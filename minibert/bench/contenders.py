@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minibert.config import BertConfig
-from minibert.inference import PrepackedLinear, prepare_for_inference
+from minibert.inference import ConvolvedLinear, PrepackedLinear, prepare_for_inference
 from minibert.loss import IGNORE
 from minibert.model import BertForMaskedLM
 from minibert.packing import PackedBatch
@@ -134,6 +134,8 @@ def lineup(task: str, peers: tuple[str, ...], precisions: tuple[str, ...]) -> li
 def build(name: str, precision: str, task: str, folder: Path, device: str) -> Contender:
     """The contender `name` from the weights in `folder`. Raises Absent where it cannot run."""
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    if name == "packed":
+        _require_packed(device)
     if precision == "bfloat16" and device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise Absent("this CPU has no instructions for bfloat16")
     if task == "training":
@@ -141,8 +143,6 @@ def build(name: str, precision: str, task: str, folder: Path, device: str) -> Co
     if name.startswith("minibert"):
         return _ours(name, precision, dtype, folder, device)
     if name in ("eager", "sdpa", "compiled", "packed"):
-        if name == "packed":
-            _require_packed(device)
         return _transformers(name, precision, dtype, folder, device)
     if device != "cpu":
         raise Absent("only its CPU form is run here")
@@ -160,9 +160,19 @@ def _ours(name: str, precision: str, dtype: torch.dtype, folder: Path, device: s
         batch = PackedBatch.from_padded(work.input_ids, work.attention_mask)
         return model.predict(batch, batch.pack(work.asked).nonzero().flatten())  # (M, V)
 
-    packed = any(isinstance(module, PrepackedLinear) for module in model.modules())
-    unpacked = "" if packed or name == "minibert plain" or device != "cpu" else "prepacking was not found to pay here"
-    return Contender(name, precision, run, run, unpacked)
+    return Contender(
+        name, precision, run, run, _linear_kind(model) if device == "cpu" and name == "minibert prepared" else ""
+    )
+
+
+def _linear_kind(model: BertForMaskedLM) -> str:
+    """Which linear layers `prepare_for_inference` found to be the fastest here."""
+    qkv = model.layers[0].get_submodule("attention.qkv")
+    if isinstance(qkv, ConvolvedLinear):
+        return "linear layers as oneDNN's convolutions"
+    if isinstance(qkv, PrepackedLinear):
+        return "linear layers as oneDNN's products"
+    return "linear layers as torch has them: nothing faster was found here"
 
 
 # --------------------------------------------------------------------------------------------------------- transformers

@@ -21,7 +21,7 @@ from torch import Tensor
 from minibert.bench.contenders import PEERS, SHAPES, Absent, Contender, Workload, build, lineup, random_model
 from minibert.bench.contenders import make_workload as make
 from minibert.config import BertConfig
-from minibert.inference import PrepackedLinear
+from minibert.inference import ConvolvedLinear, PrepackedLinear
 from minibert.memory import keep_freed_memory
 from minibert.model import BertForMaskedLM
 
@@ -286,15 +286,17 @@ def slower(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
 @torch.inference_mode()
 def matmul_rate(precision: str, device: str) -> float:
     """FLOP/s of this machine: the best of up to 16 products, or half a second of them, of (1024, 768) with
-    (768, 3072), BERT-base's largest, by torch and, on the CPU, by oneDNN on prepacked weights.
+    (768, 3072), BERT-base's largest, by torch and, on the CPU, by oneDNN on prepacked weights, as product and as
+    convolution.
     """
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     x, weight = torch.randn(1024, 768, device=device).to(dtype), torch.randn(3072, 768, device=device).to(dtype)
     bias = torch.zeros(3072, device=device, dtype=dtype)
     ways: list[torch.nn.Module] = [torch.nn.Linear(768, 3072, device=device, dtype=dtype)]
     if device == "cpu":
-        with suppress(AttributeError, RuntimeError, NotImplementedError):  # a torch without it measures its own product
-            ways.append(PrepackedLinear(weight, bias))
+        for kind in (PrepackedLinear, ConvolvedLinear):
+            with suppress(AttributeError, RuntimeError, NotImplementedError):  # not in this torch, or not in this dtype
+                ways.append(kind(weight, bias))
     best = float("inf")
     for way in ways:
         spent = 0.0
