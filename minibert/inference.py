@@ -164,7 +164,7 @@ class PrepackedLinear(nn.Module):
 
 
 USUAL = (8, 64)  # images × height whose order of the weights is taken
-HEIGHTS = (4, 8, 16, 24, 32, 64, 128, 256)
+HEIGHTS = (4, 8, 12, 16, 18, 24, 32, 48, 64, 128, 256)
 ONE_BY_ONE = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
 
 
