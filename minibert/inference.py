@@ -5,8 +5,8 @@
 
 on the CPU, linear layers go to oneDNN with weights that were put in its own order beforehand, and the activation is
 computed while their result is still in the cache. torch's own nn.Linear in float32 goes to MKL, which is up to two
-times slower on an AMD CPU and slower for short batches on an Intel one; in bfloat16 it goes to oneDNN too, but orders
-the weights anew in each call.
+times slower on an AMD CPU and slower for short batches on others; in bfloat16 it goes to oneDNN too, but orders the
+weights anew in each call. oneDNN has two ways, as a product and as a 1×1 convolution; which is fastest is measured.
 
 on CUDA, the weights are bfloat16, which is what lets attention.py choose flash attention on packed tokens. What is
 done for each token alone is compiled, once for all lengths, by the first call; attention, which asks the host for the
@@ -83,10 +83,11 @@ class PreparedBert(BertForMaskedLM):
 
     def encode(self, batch: PackedBatch) -> Tensor:
         """As in BertForMaskedLM: (T, D)."""
-        x = self.embeddings(batch)  # (T, D)
+        filled = self._fill_up(batch)
+        x = self.embeddings(filled)  # (T, D)
         for layer in self.layers:
-            x = self._after(layer, attention(*self._before(layer, x), batch), x)  # (T, D)
-        return x
+            x = self._after(layer, attention(*self._before(layer, x), filled), x)  # (T, D)
+        return x if filled is batch else x[: batch.num_tokens]
 
     def predict(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """As in BertForMaskedLM: (M, V); the last layer runs for these positions only."""
@@ -100,12 +101,19 @@ class PreparedBert(BertForMaskedLM):
         return self._predict(batch, positions)
 
     def _predict(self, batch: PackedBatch, positions: Tensor) -> Tensor:
+        batch = self._fill_up(batch)
         x = self.embeddings(batch)  # (T, D)
         *layers, last = self.layers
         for layer in layers:
             x = self._after(layer, attention(*self._before(layer, x), batch), x)  # (T, D)
         context = attention_at(*self._before(last, x), batch, positions)  # (M, H, K)
         return self.head(self._after(last, context, x[positions]), self.embeddings.word.weight)  # (M, V)
+
+    def _fill_up(self, batch: PackedBatch) -> PackedBatch:
+        """Convolutions need certain numbers of tokens: here they get them once, and not again in every layer."""
+        qkv = self.layers[0].get_submodule("attention.qkv")
+        missing = qkv.missing(batch.num_tokens) if isinstance(qkv, ConvolvedLinear) else 0
+        return batch.filled_up(missing) if missing else batch
 
     def train(self, mode: bool = True) -> "PreparedBert":
         if mode:
@@ -180,12 +188,16 @@ class ConvolvedLinear(PrepackedLinear):
         self.shape = weight.shape  # (outputs, inputs)
         self.weight = _order_for_images(weight, *USUAL)
 
+    def missing(self, tokens: int) -> int:
+        """How many more tokens it takes to fill the last image."""
+        return -tokens % _best_height(*self.shape, tokens) if tokens else 0
+
     def multiply(self, x: Tensor) -> Tensor:
-        tokens = len(x)
+        tokens, inputs = x.shape
         height = _best_height(*self.shape, tokens)
         if missing := -tokens % height:
-            x = F.pad(x, (0, 0, 0, missing))
-        images = x.reshape(-1, height, 1, x.shape[1]).permute(0, 3, 1, 2)  # (images, D, height, 1), D innermost
+            x = torch.cat([x, x.new_zeros(missing, inputs)])
+        images = x.reshape(-1, height, 1, inputs).permute(0, 3, 1, 2)  # (images, inputs, height, 1), inputs innermost
         name, algorithm = self.activation
         y: Tensor = torch.ops.mkldnn._convolution_pointwise(
             images, self.weight, self.bias, *ONE_BY_ONE, name, [], algorithm

@@ -189,6 +189,20 @@ class PackedBatch:
         counts = self.cu_seqlens.diff()
         return torch.arange(self.max_seqlen, device=counts.device) < counts[:, None]
 
+    def filled_up(self, missing: int) -> "PackedBatch":
+        """This batch and one more sequence of `missing` tokens that nobody asked for, for kernels that are fastest at
+        certain T. Not for `pack` and `unpack`, which go on with this one.
+        """
+        zeros = self.input_ids.new_zeros(missing)
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, zeros]),
+            token_type_ids=torch.cat([self.token_type_ids, zeros]),
+            position_ids=torch.cat([self.position_ids, zeros]),
+            cu_seqlens=torch.cat([self.cu_seqlens, self.cu_seqlens[-1:] + missing]),
+            lengths=(*self.lengths, missing),
+        )
+
     def pack(self, padded: Tensor) -> Tensor:
         """(B, S, …) → (T, …)"""
         if tuple(padded.shape[:2]) != self.padded_shape:
