@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from minibert.checkpoint import LoadReport
 
 DEFAULT_MODEL = "minibert-uncased"
-WORTH_PREPARING = 16  # texts: with fewer, putting the weights in order takes longer than it saves
+WORTH_PREPARING = 64  # texts: with fewer, putting the weights in order takes longer than it saves
 USER_ERRORS = (ValueError, OSError, FloatingPointError)  # OSError: no such file, no connection, disk full
 
 

@@ -15,7 +15,8 @@ from transformers import BertTokenizer, FillMaskPipeline
 
 import minibert
 from minibert import BertConfig, BertForMaskedLM, FillMask, load_tokenizer, mask_tokens
-from minibert.cli import main
+from minibert.cli import WORTH_PREPARING, main
+from minibert.inference import prepare_for_inference
 from minibert.tokenizer import from_vocabulary
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -499,13 +500,20 @@ def test_nothing_on_standard_input(fails, folder, monkeypatch):
     assert "no line" in fails("fill-mask", "-", "--model", str(folder))
 
 
-def test_many_texts_take_the_fast_form_and_answer_the_same(run, fill):
-    texts = [f"{'the ' * (number % 5)}[MASK]" for number in range(20)]
+def test_many_texts_take_the_fast_form_and_answer_the_same(run, fill, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(
+        "minibert.inference.prepare_for_inference", lambda model: prepared.append(1) or prepare_for_inference(model)
+    )
+    texts = [f"{'the ' * (number % 5)}[MASK]" for number in range(WORTH_PREPARING)]
+    run("fill-mask", *texts[1:], "--json")
+    assert not prepared, "for a few texts that would take longer than it saves"
     results = json.loads(run("fill-mask", *texts, "--json"))
     for text, result in zip(texts, results, strict=True):
         expected = fill(text)
         assert [row["token"] for row in result["answers"]] == [row["token"] for row in expected]
         assert result["answers"][0]["score"] == pytest.approx(expected[0]["score"], abs=1e-6)
+    assert prepared
 
 
 @pytest.mark.filterwarnings("always")
