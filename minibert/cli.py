@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "minibert-uncased"
 WORTH_PREPARING = 64  # texts: with fewer, putting the weights in order takes longer than it saves
+WORTH_WATCHING = 16  # texts: with more, there is a progress bar
 USER_ERRORS = (ValueError, OSError, FloatingPointError)  # OSError: no such file, no connection, disk full
 
 
@@ -233,7 +234,7 @@ def fill_mask(options: argparse.Namespace) -> None:
     fill = FillMask(model, load_tokenizer(options.model))
     targets = None if options.targets is None else [word.strip() for word in options.targets.split(",")]
     answers = fill.stream(texts, top_k=options.top_k, targets=targets, truncate=options.truncate)
-    if len(texts) > WORTH_PREPARING and sys.stderr.isatty():
+    if len(texts) > WORTH_WATCHING and sys.stderr.isatty():
         from tqdm import tqdm
 
         answers = iter(tqdm(answers, total=len(texts), unit=" texts"))

@@ -191,9 +191,10 @@ class PackedBatch:
 
     def filled_up(self, missing: int) -> "PackedBatch":
         """This batch and one more sequence of `missing` tokens that nobody asked for, for kernels that are fastest at
-        certain T. Not for `pack` and `unpack`, which go on with this one.
+        certain T. For `unpack` it is one row of all its tokens: the rectangle belongs to this batch alone.
         """
         zeros = self.input_ids.new_zeros(missing)
+        tokens = self.num_tokens + missing
         return replace(
             self,
             input_ids=torch.cat([self.input_ids, zeros]),
@@ -201,6 +202,8 @@ class PackedBatch:
             position_ids=torch.cat([self.position_ids, zeros]),
             cu_seqlens=torch.cat([self.cu_seqlens, self.cu_seqlens[-1:] + missing]),
             lengths=(*self.lengths, missing),
+            padded_shape=(1, tokens),
+            padded_index=torch.arange(tokens, device=self.padded_index.device),
         )
 
     def pack(self, padded: Tensor) -> Tensor:

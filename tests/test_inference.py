@@ -2,6 +2,7 @@
 the original.
 """
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -37,6 +38,14 @@ def each_way(request, monkeypatch):
     """With oneDNN's prepacked linear layers, as products or as convolutions, and with the fallback to plain modules."""
     monkeypatch.setattr(minibert.inference, "fastest_linear", lambda dtype: request.param)
     return request.param or nn.Linear
+
+
+@pytest.fixture
+def asked_anew():
+    """What was found to be the fastest is forgotten, before and after."""
+    minibert.inference.fastest_linear.cache_clear()
+    yield
+    minibert.inference.fastest_linear.cache_clear()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -107,27 +116,33 @@ def test_wrong_dtypes_are_refused(monkeypatch):
         prepare_for_inference(ours, torch.bfloat16)
 
 
-def test_without_the_private_operator_plain_modules_serve(monkeypatch):
-    minibert.inference.fastest_linear.cache_clear()
+def test_without_the_private_operator_plain_modules_serve(monkeypatch, asked_anew):
     monkeypatch.setattr(
         minibert.inference.PrepackedLinear, "__init__", lambda *arguments: torch.ops.mkldnn.no_such_thing
     )
     ours, _ = twins(CONFIGS["batch 13, gelu"])
     fast = prepare_for_inference(ours)
-    minibert.inference.fastest_linear.cache_clear()
     assert isinstance(fast, PreparedBert)
     assert isinstance(fast.layers[0].attention.qkv, nn.Linear)
 
 
-def test_a_way_that_gives_something_else_is_not_taken(monkeypatch):
+@pytest.mark.parametrize("fault", ["another activation", "wrong with many tokens", "a little wrong"])
+def test_a_way_that_gives_something_else_is_not_taken(fault, monkeypatch, asked_anew):
+    def multiply(self, x):
+        y = nn.functional.linear(x, WEIGHTS[id(self)], self.bias)
+        if fault == "another activation":
+            return y.relu()
+        y = nn.functional.gelu(y)
+        return y * 1.01 if fault == "a little wrong" else y * (len(x) < 20)
+
+    WEIGHTS = {}
     for kind in (ConvolvedLinear, PrepackedLinear):
-        monkeypatch.setattr(kind, "multiply", lambda self, x: torch.zeros(len(x), len(self.bias)))
-    minibert.inference.fastest_linear.cache_clear()
+        monkeypatch.setattr(kind, "multiply", multiply)
+        monkeypatch.setattr(kind, "pack", lambda self, weight: WEIGHTS.update({id(self): weight}))
     assert minibert.inference.fastest_linear(torch.float32) is None
-    minibert.inference.fastest_linear.cache_clear()
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(37, 99), (768, 768), (1536, 384)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(37, 99), (768, 768), (3072, 768), (768, 5000)])
 @torch.inference_mode()
 def test_convolutions_for_every_number_of_tokens(inputs, outputs):
     """They are the linear layer; and no number of tokens wants the weights in another order, which would be slow."""
@@ -136,12 +151,31 @@ def test_convolutions_for_every_number_of_tokens(inputs, outputs):
     describe = torch.ops.mkldnn._get_mkldnn_serialized_md
     for tokens in (*range(20), 31, 64, 100, 129, 300, 759, 1065):
         x = torch.randn(tokens, inputs)
-        # results of order 5, each a sum of up to 1536 products, added up in another order
+        # results of order 5, each a sum of up to 3072 products, added up in another order
         torch.testing.assert_close(linear(x), nn.functional.linear(x, weight, bias), rtol=0, atol=5e-5)
-        if tokens:
-            height = minibert.inference._best_height(outputs, inputs, tokens)
+        if tokens and torch.backends.cpu.get_cpu_capability() == "AVX2":  # the CPUs that they are for
+            height = linear.height(tokens)
             wanted = minibert.inference._order_for_images(weight, -(-tokens // height), height)
             assert torch.equal(describe(wanted), describe(linear.weight)), (tokens, height)
+
+
+@pytest.mark.parametrize("kernel", [None, "formula", "sdpa", "sequences"])
+def test_batches_that_are_filled_up(kernel, each_way):
+    """Numbers of tokens that fit no kernel, of one length and of several, through every attention."""
+    ours, _ = twins({**CONFIGS["batch 13, gelu"], "max_position_embeddings": 128})
+    fast = prepare_for_inference(ours)
+    for lengths in ([13] * 7, [1], [101], [3, 0, 70, 1, 29]):
+        batch = PackedBatch.from_lists(
+            [list(range(1, length % 90 + 1)) + [7] * (length // 90 * 90) for length in lengths]
+        )
+        assert batch.num_tokens == sum(lengths)
+        positions = torch.tensor([batch.num_tokens - 1, 0])
+        with torch.no_grad(), use_kernel(kernel) if kernel else nullcontext():
+            torch.testing.assert_close(fast.encode(batch), ours.encode(batch), rtol=0, atol=1e-5)
+            got, expected = fast.predict(batch, positions), ours.predict(batch, positions)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+            maps, right = (model.attention_maps(batch, [1])[1] for model in (fast, ours))
+            torch.testing.assert_close(maps, right, rtol=0, atol=1e-5)
 
 
 def test_many_texts_come_back_in_order(each_way, monkeypatch):

@@ -332,3 +332,16 @@ def test_positions_that_are_not_there(positions):
     for wrong in (torch.tensor(1), torch.tensor([True]), torch.tensor([1.0])):
         with pytest.raises(ValueError, match=r"\(M,\) whole numbers"):
             batch.require_positions(wrong)
+
+
+def test_filled_up_with_a_sequence_of_its_own():
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    batch = PackedBatch.from_padded(torch.arange(1, 13).view(3, 4), mask)
+    filled = batch.filled_up(5)
+    assert filled.lengths == (3, 0, 4, 5)
+    assert filled.cu_seqlens.tolist() == [0, 3, 3, 7, 12]
+    assert (filled.num_tokens, filled.num_sequences, filled.max_seqlen, filled.uniform) == (12, 4, 5, False)
+    assert torch.equal(filled.input_ids[:7], batch.input_ids)
+    assert torch.equal(filled.position_ids[:7], batch.position_ids)
+    assert filled.unpack(torch.arange(12)).tolist() == [list(range(12))]
+    assert batch.unpack(torch.arange(1, 8)).tolist() == [[1, 2, 3, 0], [0] * 4, [4, 5, 6, 7]]
