@@ -282,7 +282,7 @@ def fastest_linear(dtype: torch.dtype) -> type[PrepackedLinear] | None:
         torch.randn(*shape, generator=generator).to(dtype) for shape in ((16, 768), (128, 768), (1536, 768), (1536,))
     )
     weight /= 768**0.5  # the results are of order 1
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2  # another order of the sums; some roundings to 2^-8
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2  # another order of the sums; a rounding or two to 2^-8
 
     def plain(x: Tensor) -> Tensor:
         return F.gelu(F.linear(x, weight, bias))
@@ -292,7 +292,7 @@ def fastest_linear(dtype: torch.dtype) -> type[PrepackedLinear] | None:
         for packing in (PrepackedLinear, ConvolvedLinear) if dtype == torch.float32 else (PrepackedLinear,):
             with suppress(AttributeError, RuntimeError, NotImplementedError):  # another torch, or one without oneDNN
                 packed = packing(weight, bias, FUSED["gelu"])
-                if all(torch.allclose(packed(x), plain(x), rtol=0, atol=tolerance) for x in (few, many)):
+                if all(torch.allclose(packed(x), plain(x), rtol=tolerance, atol=tolerance) for x in (few, many)):
                     ways[packing] = packed
         fastest = {(kind, x): inf for kind in ways for x in (few, many)}
         for _ in range(5):  # in turn, so that whatever else the machine does hits all alike
