@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from minibert.config import BertConfig
     from minibert.fill_mask import FillMask
     from minibert.loss import masked_lm_loss
+    from minibert.masked_lm import BertForMaskedLM
     from minibert.masking import mask_tokens
-    from minibert.model import BertForMaskedLM
     from minibert.packing import PackedBatch
     from minibert.tokenizer import load_tokenizer
 
@@ -25,7 +25,7 @@ __all__ = [
 
 _ROOMS = {
     "BertConfig": "config",
-    "BertForMaskedLM": "model",
+    "BertForMaskedLM": "masked_lm",
     "FillMask": "fill_mask",
     "PackedBatch": "packing",
     "load_tokenizer": "tokenizer",

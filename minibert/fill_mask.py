@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minibert.model import BertForMaskedLM
+from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 from minibert.tokenizer import encode, require_id
 

@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from math import inf
@@ -28,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert import checkpoint
-from minibert.attention import attention, attention_at, forced_kernel, use_kernel
-from minibert.model import BertForMaskedLM, EncoderLayer, MLMHead
+from minibert import checkpoint, checks
+from minibert.kernels import attention, attention_at, forced_kernel, use_kernel
+from minibert.masked_lm import BertForMaskedLM
+from minibert.model import EncoderLayer, MLMHead
 from minibert.packing import PackedBatch
 
 # hidden_act → the name and the algorithm of oneDNN's fused form
@@ -83,6 +85,7 @@ class PreparedBert(BertForMaskedLM):
 
     def encode(self, batch: PackedBatch) -> Tensor:
         """As in BertForMaskedLM: (T, D)."""
+        checks.require_embeddings(batch.largest, self.config)
         filled = self._fill_up(batch)
         x = self.embeddings(filled)  # (T, D)
         for layer in self.layers:
@@ -91,11 +94,10 @@ class PreparedBert(BertForMaskedLM):
 
     def predict(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         """As in BertForMaskedLM: (M, V); the last layer runs for these positions only."""
-        batch.require_positions(positions)
+        checks.require_positions(positions, batch.num_tokens)
+        checks.require_embeddings(batch.largest, self.config)
         if self._graphs is not None and len(positions):
-            config = self.config
-            batch.require_embeddings(config.vocab_size, config.type_vocab_size, config.max_position_embeddings)
-            logits = self._graphs(self._predict, batch, positions, config.max_position_embeddings)
+            logits = self._graphs(self._predict, batch, positions, self.config.max_position_embeddings)
             if logits is not None:
                 return logits
         return self._predict(batch, positions)
@@ -115,7 +117,7 @@ class PreparedBert(BertForMaskedLM):
         """
         qkv = self.layers[0].get_submodule("attention.qkv")
         missing = qkv.missing(batch.num_tokens) if isinstance(qkv, ConvolvedLinear) else 0
-        return batch.filled_up(missing) if missing else batch
+        return filled_up(batch, missing) if missing else batch
 
     def train(self, mode: bool = True) -> "PreparedBert":
         if mode:
@@ -210,6 +212,24 @@ class ConvolvedLinear(PrepackedLinear):
         )
         y = y.permute(0, 2, 3, 1).reshape(tokens + missing, -1)
         return y[:tokens] if missing else y
+
+
+def filled_up(batch: PackedBatch, missing: int) -> PackedBatch:
+    """The batch and one more sequence of `missing` tokens, whose results nobody reads, for kernels that are fastest at
+    certain T. For `unpack` it is one row of all its tokens: the rectangle belongs to the batch that was given.
+    """
+    zeros = batch.input_ids.new_zeros(missing)
+    tokens = batch.num_tokens + missing
+    return replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, zeros]),
+        token_type_ids=torch.cat([batch.token_type_ids, zeros]),
+        position_ids=torch.cat([batch.position_ids, zeros]),
+        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + missing]),
+        lengths=(*batch.lengths, missing),
+        padded_shape=(1, tokens),
+        padded_index=torch.arange(tokens, device=batch.padded_index.device),
+    )
 
 
 @cache

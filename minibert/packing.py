@@ -19,6 +19,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from minibert import checks
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -56,37 +58,16 @@ class PackedBatch:
         mask says, so that a left-padded row starts late: the same as transformers). Raises ValueError for other
         shapes or types.
         """
-        if input_ids.dim() != 2:
-            raise ValueError(
-                f"input_ids must be (batch, length), not {tuple(input_ids.shape)}: add the batch dimension"
-            )
-        _require_integers("input_ids", input_ids)
+        mask, token_type_ids, position_ids = checks.padded_inputs(
+            input_ids, attention_mask, token_type_ids, position_ids
+        )  # each (B, S)
         batch_size, length = input_ids.shape
-        if attention_mask is None:
-            padded_index = torch.arange(batch_size * length, device=input_ids.device)
+        if mask is None:
+            padded_index = torch.arange(batch_size * length, device=input_ids.device)  # (T,)
             lengths = (length,) * batch_size
         else:
-            _require_shape("attention_mask", attention_mask, input_ids)
-            if attention_mask.dtype != torch.bool:
-                _require_integers("attention_mask", attention_mask)
-                if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-                    raise ValueError(
-                        "attention_mask may hold only 0 (padding) and 1 (token), but it ranges from "
-                        f"{int(attention_mask.min())} to {int(attention_mask.max())}"
-                    )
-            mask = attention_mask.bool()
             padded_index = mask.flatten().nonzero().flatten()  # (T,)
             lengths = tuple(mask.sum(1).tolist())
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(length, device=input_ids.device)[None]
-        if tuple(position_ids.shape) == (1, length):
-            position_ids = position_ids.expand(batch_size, length)
-        for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
-            _require_shape(name, ids, input_ids)
-            _require_integers(name, ids)
-
         ids, types, positions = (
             x.reshape(-1)[padded_index].long() for x in (input_ids, token_type_ids, position_ids)
         )  # each (T,)
@@ -98,7 +79,7 @@ class PackedBatch:
             lengths=lengths,
             padded_shape=(batch_size, length),
             padded_index=padded_index,
-            largest=_largest(ids, types, positions),
+            largest=checks.largest(ids, types, positions),
         )
 
     @classmethod
@@ -148,7 +129,7 @@ class PackedBatch:
             lengths=tuple(lengths),
             padded_shape=(len(lengths), longest),
             padded_index=row * longest + positions,
-            largest=_largest(input_ids, types, positions),
+            largest=checks.largest(input_ids, types, positions),
         )
 
     @property
@@ -184,27 +165,10 @@ class PackedBatch:
         return row * self.max_seqlen + token - starts[row]
 
     @cached_property
-    def key_mask(self) -> Tensor:
+    def is_token(self) -> Tensor:
         """(B, max_seqlen) bool: which places of that rectangle hold a token."""
         counts = self.cu_seqlens.diff()
         return torch.arange(self.max_seqlen, device=counts.device) < counts[:, None]
-
-    def filled_up(self, missing: int) -> "PackedBatch":
-        """This batch and one more sequence of `missing` tokens that nobody asked for, for kernels that are fastest at
-        certain T. For `unpack` it is one row of all its tokens: the rectangle belongs to this batch alone.
-        """
-        zeros = self.input_ids.new_zeros(missing)
-        tokens = self.num_tokens + missing
-        return replace(
-            self,
-            input_ids=torch.cat([self.input_ids, zeros]),
-            token_type_ids=torch.cat([self.token_type_ids, zeros]),
-            position_ids=torch.cat([self.position_ids, zeros]),
-            cu_seqlens=torch.cat([self.cu_seqlens, self.cu_seqlens[-1:] + missing]),
-            lengths=(*self.lengths, missing),
-            padded_shape=(1, tokens),
-            padded_index=torch.arange(tokens, device=self.padded_index.device),
-        )
 
     def pack(self, padded: Tensor) -> Tensor:
         """(B, S, …) → (T, …)"""
@@ -220,37 +184,6 @@ class PackedBatch:
         padded = packed.new_zeros(rows * columns, *packed.shape[1:])
         return padded.index_copy(0, self.padded_index, packed).unflatten(0, self.padded_shape)
 
-    def require_embeddings(self, vocab_size: int, type_vocab_size: int, max_position_embeddings: int) -> None:
-        """Raise ValueError if a token id, type or position has no embedding in tables of these sizes. Reads
-        host numbers only: on a GPU an index out of range would otherwise end the process, and asking for it
-        would stall the queue.
-        """
-        token_id, token_type, position = self.largest
-        if token_id >= vocab_size:
-            raise ValueError(
-                f"token id {token_id} is unknown: the vocabulary has {vocab_size} entries, 0 to {vocab_size - 1}"
-            )
-        if token_type >= type_vocab_size:
-            raise ValueError(f"token type {token_type} is unknown: the model has {type_vocab_size}, counted from 0")
-        if position >= max_position_embeddings:
-            raise ValueError(
-                f"a sequence reaches {position + 1} tokens, and the model has positions for {max_position_embeddings}: "
-                "shorten it, or ask for truncation where the text is tokenized"
-            )
-
-    def require_positions(self, positions: Tensor) -> None:
-        """Raise ValueError unless `positions` is (M,) whole numbers between 0 and T − 1. On a GPU the range is left to
-        the indexing itself, since asking would stall the queue.
-        """
-        if positions.dim() != 1 or positions.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"positions must be (M,) whole numbers, not {tuple(positions.shape)} {positions.dtype}")
-        if positions.is_cpu and positions.numel():
-            low, high = int(positions.min()), int(positions.max())
-            if low < 0 or high >= self.num_tokens:
-                raise ValueError(
-                    f"positions go from {low} to {high}, but they count packed tokens, from 0 to {self.num_tokens - 1}"
-                )
-
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on another device."""
         names = ("input_ids", "token_type_ids", "position_ids", "cu_seqlens", "padded_index")
@@ -259,27 +192,3 @@ class PackedBatch:
 
 def _cumulative(lengths: Sequence[int], device: torch.device | str | None) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-
-
-def _largest(ids: Tensor, types: Tensor, positions: Tensor) -> tuple[int, int, int]:
-    if ids.numel() == 0:
-        return (-1, -1, -1)
-    stacked = torch.stack([ids, types, positions])  # (3, T): one question to the device, not six
-    (id_low, id_high), (type_low, type_high), (position_low, position_high) = torch.stack(
-        [stacked.amin(1), stacked.amax(1)], dim=1
-    ).tolist()
-    for name, low in (("input_ids", id_low), ("token_type_ids", type_low), ("position_ids", position_low)):
-        if low < 0:
-            raise ValueError(f"{name} may not be negative, but holds {low}")
-    return id_high, type_high, position_high
-
-
-def _require_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
-    if tensor.shape != input_ids.shape:
-        raise ValueError(f"{name} is {tuple(tensor.shape)}, but input_ids is {tuple(input_ids.shape)}: give both alike")
-
-
-def _require_integers(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        allowed = "integers, or bool" if name == "attention_mask" else "integers"
-        raise ValueError(f"{name} must hold {allowed}, not {tensor.dtype}")

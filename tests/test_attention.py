@@ -6,8 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from twins import CONFIGS, make_batch, twins
 
 from minibert import BertConfig, BertForMaskedLM, PackedBatch
-from minibert import attention as module
-from minibert.attention import attention, attention_at, choose_kernel, formula, quick_dropout, use_kernel
+from minibert import kernels as module
+from minibert.attention import formula
+from minibert.kernels import QuickDropout, attention, attention_at, choose_kernel, use_kernel
 
 UNEVEN, UNIFORM = (5, 1, 9, 3), (6, 6, 6)
 lengths_given = pytest.mark.parametrize("lengths", [UNEVEN, UNIFORM, (7,)], ids=["uneven", "uniform", "one"])
@@ -70,7 +71,7 @@ def test_dropout_drops_whole_weights_and_keeps_the_mean(kernel):
     query, key, _ = random_qkv(batch)
     ones = torch.ones_like(query)
     with use_kernel(kernel):
-        got = attention(query.requires_grad_(), key, ones, batch, 0.5)
+        got = attention(query.requires_grad_(), key, ones, batch, torch.nn.Dropout(0.5))
     assert got.std() > 0.05, "nothing was dropped"
     # 65 tokens × 3 heads: a mean of 195 sums, each 1 on average; 5 sigma.
     assert abs(got[..., 0].mean() - 1) < 5 * got[..., 0].std() / 195**0.5
@@ -81,7 +82,8 @@ def test_dropout_drops_whole_weights_and_keeps_the_mean(kernel):
 def test_quick_dropout_drops_its_share_and_scales_the_rest(p, dtype):
     x = torch.ones(301, 333, dtype=dtype, requires_grad=True)  # not a multiple of four elements
     torch.manual_seed(0)
-    y = quick_dropout(x, p)
+    drop = QuickDropout(p)
+    y = drop(x)
     share = min(max(p, 2**-16), 1 - 2**-16)
     expected, spread = share * x.numel(), (share * (1 - share) * x.numel()) ** 0.5
     assert abs((y == 0).sum() - expected) <= 5 * spread + 1
@@ -92,9 +94,10 @@ def test_quick_dropout_drops_its_share_and_scales_the_rest(p, dtype):
     y.float().sum().backward()
     assert torch.equal(x.grad, y), "the gradient passes where the value did, with the same factor"
     torch.manual_seed(0)
-    assert torch.equal(quick_dropout(x, p), y)
-    assert not torch.equal(quick_dropout(x, p), y) or p in (1e-9, 1 - 1e-9)
-    assert quick_dropout(x, 0.0) is x
+    assert torch.equal(drop(x), y)
+    assert not torch.equal(drop(x), y) or p in (1e-9, 1 - 1e-9)
+    assert QuickDropout(0.0)(x) is x
+    assert drop.eval()(x) is x
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -123,7 +126,7 @@ def test_attention_at_some_positions_is_on_the_kernel_that_was_asked_for(monkeyp
 def test_quick_dropout_draws_elements_independently():
     """Neighbours at any small distance (four of them come from one number) are dropped together p² of the time."""
     torch.manual_seed(0)
-    dropped = (quick_dropout(torch.ones(400_000), 0.3) == 0).float()
+    dropped = (QuickDropout(0.3)(torch.ones(400_000)) == 0).float()
     for distance in range(1, 9):
         together = (dropped[:-distance] * dropped[distance:]).mean()
         assert together == pytest.approx(0.09, abs=5 * (0.09 * 0.91 / 400_000) ** 0.5)
@@ -193,7 +196,7 @@ def test_uniform_lengths_need_no_mask(monkeypatch):
 
 
 def test_the_choice_on_cuda():
-    def choice(lengths, dtype, dropout=0.0, head_size=64):
+    def choice(lengths, dtype, dropout=False, head_size=64):
         with FakeTensorMode():
             return choose_kernel(
                 torch.empty(24, 3, head_size, dtype=dtype, device="cuda"), packed_fake(lengths), dropout
@@ -206,7 +209,7 @@ def test_the_choice_on_cuda():
     assert choice(UNEVEN, torch.float16) == "varlen"
     assert choice(UNIFORM, torch.bfloat16) == "sdpa"  # flash attention without a mask
     assert choice(UNEVEN, torch.float32) == "sdpa"  # the varlen kernel has half precision only
-    assert choice(UNEVEN, torch.bfloat16, dropout=0.1) == "sdpa"  # nor dropout
+    assert choice(UNEVEN, torch.bfloat16, dropout=True) == "sdpa"  # nor dropout
     assert choice(UNEVEN, torch.bfloat16, head_size=12) == "sdpa"  # nor heads of other than multiples of 8
 
 
@@ -265,7 +268,7 @@ def test_the_other_layers_stay_fused(monkeypatch):
     batch = packed(UNEVEN)
     formulas, fused = [], []
     real_formula, real_sequences = module.formula, module.sequences
-    monkeypatch.setattr("minibert.model.formula", lambda *a: formulas.append(1) or real_formula(*a))
+    monkeypatch.setattr("minibert.masked_lm.formula", lambda *a: formulas.append(1) or real_formula(*a))
     monkeypatch.setattr(module, "sequences", lambda *a: fused.append(1) or real_sequences(*a))
     ours.attention_maps(batch, [2])
     assert len(formulas) == 1

@@ -59,7 +59,7 @@ def missing_type_embedding(model, monkeypatch):
 def ignored_mask(model, monkeypatch):
     real = minibert.model.attention
 
-    def neighbours_too(query, key, value, batch, dropout=0.0):
+    def neighbours_too(query, key, value, batch, dropout=None):
         one_sequence = PackedBatch.from_lists([[1] * batch.num_tokens])  # no token knows where its own sequence ends
         return real(query, key, value, one_sequence, dropout)
 
@@ -69,7 +69,7 @@ def ignored_mask(model, monkeypatch):
 def unscaled_scores(model, monkeypatch):
     real = minibert.model.attention
 
-    def unscaled(query, key, value, batch, dropout=0.0):
+    def unscaled(query, key, value, batch, dropout=None):
         return real(query * query.shape[-1] ** 0.5, key, value, batch, dropout)
 
     monkeypatch.setattr(minibert.model, "attention", unscaled)

@@ -12,9 +12,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from twins import CONFIGS, MASKS, SIZES, make_batch, twins
 
+import minibert.checks
 import minibert.inference
+import minibert.kernels
 from minibert import BertConfig, BertForMaskedLM, FillMask, PackedBatch
-from minibert.attention import attention, attention_at, use_kernel
 from minibert.inference import (
     CapturedPredict,
     ConvolvedLinear,
@@ -24,6 +25,7 @@ from minibert.inference import (
     _round_up,
     prepare_for_inference,
 )
+from minibert.kernels import attention, attention_at, use_kernel
 from minibert.tokenizer import from_vocabulary
 
 has_bfloat16 = pytest.mark.skipif(
@@ -227,7 +229,7 @@ MIXES = [[5, 9], [9, 5], [1, 1, 1, 1], [20, 5, 9], [3], [12] * 5, [70, 2], [30, 
 def test_graphs_of_rounded_sizes_give_the_same_logits(monkeypatch):
     monkeypatch.setattr(minibert.inference, "fastest_linear", lambda dtype: None)
     monkeypatch.setattr(minibert.inference, "capture", eager_capture)
-    monkeypatch.setattr(minibert.attention, "varlen", flash_attention_reads)
+    monkeypatch.setattr(minibert.kernels, "varlen", flash_attention_reads)
     monkeypatch.setattr(minibert.inference, "attention_at", lambda q, k, v, b, at: attention(q, k, v, b)[at])
     monkeypatch.setattr(minibert.inference, "GRAPHS", 6)
     ours, _ = twins({**CONFIGS["batch 13, gelu"], "max_position_embeddings": 128})
@@ -256,7 +258,9 @@ def test_graphs_of_rounded_sizes_give_the_same_logits(monkeypatch):
     assert len(replays) == before, "a kernel that the user asked for is not replaced"
     with pytest.raises(ValueError, match="unknown"):
         fast.predict(PackedBatch.from_lists([[99999] * 5, [1] * 9]), torch.tensor([0]))
-    monkeypatch.setattr(PackedBatch, "require_positions", lambda self, positions: None)  # as on CUDA: no host check
+    monkeypatch.setattr(
+        minibert.checks, "require_positions", lambda positions, batch: None
+    )  # as on CUDA: no host check
     with pytest.raises(IndexError):
         fast.predict(batch, torch.tensor([0, 14, 2, 3]))
 
@@ -295,7 +299,7 @@ def test_compiled_once_for_all_lengths(monkeypatch):
 
 def test_nothing_in_the_layers_asks_the_device(monkeypatch):
     """On fake CUDA tensors whatever would wait for a number from the device is an error."""
-    monkeypatch.setattr("minibert.attention.varlen", lambda query, key, value, batch: torch.empty_like(query))
+    monkeypatch.setattr("minibert.kernels.varlen", lambda query, key, value, batch: torch.empty_like(query))
     monkeypatch.setattr(minibert.inference, "COMPILED_ON", ())
     monkeypatch.setattr(minibert.inference, "_has_flash_attention", lambda *arguments: False)  # so no graphs
     config = BertConfig(num_hidden_layers=2, hidden_size=48, num_attention_heads=3, intermediate_size=37, vocab_size=99)

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minibert import BertConfig, BertForMaskedLM, PackedBatch
+from minibert.checks import require_positions
+from minibert.inference import filled_up
 
 LONGEST = 13
 CONFIG = BertConfig(
@@ -52,7 +54,7 @@ def test_indices_of_a_small_batch():
     assert batch.padded_shape == (4, 4)
     assert batch.padded_index.tolist() == [0, 1, 2, 3, 4, 6, 13, 14, 15]
     assert batch.compact_index.tolist() == [0, 1, 2, 3, 4, 5, 12, 13, 14]
-    assert batch.key_mask.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]
+    assert batch.is_token.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]
     assert batch.max_seqlen == 4
     assert not batch.uniform
     assert batch.largest == (33, 2, 3)
@@ -65,7 +67,7 @@ def test_indices_where_the_rows_of_one_length_have_holes():
     assert batch.max_seqlen == 2
     assert batch.compact_index.tolist() == [0, 1, 2, 3]
     assert batch.padded_index.tolist() == [0, 2, 4, 5]
-    assert batch.key_mask.all()
+    assert batch.is_token.all()
 
 
 def test_without_a_mask_every_token_is_kept():
@@ -137,7 +139,7 @@ def test_pack_and_unpack_undo_each_other(mask, features):
     rectangle = torch.zeros(len(mask) * batch.max_seqlen, dtype=torch.int64)
     rectangle[batch.compact_index] = batch.input_ids
     rectangle = rectangle.view(len(mask), batch.max_seqlen)
-    assert torch.equal(rectangle != 0, batch.key_mask)
+    assert torch.equal(rectangle != 0, batch.is_token)
     for row, kept in enumerate(keep):
         assert rectangle[row][: batch.lengths[row]].tolist() == ids[row][kept].tolist()
     assert batch.uniform == (len(set(batch.lengths)) <= 1)
@@ -328,16 +330,16 @@ def test_packing_a_tensor_of_another_batch():
 def test_positions_that_are_not_there(positions):
     batch = PackedBatch.from_lists([[1, 2, 3], [4, 5]])
     with pytest.raises(ValueError, match="count packed tokens, from 0 to 4"):
-        batch.require_positions(torch.tensor(positions))
+        require_positions(torch.tensor(positions), batch.num_tokens)
     for wrong in (torch.tensor(1), torch.tensor([True]), torch.tensor([1.0])):
         with pytest.raises(ValueError, match=r"\(M,\) whole numbers"):
-            batch.require_positions(wrong)
+            require_positions(wrong, batch.num_tokens)
 
 
 def test_filled_up_with_a_sequence_of_its_own():
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
     batch = PackedBatch.from_padded(torch.arange(1, 13).view(3, 4), mask)
-    filled = batch.filled_up(5)
+    filled = filled_up(batch, 5)
     assert filled.lengths == (3, 0, 4, 5)
     assert filled.cu_seqlens.tolist() == [0, 3, 3, 7, 12]
     assert (filled.num_tokens, filled.num_sequences, filled.max_seqlen, filled.uniform) == (12, 4, 5, False)

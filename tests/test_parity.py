@@ -19,7 +19,7 @@ from twins import (
 )
 
 from minibert import BertConfig, BertForMaskedLM, PackedBatch, masked_lm_loss
-from minibert.attention import use_kernel
+from minibert.kernels import use_kernel
 
 every_shape = pytest.mark.parametrize("mask", MASKS)
 every_config = pytest.mark.parametrize("name", CONFIGS)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 from twins import CONFIGS, twins
 
-import minibert.attention
+import minibert.kernels
+import minibert.masked_lm
 import minibert.model
 from minibert import BertForMaskedLM, checkpoint
 from minibert.cli import main
@@ -55,15 +56,17 @@ def wrong(capsys, folder):
 
 def test_each_row_can_fail(folder, capsys, monkeypatch):
     with monkeypatch.context() as patch:  # the formula stays right: only the fused kernel is wrong
-        real = minibert.attention.sequences
-        patch.setattr(minibert.attention, "sequences", lambda *given, **more: real(*given, **more) * 1.001)
+        real = minibert.kernels.sequences
+        patch.setattr(minibert.kernels, "sequences", lambda *given, **more: real(*given, **more) * 1.001)
         assert wrong(capsys, folder) == (["logits", "loss", "gradients", *ROWS[4:6]], "logits")
     with monkeypatch.context() as patch:
         patch.setitem(minibert.model.ACTIVATIONS, "gelu_new", nn.functional.gelu)
         assert wrong(capsys, folder) == (["intermediates", "logits", "gradients"], "layers.0.activation")
     with monkeypatch.context() as patch:
-        real_loss = minibert.model.masked_lm_loss
-        patch.setattr(minibert.model, "masked_lm_loss", lambda logits, targets: real_loss(logits, targets.clamp(max=9)))
+        real_loss = minibert.masked_lm.masked_lm_loss
+        patch.setattr(
+            minibert.masked_lm, "masked_lm_loss", lambda logits, targets: real_loss(logits, targets.clamp(max=9))
+        )
         assert wrong(capsys, folder)[0] == ["loss", "gradients"]
     with monkeypatch.context() as patch:
         patch.setattr("minibert.parity.check.mask_tokens", partial(minibert.mask_tokens, mask_fraction=0.7))
@@ -73,7 +76,7 @@ def test_each_row_can_fail(folder, capsys, monkeypatch):
 
         def forward(self, input_ids, *given, **more):
             out = real_forward(self, input_ids, *given, **more)
-            return minibert.model.MaskedLMOutput(out.loss, out.logits + 1e-3 * (len(input_ids) == 1))
+            return minibert.masked_lm.MaskedLMOutput(out.loss, out.logits + 1e-3 * (len(input_ids) == 1))
 
         patch.setattr(BertForMaskedLM, "forward", forward)
         assert wrong(capsys, folder) == (["padding invariance", "batch invariance"], None)

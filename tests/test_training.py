@@ -186,8 +186,8 @@ def test_in_training_elements_are_dropped_at_the_models_rate(tiny, corpus):
     drawn = []
     hooks = [
         module.register_forward_hook(lambda module, inputs, output: drawn.append((output == 0).float().mean().item()))
-        for module in model.modules()
-        if isinstance(module, torch.nn.Dropout)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Dropout) and not name.endswith("attention.dropout")  # called for each sequence
     ]
     with wrapped_layers(model):
         model.encode(batch)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minibert.config import BertConfig
 from minibert.inference import ConvolvedLinear, PrepackedLinear, prepare_for_inference
 from minibert.loss import IGNORE
-from minibert.model import BertForMaskedLM
+from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 
 SHAPES = ("1x16", "1x128", "8x128", "8x512", "mixed", "normal", "lognormal")

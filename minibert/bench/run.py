@@ -22,8 +22,8 @@ from minibert.bench.contenders import PEERS, SHAPES, Absent, Contender, Workload
 from minibert.bench.contenders import make_workload as make
 from minibert.config import BertConfig
 from minibert.inference import ConvolvedLinear, PrepackedLinear
+from minibert.masked_lm import BertForMaskedLM
 from minibert.memory import keep_freed_memory
-from minibert.model import BertForMaskedLM
 
 TASKS = ("inference", "training")
 TRAINING_SHAPES = ("8x128", "mixed")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from minibert.config import BertConfig
 from minibert.loss import IGNORE
+from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import mask_tokens
-from minibert.model import BertForMaskedLM
 from minibert.parity.record import exact_arithmetic, gradients, trace
 from minibert.parity.trace import GRADIENT, INPUTS, explain, hide_padding
 from minibert.parity.yardstick import K, Measure, largest, measures, rounding_dtype

@@ -14,7 +14,7 @@ from minibert import checkpoint
 from minibert.checkpoint import DTYPES
 from minibert.config import BertConfig
 from minibert.loss import IGNORE
-from minibert.model import BertForMaskedLM
+from minibert.masked_lm import BertForMaskedLM
 from minibert.parity import golden
 from minibert.parity.check import check, collator_masks, reference_of, standard_inputs
 from minibert.parity.diagnose import diagnose

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 
-from minibert.model import BertForMaskedLM
+from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.diff import count
 from minibert.parity.faults import CATALOGUE
 from minibert.parity.steps import Steps

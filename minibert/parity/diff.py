@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from minibert.model import BertForMaskedLM
+from minibert.masked_lm import BertForMaskedLM
 from minibert.parity import yardstick
 from minibert.parity.trace import (
     GRADIENT,

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.model import BertForMaskedLM, EncoderLayer
+from minibert.masked_lm import BertForMaskedLM
+from minibert.model import EncoderLayer
 from minibert.parity.steps import Steps
 from minibert.parity.trace import Inputs, Trace
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minibert import checkpoint
-from minibert.model import BertForMaskedLM
+from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.check import Reference, collator_masks, standard_inputs
 from minibert.parity.record import trace
 from minibert.parity.trace import INPUTS, Trace, expected_names

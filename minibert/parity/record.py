@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minibert.attention import use_kernel
 from minibert.checkpoint import hub_names
 from minibert.config import FIXED_KEYS, BertConfig
-from minibert.model import BertForMaskedLM
+from minibert.kernels import use_kernel
+from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 from minibert.parity.trace import (
     FORMAT,

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from minibert.checkpoint import hub_names
 from minibert.loss import masked_lm_loss
-from minibert.model import ACTIVATIONS, BertForMaskedLM, EncoderLayer
+from minibert.masked_lm import BertForMaskedLM
+from minibert.model import ACTIVATIONS, EncoderLayer
 from minibert.parity.trace import GRADIENT, Inputs, Trace, parameter_names
 
 Section = Callable[..., Iterator[tuple[str, Tensor]]]

@@ -22,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minibert import checks
 from minibert.checkpoint import DTYPES, NAMES, hub_names, read_header, shapes_only
 from minibert.config import BertConfig
 from minibert.loss import IGNORE
-from minibert.model import BertForMaskedLM
+from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 
 FORMAT, VERSION = "minibert-trace", "1"
@@ -178,7 +179,7 @@ def check_inputs(
     assert attention_mask is not None  # from_padded refuses input_ids of another dimension
     if batch.num_tokens == 0:
         raise ValueError(f"there is no token to trace: input_ids is {tuple(input_ids.shape)}, and no mask is 1")
-    batch.require_embeddings(config.vocab_size, config.type_vocab_size, config.max_position_embeddings)
+    checks.require_embeddings(batch.largest, config)
     inside = input_ids.new_zeros(1), input_ids.new_full((1,), config.vocab_size - 1)
     if bool(((input_ids < inside[0]) | (input_ids > inside[1])).any()):
         raise ValueError(f"an id in the padding is not an id below {config.vocab_size}: transformers looks it up too")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from minibert.checkpoint import shapes_only
-from minibert.model import BertForMaskedLM
+from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.steps import Steps
 from minibert.parity.trace import GRADIENT, Trace, check_inputs, hide_padding, row_of
 

@@ -28,11 +28,12 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from minibert.attention import quick_dropout
 from minibert.config import BertConfig
+from minibert.kernels import quick_dropout
 from minibert.loss import masked_lm_loss
+from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import example_generator
-from minibert.model import BertForMaskedLM, EncoderLayer
+from minibert.model import EncoderLayer
 from minibert.packing import PackedBatch
 from minibert.training import saving
 from minibert.training.data import Corpus, Example, masked_rows
@@ -262,29 +263,24 @@ def wrapped_layers(
     model: BertForMaskedLM, *, compile: bool = False, checkpoint_activations: bool = False
 ) -> Iterator[None]:
     """Within this block the encoder layers are compiled, or keep only their input for the backward pass, as asked; and
-    dropout on the CPU is `quick_dropout` (compiled code has its own).
+    dropout on the CPU is quick (compiled code has its own).
     """
-    try:
+    with ExitStack() as around:
         if not compile and model.embeddings.word.weight.is_cpu:
+            around.enter_context(quick_dropout(model))
+        try:
+            for layer in model.layers:
+                assert isinstance(layer, EncoderLayer)
+                if compile:
+                    # Attention stays outside: its loop over the lengths would make another graph of every batch.
+                    vars(layer.attention)["forward"] = torch.compiler.disable(layer.attention.forward)
+                    vars(layer)["forward"] = torch.compile(layer.forward, dynamic=True)
+                if checkpoint_activations:
+                    vars(layer)["forward"] = partial(recompute, layer.forward, use_reentrant=False)
+            yield
+        finally:
             for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    vars(module)["forward"] = partial(_drop, module)
-        for layer in model.layers:
-            assert isinstance(layer, EncoderLayer)
-            if compile:
-                # Attention stays outside: its loop over the lengths would make another graph of every batch.
-                vars(layer.attention)["forward"] = torch.compiler.disable(layer.attention.forward)
-                vars(layer)["forward"] = torch.compile(layer.forward, dynamic=True)
-            if checkpoint_activations:
-                vars(layer)["forward"] = partial(recompute, layer.forward, use_reentrant=False)
-        yield
-    finally:
-        for module in model.modules():
-            vars(module).pop("forward", None)
-
-
-def _drop(module: nn.Dropout, x: Tensor) -> Tensor:
-    return quick_dropout(x, module.p) if module.training else x
+                vars(module).pop("forward", None)
 
 
 # ----------------------------------------------------------------------------------------------------------- the loop

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from minibert.checkpoint import CONFIG, WEIGHTS, read_header, read_json
-from minibert.model import BertForMaskedLM
+from minibert.masked_lm import BertForMaskedLM
 
 RUN, METRICS, LOCK = "run.json", "metrics.jsonl", ".lock"
 OPTIMIZER, PROGRESS, TOKENIZER = "optimizer.safetensors", "progress.json", "tokenizer.json"

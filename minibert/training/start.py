@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from minibert.checkpoint import read_config_file
 from minibert.config import BertConfig
-from minibert.model import BertForMaskedLM
+from minibert.masked_lm import BertForMaskedLM
 from minibert.tokenizer import load_tokenizer
 
 

@@ -1,0 +1,119 @@
+"""What a user gives, checked where it comes in: shapes, dtypes and ranges, each with a sentence that says what to do.
+
+The rest of the package can then take its input for granted.
+"""
+
+import torch
+from torch import Tensor
+
+from minibert.config import BertConfig
+from minibert.loss import IGNORE
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def padded_inputs(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The mask as bool (or None, if nothing is padding), the token types and the positions, each (B, S), with nothing
+    else left out. `PackedBatch.from_padded` says what each may be. Raises ValueError for other shapes or types.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be (batch, length), not {tuple(input_ids.shape)}: add the batch dimension")
+    _require_integers("input_ids", input_ids)
+    if attention_mask is not None:
+        _require_shape("attention_mask", attention_mask, input_ids)
+        if attention_mask.dtype != torch.bool:
+            _require_integers("attention_mask", attention_mask)
+            if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+                raise ValueError(
+                    "attention_mask may hold only 0 (padding) and 1 (token), but it ranges from "
+                    f"{int(attention_mask.min())} to {int(attention_mask.max())}"
+                )
+            attention_mask = attention_mask.bool()
+    if token_type_ids is None:
+        token_type_ids = torch.zeros_like(input_ids)
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    if tuple(position_ids.shape) == (1, input_ids.shape[1]):
+        position_ids = position_ids.expand(input_ids.shape)
+    for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+        _require_shape(name, ids, input_ids)
+        _require_integers(name, ids)
+    return attention_mask, token_type_ids, position_ids
+
+
+def require_labels(labels: Tensor, attention_mask: Tensor | None, input_ids: Tensor) -> None:
+    """Raise ValueError for labels of another shape than `input_ids`, and for a label where there is no token."""
+    _require_shape("labels", labels, input_ids)
+    if attention_mask is None:
+        return
+    under_padding = int(((labels != IGNORE) & (attention_mask == 0)).sum())
+    if under_padding:
+        raise ValueError(
+            f"{under_padding} labels stand where attention_mask is 0, and nothing is predicted there: make them "
+            f"{IGNORE}"
+        )
+
+
+def largest(ids: Tensor, types: Tensor, positions: Tensor) -> tuple[int, int, int]:
+    """The largest token id, type and position of a batch, on the host; −1 if it is empty. Raises ValueError if one is
+    negative.
+    """
+    if ids.numel() == 0:
+        return (-1, -1, -1)
+    stacked = torch.stack([ids, types, positions])  # (3, T): one question to the device, not six
+    (id_low, id_high), (type_low, type_high), (position_low, position_high) = torch.stack(
+        [stacked.amin(1), stacked.amax(1)], dim=1
+    ).tolist()
+    for name, low in (("input_ids", id_low), ("token_type_ids", type_low), ("position_ids", position_low)):
+        if low < 0:
+            raise ValueError(f"{name} may not be negative, but holds {low}")
+    return id_high, type_high, position_high
+
+
+def require_embeddings(largest: tuple[int, int, int], config: BertConfig) -> None:
+    """Raise ValueError if the largest token id, type or position of a batch has no embedding in a model of this size.
+    These are numbers on the host: a GPU would end the process at an index out of range, and asking it would stall it.
+    """
+    token_id, token_type, position = largest
+    if token_id >= config.vocab_size:
+        raise ValueError(
+            f"token id {token_id} is unknown: the vocabulary has {config.vocab_size} entries, 0 to "
+            f"{config.vocab_size - 1}"
+        )
+    if token_type >= config.type_vocab_size:
+        raise ValueError(f"token type {token_type} is unknown: the model has {config.type_vocab_size}, counted from 0")
+    if position >= config.max_position_embeddings:
+        raise ValueError(
+            f"a sequence reaches {position + 1} tokens, and the model has positions for "
+            f"{config.max_position_embeddings}: shorten it, or ask for truncation where the text is tokenized"
+        )
+
+
+def require_positions(positions: Tensor, num_tokens: int) -> None:
+    """Raise ValueError unless `positions` is (M,) whole numbers between 0 and T − 1. On a GPU the range is left to the
+    indexing itself, since asking would stall the queue.
+    """
+    if positions.dim() != 1 or positions.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"positions must be (M,) whole numbers, not {tuple(positions.shape)} {positions.dtype}")
+    if positions.is_cpu and positions.numel():
+        low, high = int(positions.min()), int(positions.max())
+        if low < 0 or high >= num_tokens:
+            raise ValueError(
+                f"positions go from {low} to {high}, but they count packed tokens, from 0 to {num_tokens - 1}"
+            )
+
+
+def _require_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
+    if tensor.shape != input_ids.shape:
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, but input_ids is {tuple(input_ids.shape)}: give both alike")
+
+
+def _require_integers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in INTEGERS:
+        allowed = "integers, or bool" if name == "attention_mask" else "integers"
+        raise ValueError(f"{name} must hold {allowed}, not {tensor.dtype}")

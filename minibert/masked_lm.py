@@ -1,0 +1,132 @@
+"""BERT as people call it: padded batches, labels and their loss, attention maps, loading and saving.
+
+What is computed is in model.py. Here is what surrounds it in a user's program, under the names of transformers'
+BertForMaskedLM.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from minibert import checkpoint, checks
+from minibert.attention import formula
+from minibert.checkpoint import LoadReport
+from minibert.loss import masked_lm_loss
+from minibert.model import Bert, EncoderLayer
+from minibert.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class MaskedLMOutput:
+    """loss: a scalar, or None without labels. logits: (B, S, V), zeros where the attention mask is 0.
+
+    `out.logits`, `out["logits"]` and `out.keys()` work as in transformers; numbers as in `out[0]` do not.
+    """
+
+    loss: Tensor | None
+    logits: Tensor
+
+    def keys(self) -> tuple[str, ...]:
+        return ("logits",) if self.loss is None else ("loss", "logits")
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self.keys():
+            raise KeyError(f"there is no {key!r}, only {', '.join(self.keys())}")
+        value: Tensor = getattr(self, key)
+        return value
+
+
+class BertForMaskedLM(Bert):
+    """BERT with two ways to call it.
+
+    The padded call is `model(input_ids, …)`: a rectangle of ids in, a logit for every word at every position out, as
+    transformers' BertForMaskedLM has it. The packed call is `encode` and `predict`, from `Bert`: no padding is
+    computed, and logits only at the positions that you ask for (BERT's loss needs 15 % of them).
+    """
+
+    load_report: LoadReport | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> MaskedLMOutput:
+        """Padded in, padded out. All arguments are (B, S); see `PackedBatch.from_padded` for what each may be
+        left out for.
+
+        labels are ids where a prediction is scored and −100 elsewhere; the loss is the mean over the scored
+        positions. Raises ValueError for wrong shapes, dtypes, ids, or a label where the attention mask is 0.
+        """
+        batch = PackedBatch.from_padded(input_ids, attention_mask, token_type_ids, position_ids)
+        logits = self.head(self.encode(batch), self.embeddings.word.weight)  # (T, V)
+        loss = None
+        if labels is not None:
+            checks.require_labels(labels, attention_mask, input_ids)
+            loss = masked_lm_loss(logits, batch.pack(labels)).mean
+        return MaskedLMOutput(loss, batch.unpack(logits))
+
+    def attention_maps(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Who looks at whom: for each of the given layers (from 0) the attention probabilities, (B, H, S, S), S
+        being the longest sequence; 0 beyond the end of a shorter one. The other layers stay on the fused
+        kernel.
+        """
+        layers = list(layers)
+        wrong = [number for number in layers if not 0 <= number < len(self.layers)]
+        if wrong or not layers:
+            raise ValueError(f"layers must name some of 0 to {len(self.layers) - 1}, not {layers}")
+        checks.require_embeddings(batch.largest, self.config)
+        maps = {}
+        x = self.embeddings(batch)  # (T, D)
+        for number, layer in enumerate(self.layers[: max(layers) + 1]):
+            if number in layers:
+                assert isinstance(layer, EncoderLayer)
+                query, key, value = layer.attention.split_heads(x)  # each (T, H, K)
+                maps[number] = formula(query, key, value, batch)[1]  # (B, H, S, S)
+            if number < max(layers):
+                x = layer(x, batch)  # (T, D)
+        return maps
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        init_missing_head: bool = False,
+    ) -> "BertForMaskedLM":
+        """A checkpoint as a model, in evaluation mode (`model.train()` turns dropout on). `model.load_report`
+        tells what was read.
+
+        name_or_path: a folder; a bundled name ("minibert-uncased"); "bert-base-uncased"; or a hub id
+        ("owner/name"). dtype: of the weights in memory; None is float32 whatever the file holds. revision: of a
+        hub repository. local_files_only: never ask the hub, use what is in its cache. init_missing_head: accept
+        a file that has an encoder and no MLM head; the head's transformation then starts as the identity.
+
+        Raises ValueError for a file that is not exactly this model, FileNotFoundError for one that is not there.
+        """
+        source = checkpoint.locate(name_or_path, revision=revision, local_files_only=local_files_only)
+        config = checkpoint.read_config(source)
+        with checkpoint.shapes_only():  # no memory yet: the weights are held once, when they are read
+            model = cls(config)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        state, report = checkpoint.read_weights(
+            source, shapes, dtype=dtype or torch.float32, device=device, init_missing_head=init_missing_head
+        )
+        model.load_state_dict(state, assign=True)
+        model.load_report = report
+        return model.eval()
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write config.json and model.safetensors, under the names that transformers (and `from_pretrained`)
+        reads.
+        """
+        checkpoint.write(folder, self.config, self.state_dict())
