@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
+from minibert.parity.yardstick import Error
+
 
 @dataclass(frozen=True)
 class Row:
     """One tensor in both traces.
 
     relative: max_abs, divided by the tensor's scale. first: the first index where the two differ by more than the
-    tolerance. errors: the distance of each trace from float64, relative to the scale, if there is a model; allowed:
-    what their dtypes may do. verdict: "ok", or what is wrong. Numbers are None where the shapes do not fit.
+    tolerance. errors: the distance of A and of B from float64, if there is a model; allowed: what their dtypes may do.
+    verdict: "ok", or what is wrong. Numbers are None where the shapes do not fit.
     """
 
     name: str
@@ -20,8 +22,8 @@ class Row:
     cosine: float | None
     first: tuple[int, ...] | None
     verdict: str
-    errors: tuple[float, float] | None = None
-    allowed: tuple[float, float] | None = None
+    errors: tuple[Error, ...] | None = None
+    allowed: tuple[Error, ...] | None = None
 
     @property
     def ok(self) -> bool:
@@ -61,7 +63,9 @@ class Report:
             if row.max_abs is not None:
                 numbers = f"{row.max_abs:>8.1e} {row.relative:>8.1e} {row.cosine:>9.6f}"
             if row.errors and row.allowed:
-                numbers += f" {row.errors[0]:>8.1e} {row.errors[1]:>8.1e} {max(row.allowed):>8.1e}"
+                numbers += (
+                    f" {row.errors[0].largest:>8.1e} {row.errors[1].largest:>8.1e} {max(row.allowed).largest:>8.1e}"
+                )
             where = f", first at {row.first}" if row.first is not None else ""
             yield f"{row.name:<{width}}  {shape_words(row.shape):<{shape_width}} {numbers}  {row.verdict}{where}"
 

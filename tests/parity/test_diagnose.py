@@ -145,6 +145,22 @@ def interleaved(model, patch):
         dense.register_forward_pre_hook(lambda module, inputs: inputs[0][..., order.argsort()])
 
 
+def residual_after(model, patch):
+    def forward(self, hidden_states, input_tensor):
+        self.read = input_tensor
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)))
+
+    for layer in model.bert.encoder.layer:
+        for block in (layer.attention.output, layer.output):
+            block.LayerNorm.register_forward_hook(lambda module, inputs, x, block=block: block.read + x)
+    patch.setattr(hub.BertSelfOutput, "forward", forward)
+    patch.setattr(hub.BertOutput, "forward", forward)
+
+
+def no_head_activation(model, patch):
+    model.cls.predictions.transform.transform_act_fn = nn.Identity()
+
+
 def positions(count):
     def plant(model, patch):
         real = model.forward
@@ -182,6 +198,9 @@ PLANTED = {
     "tanh-GELU": (tanh_gelu, "layers.0.activation"),
     "LayerNorm eps 1e-5": (eps(1e-5), "embeddings.norm"),
     "LayerNorm eps 1e-6": (eps(1e-6), "embeddings.norm"),
+    "LayerNorm eps 1e-3": (eps(1e-3), "embeddings.norm"),
+    "residual added after the LayerNorm": (residual_after, "layers.0.attention_norm"),
+    "head activation missing": (no_head_activation, "head.activation"),
     "LayerNorm weight and bias not loaded": (not_loaded, "embeddings.norm"),
     "LayerNorm divides by n - 1": (sample_variance, "embeddings.norm"),
     "token type embedding missing": (no_types, "embeddings.sum"),
