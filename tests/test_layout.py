@@ -51,7 +51,7 @@ ORDER = {
     "parity.appearance": 14,
     "parity.confined": 13,
     "parity.search": 15,
-    "parity.hidden": 15,
+    "parity.hidden": 14,
     "parity.judge": 15,
     "parity.comparison": 16,
     "parity.diagnosis": 16,

@@ -151,7 +151,7 @@ def fitted_eps(wrong: Wrong) -> float | None:
         return _rms(F.layer_norm(some, weight.shape, weight, bias, 10.0**power) - x)
 
     best = min((step / 4 for step in range(-60, 1)), key=left)
-    for width in (0.1, 0.02, 0.004):
+    for width in (0.1, 0.02, 0.004, 8e-4, 1.6e-4, 3.2e-5, 6.4e-6):
         best = min((best + step * width for step in range(-3, 4)), key=left)
     guess = F.layer_norm(read, weight.shape, weight, bias, 10.0**best)
     far = abs(best - math.log10(wrong.model.config.layer_norm_eps)) > 0.02

@@ -43,7 +43,7 @@ def diagnose(given: Trace, model: BertForMaskedLM, progress: Progress = lambda f
         raise ValueError(f"{given.name} has only inputs: there is nothing to diagnose")
     if search.wrong is None:
         lines = [f"{given.title}: nothing is wrong in {count(search.plain.reproduced)}"]
-        lines += hidden_faults(search.yardstick, search.measured, set(given.shapes()))
+        lines += hidden_faults(search.yardstick, search.measured)
         return Diagnosis(True, lines=lines)
     name = search.wrong.name
     wrong = _wrong_tensor(search)

@@ -15,10 +15,10 @@ from minibert.trace.table import dtype_name, row_of
 VISIBLE = 1e-6  # A fault that changes less than this, relative to the scale, is no fault for this model and batch.
 
 
-def hidden_faults(yardstick: Yardstick, measured: dict[str, Measure], names: set[str]) -> Iterator[str]:
+def hidden_faults(yardstick: Yardstick, measured: dict[str, Measure]) -> Iterator[str]:
     """A sentence that names the known faults that these tensors would not show, if the dtype is float16 or bfloat16.
 
-    measured: the measures of the tensors, without a fault; names: the tensors that are there.
+    measured: the measures, without a fault, of the tensors that are there.
     """
     dtype = yardstick.given.dtype
     if torch.finfo(dtype).eps < 1e-4:
@@ -31,7 +31,7 @@ def hidden_faults(yardstick: Yardstick, measured: dict[str, Measure], names: set
     for fault in CATALOGUE:
         start = first_section(fault, model.config.num_hidden_layers)
         read = plain.read[: start + 1] if start else None
-        if _is_hidden(fault, model, yardstick, measured, names, read):
+        if _is_hidden(fault, model, yardstick, measured, read):
             found.append(fault.title)
     name = dtype_name(dtype)
     if found:
@@ -44,7 +44,6 @@ def _is_hidden(
     model: BertForMaskedLM,
     yardstick: Yardstick,
     measured: dict[str, Measure],
-    names: set[str],
     read: list[torch.Tensor | None] | None,
 ) -> bool:
     """Whether a fault changes something, and nothing by more than rounding may."""
@@ -54,7 +53,7 @@ def _is_hidden(
     expected = right.run(read)
     for name, y in faulty.run(read):
         x = next(x for other, x in expected if other == name)  # a fault may leave steps out
-        if name not in names or name not in measured:
+        if name not in measured:
             continue
         x, y = (hide_padding(row_of(name), each, mask) for each in (x, y))
         measure = measured[name]._replace(truth=x)

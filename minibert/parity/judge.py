@@ -9,6 +9,7 @@ from torch import Tensor
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity import yardstick
 from minibert.parity.appearance import Wrong, appearance
+from minibert.parity.hidden import hidden_faults
 from minibert.parity.report import Row, count, shape_words
 from minibert.parity.yardstick import Error, Gap, Measure, Yardstick, distance, largest, span
 from minibert.trace.files import Trace
@@ -34,12 +35,14 @@ class Judge:
         self.coarser = max((a.dtype, b.dtype), key=lambda dtype: torch.finfo(dtype).eps)
         self.loudest = 0.0  # of the gradients so far
         self.model = model
-        self.running: list[Iterator[Measure]] = []  # one for A, and one for B if its dtype is another
+        self.yardsticks: list[Yardstick] = []  # one for A, and one for B if its dtype is another
+        self.measured: list[dict[str, Measure]] = [{}, {}]  # by them, without the truth
         self.sticks: tuple[Measure, Measure] | None = None  # of the tensor that is looked at
         if model is not None:
             grad = any(name.startswith(GRADIENT) for name in names)
             sides = (a,) if a.dtype == b.dtype else (a, b)
-            self.running = [Yardstick(model, side, grad=grad).measures() for side in sides]
+            self.yardsticks = [Yardstick(model, side, grad=grad) for side in sides]
+        self.running = [yardstick.measures() for yardstick in self.yardsticks]
 
     def pieces(self, name: str) -> Iterator[tuple[int, Tensor, Tensor, list[Tensor]]]:
         """(first row, A's rows, B's rows, [each one's truth]), zeros in the padding."""
@@ -64,6 +67,8 @@ class Judge:
         if self.running:
             found = [next(measure for measure in side if measure.name == name) for side in self.running]
             self.sticks = (found[0], found[-1])
+            for measured, measure in zip(self.measured, found, strict=False):
+                measured[name] = measure._replace(truth=torch.empty(0))
         wanted = expected_shape(name, self.a.config, tuple(self.mask.shape))
         if shape != wanted or other != wanted:
             said = self.transposed(name) or _wrong_shapes(shape, other, wanted)
@@ -195,6 +200,8 @@ class Judge:
             f"{last.name}: A {last.errors[0].largest:.1e}, B {last.errors[1].largest:.1e} from float64: both right for "
             f"{dtypes} ({count(len(rows))})"
         )
+        for side, measured in zip(self.yardsticks, self.measured, strict=False):
+            yield from hidden_faults(side, measured)
 
     def without_model(self, name: str) -> str:
         tolerance = self.tolerance(name)
