@@ -12,9 +12,11 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from minibert import checkpoint, checks
+from minibert import checkpoint, checks, hub
 from minibert.attention import formula
 from minibert.checkpoint import LoadReport
+from minibert.config import BertConfig
+from minibert.files import naming
 from minibert.loss import masked_lm_loss
 from minibert.model import Bert, EncoderLayer
 from minibert.packing import PackedBatch
@@ -134,13 +136,19 @@ class BertForMaskedLM(Bert):
 
         Raises ValueError for a file that is not exactly this model, FileNotFoundError for one that is not there.
         """
-        source = checkpoint.locate(name_or_path, revision=revision, local_files_only=local_files_only)
-        config = checkpoint.read_config(source)
+        source = hub.locate(name_or_path, revision=revision, local_files_only=local_files_only)
+        config_path, config_values = hub.read_config(source)  # first: no other architecture's weights are downloaded
+        with naming(config_path):
+            config = BertConfig.from_dict(config_values)
         with checkpoint.shapes_only():  # no memory yet: the weights are held once, when they are read
             model = cls(config)
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         state, report = checkpoint.read_weights(
-            source, shapes, dtype=dtype or torch.float32, device=device, init_missing_head=init_missing_head
+            hub.weight_files(source),
+            config_values,
+            {name: tensor.shape for name, tensor in model.state_dict().items()},
+            dtype=dtype or torch.float32,
+            device=device,
+            init_missing_head=init_missing_head,
         )
         model.load_state_dict(state, assign=True)
         model.load_report = report

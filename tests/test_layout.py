@@ -13,7 +13,11 @@ PACKAGE = Path(minibert.__file__).parent
 # Each room may import those above it in this list. Rooms with the same number do not import each other.
 ORDER = {
     "atomic": 0,
-    "config": 0,
+    "files": -3,
+    "names": -3,
+    "config_keys": -3,
+    "hub": -2,
+    "config": -1,
     "loss": 0,
     "memory": 0,
     "checks": 1,
@@ -102,6 +106,12 @@ def test_importing_minibert_imports_nothing_heavy_but_torch():
 
 def test_help_does_not_wait_for_torch():
     code = "import sys, minibert.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("room", ["config", "hub", "names", "tokenizer"])
+def test_names_and_tokenizers_do_without_torch(room):
+    code = f"import sys, minibert.{room}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
