@@ -12,7 +12,7 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from minibert import atomic
 from minibert.config import BertConfig, defaulted_keys, ignored_keys
 
 # The name table: our module, and the module (or the three modules) of the hub's BERT checkpoints. N is a
@@ -67,6 +68,7 @@ HEAD = "cls.predictions."
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+NEXT = ".config.json.next"  # see _replace_model
 BUNDLED = (Path(__file__).parent / "weights", Path(__file__).parent.parent / "weights")  # in the wheel, in a checkout
 ALIASES = {"bert-base-uncased": "google-bert/bert-base-uncased"}
 # A hub repository can change its files at any time; this one is pinned to what minibert was tested with.
@@ -226,17 +228,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def config_values(source: Source) -> dict[str, Any]:
+    """What is in config.json; or in NEXT, if a save was cut off after the new weights were in place, and before their
+    configuration was.
+    """
+    if source.folder is not None and (source.folder / NEXT).is_file() and (source.folder / WEIGHTS).is_file():
+        following = read_json(source.folder / NEXT)
+        if following.get("weights_sha256") == sha256(source.folder / WEIGHTS):
+            values: dict[str, Any] = following["config"]
+            return values
+    return read_json(source.require(CONFIG))
+
+
 def read_config(source: Source) -> BertConfig:
     """config.json as a BertConfig. Raises ValueError, naming the file and the key, if it is not a BERT we can
     compute.
     """
-    return read_config_file(source.require(CONFIG))
+    return _config(source.folder / CONFIG if source.folder else source.require(CONFIG), config_values(source))
 
 
 def read_config_file(path: Path) -> BertConfig:
     """The same from a file under any name."""
+    return _config(path, read_json(path))
+
+
+def _config(path: Path, values: dict[str, Any]) -> BertConfig:
     try:
-        return BertConfig.from_dict(read_json(path))
+        return BertConfig.from_dict(values)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error
@@ -300,15 +318,15 @@ def read_weights(
             entries[key] = (path, entry)
     where = files[0] if len(files) == 1 else files[0].parent
 
-    config_values = read_json(source.require(CONFIG))
+    values = config_values(source)
     report = LoadReport(
         name=source.name,
         files=files,
         file_dtypes=dict(Counter(entry["dtype"] for _, entry in entries.values())),
         dtype=str(dtype).removeprefix("torch."),
         loaded=(),
-        ignored_config_keys=tuple(ignored_keys(config_values)),
-        defaulted_config_keys=tuple(defaulted_keys(config_values)),
+        ignored_config_keys=tuple(ignored_keys(values)),
+        defaulted_config_keys=tuple(defaulted_keys(values)),
         stamps=tuple(_stamp(path) for path in files),
     )
     spelled = _resolve_names(where, entries, report)
@@ -510,9 +528,15 @@ def shapes_only() -> Iterator[None]:
 
 
 class _NoInitialValues(TorchFunctionMode):
-    # Not a saving of arithmetic: torch runs normal_ on the meta device in Python, and imports sympy for it, 1.7 s.
+    """Leaves out what would fill a tensor. It would change nothing on the meta device, but torch does some of it there
+    in Python, and imports sympy and torch.compile for that: a second, and twice the memory of the bundled weights.
+    """
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        # Which of torch.nn.init's functions come here whole, and which as the steps that they take, depends on torch.
+        if in_place or getattr(func, "__module__", "") == "torch.nn.init":
             return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
         return func(*args, **(kwargs or {}))
 
@@ -541,8 +565,10 @@ def _layer_hint(source: Source, names: list[str]) -> str:
 
 
 def write(folder: str | os.PathLike[str], config: BertConfig, state: Mapping[str, Tensor]) -> None:
-    """config.json and model.safetensors in `folder`, which is made if need be. Each file appears whole or not
-    at all, and config.json last, so that a folder whose writing was cut off does not load.
+    """config.json and model.safetensors in `folder`, which is made if need be.
+
+    Raises OSError if they cannot be written. Then, and also if the process is killed, a model that was in `folder`
+    before still loads as it did. Other files in `folder` are not touched.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -552,24 +578,48 @@ def write(folder: str | os.PathLike[str], config: BertConfig, state: Mapping[str
         for hub, part in zip(hubs, tensor.detach().cpu().chunk(len(hubs)), strict=True):
             tensors[hub] = part.clone() if len(hubs) > 1 else part.contiguous()
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    text = json.dumps({**config.to_dict(), "dtype": dtype}, indent=2) + "\n"
-    (target / CONFIG).unlink(missing_ok=True)
-    temporary = target / f".{WEIGHTS}.{os.getpid()}"
+    values = {**config.to_dict(), "dtype": dtype}
     try:
-        temporary.write_text(text, encoding="utf-8")
-        readable = stat.S_IMODE(temporary.stat().st_mode)  # what the umask gives; save_file makes its files private
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.chmod(readable)
-        _replace(temporary, target / WEIGHTS)
-        temporary.write_text(text, encoding="utf-8")
-        _replace(temporary, target / CONFIG)
+        with atomic.scratch_folder(target) as scratch:
+            (scratch / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})
+            (scratch / WEIGHTS).chmod(stat.S_IMODE((scratch / CONFIG).stat().st_mode))  # save_file makes it private
+            _replace_model(scratch, target, values)
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{target / WEIGHTS}: could not be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _replace(temporary: Path, path: Path) -> None:
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _replace_model(scratch: Path, target: Path, values: dict[str, Any]) -> None:
+    """Move the two files of a model from `scratch` to `target`, as if it were one step.
+
+    A file is renamed in one step, but there are two of them, and the weights of one model with the configuration of
+    another may even load. If `target` has this very configuration, only the weights are replaced. If it has none, it
+    comes last: without it, nobody takes `target` for a model. If it has another, the new one is first put beside it as
+    NEXT, with the SHA-256 of the weights that it belongs to; `config_values` reads it there once they are in place.
+    """
+    old = (target / CONFIG).read_bytes() if (target / CONFIG).is_file() else None
+    names = [WEIGHTS] if old == (scratch / CONFIG).read_bytes() else [WEIGHTS, CONFIG]
+    journal = old is not None and len(names) == 2
+    if journal:
+        belongs = {"weights_sha256": sha256(scratch / WEIGHTS), "config": values}
+        (scratch / NEXT).write_text(json.dumps(belongs), encoding="utf-8")
+    atomic.to_disk(scratch)
+    before, had_weights = scratch / "before", (target / WEIGHTS).exists()
+    if journal:
+        with suppress(OSError):  # a file system without second names: then NEXT has to do alone
+            os.link(target / WEIGHTS, before)
+        os.replace(scratch / NEXT, target / NEXT)
+    try:
+        for name in names:
+            os.replace(scratch / name, target / name)
+    except BaseException:
+        if before.exists():
+            os.replace(before, target / WEIGHTS)
+        elif not had_weights:
+            (target / WEIGHTS).unlink(missing_ok=True)
+        else:
+            raise  # NEXT stays, and says which configuration belongs to the weights that are there now
+        (target / NEXT).unlink(missing_ok=True)
+        raise
+    (target / NEXT).unlink(missing_ok=True)
+    atomic.to_disk(target, files=False)

@@ -12,6 +12,7 @@ import minibert
 PACKAGE = Path(minibert.__file__).parent
 # Each room may import those above it in this list. Rooms with the same number do not import each other.
 ORDER = {
+    "atomic": 0,
     "config": 0,
     "loss": 0,
     "memory": 0,
