@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     import torch
 
-    from minibert import BertForMaskedLM, checkpoint, load_tokenizer
+    from minibert import BertConfig, BertForMaskedLM, load_tokenizer
     from minibert.devices import find_device
     from minibert.parity.check import standard_inputs
     from minibert.parity.golden import transformers_model
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     model: torch.nn.Module
     if options.backend == "transformers":
         model = transformers_model(options.model, dtype, device, revision=options.revision)
-        config = checkpoint.read_config(checkpoint.locate(options.model, revision=options.revision))
+        config = BertConfig.from_pretrained(options.model, revision=options.revision)
     else:
         model = BertForMaskedLM.from_pretrained(options.model, dtype=dtype, device=device, revision=options.revision)
         config = model.config

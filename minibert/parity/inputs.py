@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minibert import checkpoint
 from minibert.config import BertConfig
+from minibert.files import read_json
 from minibert.loss import IGNORE
 from minibert.parity.trace import INPUTS, require_file
 from minibert.tokenizer import encode
@@ -27,7 +27,7 @@ def tokenized(texts: list[str], tokenizer: Tokenizer, config: BertConfig) -> dic
 def read_ids(path: Path) -> dict[str, Tensor]:
     """A JSON object of lists of rows: input_ids, and if wanted attention_mask, token_type_ids, labels."""
     require_file(path, "a JSON file of ids")
-    values = checkpoint.read_json(path)
+    values = read_json(path)
     if "input_ids" not in values or (unknown := values.keys() - set(INPUTS)):
         said = f"the key {sorted(unknown)[0]!r} is not known" if "input_ids" in values else "there is no input_ids"
         raise ValueError(f"{path}: {said}; it holds {', '.join(INPUTS)}, each a list of rows")

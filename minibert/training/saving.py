@@ -28,7 +28,9 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from minibert.atomic import SCRATCH, whole_file, whole_folder
-from minibert.checkpoint import CONFIG, read_header, read_json
+from minibert.checkpoint import read_header
+from minibert.files import read_json
+from minibert.hub import CONFIG
 from minibert.masked_lm import BertForMaskedLM
 from minibert.training.locks import locked
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from minibert.checkpoint import read_config_file
 from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
 from minibert.tokenizer import load_tokenizer
@@ -21,7 +20,7 @@ def start_model(init: str, *, seed: int, device: str, revision: str | None = Non
         return BertForMaskedLM.from_pretrained(init, device=device, revision=revision, init_missing_head=True)
     if revision is not None:
         raise ValueError(f"revision {revision!r} was given, but {init} is a file: revisions are the hub's")
-    config = read_config_file(_existing(init))
+    config = BertConfig.from_json_file(_existing(init))
     torch.manual_seed(seed)
     return BertForMaskedLM(config).to(device)
 
@@ -30,7 +29,7 @@ def start_config(init: str, model: BertForMaskedLM) -> BertConfig:
     """The configuration that `init` gives today. If `init` is a file, it may have changed since the run began with it,
     and a run that goes on checks that. If it is a checkpoint, the configuration is that of `model`.
     """
-    return read_config_file(_existing(init)) if _is_config(init) else model.config
+    return BertConfig.from_json_file(_existing(init)) if _is_config(init) else model.config
 
 
 def start_tokenizer(init: str, tokenizer: str | None, *, revision: str | None = None) -> Tokenizer:

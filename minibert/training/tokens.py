@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibert.atomic import SCRATCH, whole_folder
-from minibert.checkpoint import sha256
+from minibert.files import sha256
 from minibert.training.locks import locked
 from minibert.training.workers import encode, tokenizing
 
