@@ -29,7 +29,9 @@ def fill(text):
         elif kind == "text":
             body = printed
         elif kind == "console" and "…" not in body:
-            commands = [part.replace("\\\n", "\\\n").partition("\n")[0] for part in re.split(r"^\$ ", body, flags=re.M)[1:]]
+            commands = [
+                part.replace("\\\n", "\\\n").partition("\n")[0] for part in re.split(r"^\$ ", body, flags=re.M)[1:]
+            ]
             body = "".join(f"$ {command}\n{run_command(command).rstrip()}\n" for command in commands)
         return f"```{kind}\n{body}```"
 
