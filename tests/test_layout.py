@@ -10,61 +10,48 @@ import pytest
 import minibert
 
 PACKAGE = Path(minibert.__file__).parent
-# Each room may import those above it in this list. Rooms with the same number do not import each other.
-ORDER = {
-    "config": 0,
-    "loss": 0,
-    "memory": 0,
-    "checks": 1,
-    "checkpoint": 1,
-    "masking": 1,
-    "packing": 2,
-    "tokenizer": 2,
-    "attention": 3,
-    "kernels": 4,
-    "model": 5,
-    "masked_lm": 6,
-    "fill_mask": 7,
-    "inference": 7,
-    "__init__": 8,
-    "training.__init__": 9,
-    "training.workers": 10,
-    "training.ranks": 10,
-    "training.saving": 10,
-    "training.start": 10,
-    "training.tokens": 11,
-    "training.data": 12,
-    "training.loop": 13,
-    "trace.table": 7,
-    "trace.inputs": 8,
-    "trace.files": 9,
-    "trace.recorder": 10,
-    "trace.__init__": 11,
-    "parity.steps": 12,
-    "parity.yardstick": 13,
-    "parity.report": 14,
-    "parity.faults.embeddings": 13,
-    "parity.faults.norms": 13,
-    "parity.faults.attention": 13,
-    "parity.faults.head": 13,
-    "parity.faults.__init__": 14,
-    "parity.appearance": 14,
-    "parity.confined": 13,
-    "parity.search": 15,
-    "parity.hidden": 14,
-    "parity.judge": 15,
-    "parity.comparison": 16,
-    "parity.diagnosis": 16,
-    "parity.check": 15,
-    "parity.__init__": 17,
-    "parity.golden": 18,
-    "parity.commands": 19,
-    "cli": 20,
-    "__main__": 21,
-    "bench.__init__": 9,
-    "bench.contenders": 14,
-    "bench.run": 15,
-}
+# Each room may import those in the lines above its own. Rooms in one line do not import each other.
+LEVELS = """
+    atomic files names config_keys loss devices memory
+    hub
+    config
+    checks checkpoint masking
+    packing tokenizer
+    attention
+    kernels
+    model
+    masked_lm
+    fill_mask mlm inference
+    __init__
+    trace.table
+    trace.inputs
+    trace.files
+    trace.given trace.recorder
+    trace.__init__
+    parity.steps
+    parity.yardstick parity.faults.embeddings parity.faults.norms parity.faults.attention parity.faults.head
+    parity.faults.__init__ parity.confined parity.report parity.appearance
+    parity.hidden parity.search
+    parity.judge
+    parity.comparison parity.diagnosis parity.check
+    parity.__init__
+    parity.golden
+    training.workers training.locks training.settings training.ranks training.start
+    training.saving training.tokens
+    training.data
+    training.batches training.evaluation
+    training.step
+    training.loop
+    training.run
+    training.__init__
+    bench.__init__
+    bench.contenders
+    bench.run
+    commands.__init__ commands.options commands.printing
+    commands.*
+    cli
+    __main__
+"""
 
 
 def room(path):
@@ -72,6 +59,9 @@ def room(path):
 
 
 FILES = {room(path): path for path in PACKAGE.rglob("*.py")}
+LISTED = {name: level for level, line in enumerate(LEVELS.strip().splitlines()) for name in line.split()}
+EACH_COMMAND = LISTED.pop("commands.*")
+ORDER = {name: EACH_COMMAND for name in FILES if name.startswith("commands.")} | LISTED
 
 
 def imported(path):
@@ -79,8 +69,7 @@ def imported(path):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             yield node.module
-            if node.module == "minibert":
-                yield from (f"minibert.{alias.name}" for alias in node.names)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
@@ -113,7 +102,13 @@ def test_importing_minibert_imports_nothing_heavy_but_torch():
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, minibert.cli; print('torch' in sys.modules)"
+    code = "import sys; from minibert.cli import build_parser; build_parser(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("room", ["config", "hub", "names", "tokenizer"])
+def test_names_and_tokenizers_do_without_torch(room):
+    code = f"import sys, minibert.{room}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
@@ -146,7 +141,17 @@ def test_the_top_level_is_as_the_readme_says():
 
 def test_public_surface():
     assert set(minibert.__all__) == {
-        *("BertConfig", "BertForMaskedLM", "PackedBatch", "load_tokenizer", "mask_tokens", "masked_lm_loss", "FillMask")
+        *(
+            "BertConfig",
+            "BertForMaskedLM",
+            "PackedBatch",
+            "load_tokenizer",
+            "mask_tokens",
+            "masked_lm_loss",
+            "FillMask",
+        ),
+        "prepare_for_inference",
     }
+    assert set(minibert.__all__) <= set(dir(minibert)), "an editor completes them"
     for name in minibert.__all__:
         assert getattr(minibert, name).__doc__

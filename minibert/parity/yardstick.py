@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from minibert.checkpoint import shapes_only
-from minibert.config import SIZES
+from minibert.config_keys import SIZES
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.steps import Steps
 from minibert.trace.files import Trace

@@ -7,7 +7,6 @@ The file's metadata are strings. `format`, `version`, `config` (the keys of conf
 weights: float32, …) are required; `backend`, `device`, `torch` and `settings` are for people.
 """
 
-import json
 from dataclasses import dataclass
 from math import prod
 from os import PathLike
@@ -19,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minibert.atomic import whole_file
 from minibert.checkpoint import DTYPES, read_header
 from minibert.config import BertConfig
+from minibert.files import parse_json
 from minibert.packing import PackedBatch
 from minibert.trace.inputs import Inputs, check_inputs
 from minibert.trace.table import INPUTS, MEANINGS, TABLE, dtype_name, expected_names, expected_shape, row_of
@@ -80,10 +81,14 @@ class Trace:
             raise ValueError(f"{self.name}: {error}") from error
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it as a safetensors file: the whole file or none. Raises OSError if it cannot be written."""
+        """Write it as a safetensors file: the whole file, or none, and then the file that was there stays.
+
+        Raises OSError if it cannot be written.
+        """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         try:
-            save_file(tensors, path, metadata=self.metadata)
+            with whole_file(Path(path)) as scratch:
+                save_file(tensors, scratch, metadata=self.metadata)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
 
@@ -138,7 +143,7 @@ def read_metadata(path: str, metadata: dict[str, str]) -> BertConfig:
     if absent := [key for key in ("config", "dtype") if key not in metadata]:
         raise ValueError(f"{path}: there is no {absent[0]} in its metadata; {HOW_TO_WRITE}")
     try:
-        config = BertConfig.from_dict(_json_object(metadata["config"]))
+        config = BertConfig.from_dict(parse_json(metadata["config"].encode()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: the config in its metadata: {error}") from error
     known = [dtype_name(dtype) for dtype in DTYPES.values()]
@@ -174,13 +179,3 @@ def require_file(path: Path, what: str) -> None:
         raise IsADirectoryError(f"{path} is a folder, and should be {what}")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; it should be {what}")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object, found {type(values).__name__}")
-    return values

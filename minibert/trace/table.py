@@ -11,9 +11,10 @@ from functools import cache
 
 import torch
 
-from minibert.checkpoint import NAMES, hub_names, shapes_only
+from minibert.checkpoint import shapes_only
 from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
+from minibert.names import NAMES, hub_names
 
 # Name, shape, and how the tensor follows from those above it. Dropout belongs to the tensor that it is applied to: a
 # trace holds what the next step reads.

@@ -100,7 +100,7 @@ def test_headers_that_claim_too_much(hostile):
     twice = '{"__metadata__": %s, "logits": %s, "logits": %s}'
     same = json.dumps(entry((1,)))
     write_raw(hostile.path, (twice % (json.dumps(metadata), same, same)).encode(), 4)
-    hostile.refused("names logits 2 times")
+    hostile.refused("the key 'logits' stands there 2 times")
     write_raw(hostile.path, {"logits": entry((2**20, 2**20))}, 4, metadata)  # terabytes, in a small file
     hostile.refused("not a whole safetensors file")
     write_raw(hostile.path, {"logits": entry((4,))}, 16, {**metadata, "config": 3})
