@@ -25,6 +25,8 @@ LEVELS = """
     __init__
     trace.table
     trace.inputs
+    trace.stores
+    trace.forms
     trace.files
     trace.given trace.recorder
     trace.__init__
@@ -32,7 +34,7 @@ LEVELS = """
     parity.yardstick parity.faults.embeddings parity.faults.norms parity.faults.attention parity.faults.head
     parity.faults.__init__ parity.confined parity.report parity.appearance
     parity.hidden parity.search
-    parity.judge
+    parity.judge parity.quantised parity.tokenizers
     parity.comparison parity.diagnosis parity.check
     parity.__init__
     parity.golden

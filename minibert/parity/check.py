@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import mask_tokens
+from minibert.parity.report import in_columns, in_markdown
 from minibert.parity.yardstick import K_RMS, K, Measure, largest, measures, rounding_dtype
 from minibert.trace.inputs import hide_padding, standard_inputs
 from minibert.trace.recorder import exact_arithmetic, gradients, trace
@@ -65,13 +66,15 @@ class ParityReport:
         rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
         return {**asdict(self), "ok": self.ok, "rows": rows}
 
-    def lines(self) -> Iterator[str]:
-        width = max(len(row.name) for row in self.rows)
-        yield self.title
-        yield f"{'':<{width}}  {'value':>8} {'bound':>8}  verdict"
-        for row in self.rows:
-            verdict = "ok" if row.ok else "WRONG"
-            yield f"{row.name:<{width}}  {row.value:>8.1e} {row.bound:>8.1e}  {verdict:<7}  {row.detail}"
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """The table: its header, and its rows."""
+        rows = [
+            [row.name, f"{row.value:.1e}", f"{row.bound:.1e}", "ok" if row.ok else "WRONG", row.detail]
+            for row in self.rows
+        ]
+        return ["", "value", "bound", "verdict", ""], rows
+
+    def summary(self) -> Iterator[str]:
         if self.first_wrong is not None:
             yield f"first wrong: {self.first_wrong}. The last good one is {self.last_good}"
             yield f"between them: {explain(self.first_wrong)}"
@@ -79,6 +82,18 @@ class ParityReport:
             f"a value is an error from float64; its bound is {K:.0f} times the error of the reference's own "
             f"rounding ({K_RMS:.0f} times for a root mean square)"
         )
+
+    def lines(self) -> Iterator[str]:
+        yield self.title
+        yield from in_columns(*self.cells())
+        yield from self.summary()
+
+    def markdown(self) -> Iterator[str]:
+        yield self.title
+        yield ""
+        yield from in_markdown(*self.cells())
+        yield ""
+        yield from self.summary()
 
 
 def assert_parity(model: BertForMaskedLM, other: nn.Module, inputs: dict[str, Tensor] | None = None) -> None:

@@ -15,8 +15,7 @@ from minibert.parity.search import Fit, Progress, Search, clearest
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import Error
 from minibert.trace.files import Trace
-from minibert.trace.inputs import hide_padding
-from minibert.trace.table import GRADIENT, explain, row_of
+from minibert.trace.table import GRADIENT, explain
 
 
 @dataclass
@@ -27,6 +26,10 @@ class Diagnosis:
     found: list[list[str]] = field(default_factory=list)
     first_wrong: str | None = None
     lines: list[str] = field(default_factory=list)
+
+    def markdown(self) -> Iterator[str]:
+        for line in self.lines:
+            yield f"{'  ' * line.startswith('  ')}- {line.strip()}"
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -63,8 +66,8 @@ def diagnose(given: Trace, model: BertForMaskedLM, progress: Progress = lambda f
 
 def _wrong_tensor(search: Search) -> Wrong:
     assert search.wrong is not None
-    measure, mask = search.wrong, search.mask.cpu()
-    x = hide_padding(row_of(measure.name), search.given.read(measure.name).cpu(), mask)
+    measure = search.wrong
+    x, mask = search.there(measure.name).cpu(), search.given.compared(measure.name, search.mask).cpu()
     limit = Error(*(each * measure.scale for each in measure.allowed))
     return Wrong(search.given, measure.name, x, measure.truth.cpu(), limit, mask, search.yardstick.exact)
 

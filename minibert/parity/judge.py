@@ -56,9 +56,11 @@ class Judge:
         batched = len(shape) > 1 and shape[0] == self.mask.shape[0] and not name.startswith(GRADIENT)
         for start in range(0, rows, step):
             found = [side.rows(name, start, start + step) for side in (self.a, self.b)]
-            if batched:
-                found = [hide_padding(row, x, self.mask[start : start + step]) for x in found]
             truths = [stick.truth[start : start + step] if shape else stick.truth for stick in self.sticks or ()]
+            if batched:
+                mask = self.compared(name)[start : start + step]
+                found = [hide_padding(row, x, mask) for x in found]
+                truths = [hide_padding(row, x, mask.to(x.device)) for x in truths]
             one, two = (x if x.dtype == torch.float64 else x.float() for x in found)
             yield start, one, two, [truth.cpu() for truth in truths]
 
@@ -66,7 +68,9 @@ class Judge:
         shape, other = (shapes[name] for shapes in self.shapes)
         if self.running:
             found = [next(measure for measure in side if measure.name == name) for side in self.running]
-            self.sticks = (found[0], found[-1])
+            sides = zip((self.a, self.b), (found[0], found[-1]), strict=True)
+            one, two = (stick.stored_in(side.stored_dtype(name), side.dtype) for side, stick in sides)
+            self.sticks = (one, two)
             for measured, measure in zip(self.measured, found, strict=False):
                 measured[name] = measure._replace(truth=torch.empty(0))
         wanted = expected_shape(name, self.a.config, tuple(self.mask.shape))
@@ -88,14 +92,18 @@ class Judge:
             row = replace(row, errors=tuple(errors), allowed=tuple(stick.allowed for stick in self.sticks))
             tolerance, scale = max(stick.allowed.largest for stick in self.sticks), self.sticks[0].scale
         if not all(sums.finite):
-            sides = " and ".join(side for side, ok in zip("AB", sums.finite, strict=True) if not ok)
-            wrong, row = wrong or ["A", "B"], replace(row, verdict=f"NaN or infinity in {sides}")
+            without = " and ".join(side for side, ok in zip("AB", sums.finite, strict=True) if not ok)
+            wrong, row = wrong or ["A", "B"], replace(row, verdict=f"NaN or infinity in {without}")
         elif wrong:
             verdict = "differs"
             if self.sticks:
                 verdict = "both wrong" if len(wrong) == 2 else f"{wrong[0]} is wrong"
             row = replace(row, verdict=self.transposed(name) or verdict)
         return replace(row, first=self.first(name, tolerance * scale)) if wrong else row
+
+    def compared(self, name: str) -> Tensor:
+        """(B, S): where both traces have this tensor."""
+        return self.b.compared(name, self.a.compared(name, self.mask))
 
     def sums(self, name: str) -> "_Sums":
         """The two tensors compared, piece by piece."""
@@ -130,7 +138,7 @@ class Judge:
                 pair = [one, two.transpose(i, j)] if shape == wanted else [one.transpose(i, j), two]
                 if any(x.shape != wanted for x in pair):
                     continue
-                if distance(*(hide_padding(row_of(name), x, self.mask) for x in pair)) <= limit:
+                if distance(*(hide_padding(row_of(name), x, self.compared(name)) for x in pair)) <= limit:
                     return f"B is A transposed: axes {i} and {j} are exchanged"
         return None
 
@@ -175,10 +183,11 @@ class Judge:
         """What the error looks like. Without a model, the difference of B from A."""
         if row.max_abs is None or self.mask.numel() == 0 or "exchanged" in row.verdict:
             return
-        one, two = (hide_padding(row_of(row.name), side.read(row.name), self.mask) for side in (self.a, self.b))
+        mask = self.compared(row.name)
+        one, two = (hide_padding(row_of(row.name), side.read(row.name), mask) for side in (self.a, self.b))
         if not self.sticks or not row.errors:
             limit = self.tolerance(row.name) * (largest(one) or 1.0)
-            for said in appearance(Wrong(self.b, row.name, two, one, Error(limit, limit / 3), self.mask)):
+            for said in appearance(Wrong(self.b, row.name, two, one, Error(limit, limit / 3), mask)):
                 yield f"B beside A: {said}"
             return
         for side, given, x, error, stick in zip(
@@ -186,7 +195,7 @@ class Judge:
         ):
             if not stick.accepts(error):
                 limits = Error(*(each * stick.scale for each in stick.allowed))
-                for said in appearance(Wrong(given, row.name, x, stick.truth.cpu(), limits, self.mask, self.model)):
+                for said in appearance(Wrong(given, row.name, x, stick.truth.cpu(), limits, mask, self.model)):
                     yield f"{side}: {said}"
 
     def acquit(self, rows: list[Row]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.confined import first_section, methods
@@ -91,8 +92,15 @@ class Search:
                     f"{self.given.name}: {name} is {self.shapes[name]}, and this model's is "
                     f"{tuple(measure.truth.shape)}{hint}. No fault is sought before the shapes agree"
                 )
-            there = self.given.read(name).to(self.mask.device)
-            yield measure, measure.error(hide_padding(row_of(name), there, self.mask))
+            measure = measure.stored_in(self.given.stored_dtype(name), self.given.dtype)
+            yield measure, measure.error(self.there(name))
+
+    def there(self, name: str) -> Tensor:
+        """A tensor of the trace, with zeros where nothing is compared."""
+        return self.hidden(name, self.given.read(name).to(self.mask.device))
+
+    def hidden(self, name: str, x: Tensor) -> Tensor:
+        return hide_padding(row_of(name), x, self.given.compared(name, self.mask))
 
     def kind(self, faults: tuple[type[Steps], ...]) -> type[Steps]:
         return faults[0] if len(faults) == 1 else type("Faulty", faults, {})
@@ -123,10 +131,7 @@ class Search:
             if name not in self.shapes:
                 continue
             measure = self.measured[name]
-            there = self.given.read(name).to(self.mask.device)
-            found = measure._replace(truth=hide_padding(row_of(name), x, self.mask)).error(
-                hide_padding(row_of(name), there, self.mask)
-            )
+            found = measure._replace(truth=self.hidden(name, x)).error(self.there(name))
             if name == base.first_wrong:
                 return _gain(found, base.errors[name])
             if measure.share(found) > 2:

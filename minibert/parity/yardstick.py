@@ -71,6 +71,12 @@ class Measure(NamedTuple):
         gap.add(x.to(self.truth.device), self.truth)
         return gap.relative(self.scale)
 
+    def stored_in(self, dtype: torch.dtype | None, own: torch.dtype) -> "Measure":
+        """The same for a tensor that is stored in a coarser dtype than the trace's own, as a loss often is."""
+        if dtype is None or torch.finfo(dtype).eps <= torch.finfo(own).eps:
+            return self
+        return self._replace(explained=Error(*(max(each, torch.finfo(dtype).eps) for each in self.explained)))
+
     def accepts(self, error: Error) -> bool:
         return error.largest <= self.allowed.largest and error.rms <= self.allowed.rms
 
@@ -138,7 +144,8 @@ class Yardstick:
         exact, rounded = (kind(model, self.inputs, self.given) for model in (self.exact, self.rounded))
         mask = self.inputs.attention_mask.bool()
         for (name, truth), (_, own) in zip(exact.run(), rounded.run(), strict=True):
-            yield name, hide_padding(row_of(name), truth, mask), hide_padding(row_of(name), own, mask)
+            there = self.given.compared(name, mask)
+            yield name, hide_padding(row_of(name), truth, there), hide_padding(row_of(name), own, there)
         if self.grad:
             for (name, truth), (_, own) in zip(exact.gradients(), rounded.gradients(), strict=True):
                 yield name, truth, own
