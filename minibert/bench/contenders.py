@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from minibert.config import BertConfig
-from minibert.inference import ConvolvedLinear, PrepackedLinear, prepare_for_inference
+from minibert.inference import PreparedBert, prepare_for_inference
+from minibert.inference.onednn import has_bfloat16
 from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
@@ -27,6 +28,12 @@ SHAPES = ("1x16", "1x128", "8x128", "8x512", "mixed", "normal", "lognormal")
 PEERS = ("eager", "sdpa", "compiled", "packed", "onnxruntime", "onnxruntime-int8", "openvino")
 TRAINING_PEERS = ("eager", "sdpa", "compiled")
 ASKED = 0.15  # of the tokens, as in BERT's loss
+# What `prepare_for_inference` found to be the fastest here.
+LINEAR_LAYERS = {
+    "torch": "linear layers as torch has them: nothing faster was found here",
+    "product": "linear layers as oneDNN's products",
+    "convolution": "linear layers as oneDNN's convolutions",
+}
 
 
 class Absent(Exception):
@@ -136,7 +143,7 @@ def build(name: str, precision: str, task: str, folder: Path, device: str) -> Co
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     if name == "packed":
         _require_packed(device)
-    if precision == "bfloat16" and device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if precision == "bfloat16" and device == "cpu" and not has_bfloat16():
         raise Absent("this CPU has no instructions for bfloat16")
     if task == "training":
         return _training(name, precision, folder, device)
@@ -160,19 +167,8 @@ def _ours(name: str, precision: str, dtype: torch.dtype, folder: Path, device: s
         batch = PackedBatch.from_padded(work.input_ids, work.attention_mask)
         return model.predict(batch, batch.pack(work.asked).nonzero().flatten())  # (M, V)
 
-    return Contender(
-        name, precision, run, run, _linear_kind(model) if device == "cpu" and name == "minibert prepared" else ""
-    )
-
-
-def _linear_kind(model: BertForMaskedLM) -> str:
-    """Which linear layers `prepare_for_inference` found to be the fastest here."""
-    qkv = model.layers[0].get_submodule("attention.qkv")
-    if isinstance(qkv, ConvolvedLinear):
-        return "linear layers as oneDNN's convolutions"
-    if isinstance(qkv, PrepackedLinear):
-        return "linear layers as oneDNN's products"
-    return "linear layers as torch has them: nothing faster was found here"
+    note = LINEAR_LAYERS[model.linear] if isinstance(model, PreparedBert) and device == "cpu" else ""
+    return Contender(name, precision, run, run, note)
 
 
 # --------------------------------------------------------------------------------------------------------- transformers

@@ -21,7 +21,7 @@ from torch import Tensor
 from minibert.bench.contenders import PEERS, SHAPES, Absent, Contender, Workload, build, lineup, random_model
 from minibert.bench.contenders import make_workload as make
 from minibert.config import BertConfig
-from minibert.inference import ConvolvedLinear, PrepackedLinear
+from minibert.inference.onednn import ConvolvedLinear, PrepackedLinear
 from minibert.masked_lm import BertForMaskedLM
 from minibert.memory import keep_freed_memory
 
