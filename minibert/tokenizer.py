@@ -11,7 +11,8 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
-from minibert import checkpoint
+from minibert import hub
+from minibert.files import read_json
 
 
 def load_tokenizer(
@@ -25,7 +26,7 @@ def load_tokenizer(
 
     Raises FileNotFoundError or ValueError, naming the file.
     """
-    source = checkpoint.locate(name_or_path, revision=revision, local_files_only=local_files_only)
+    source = hub.locate(name_or_path, revision=revision, local_files_only=local_files_only)
     if path := source.file("tokenizer.json"):
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -38,7 +39,7 @@ def load_tokenizer(
     if path is None:
         raise FileNotFoundError(f"{source.name}: there is neither a tokenizer.json nor a vocab.txt{source.only_cache}")
     settings_path = source.file("tokenizer_config.json")
-    settings = checkpoint.read_json(settings_path) if settings_path else {}
+    settings = read_json(settings_path) if settings_path else {}
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -13,7 +13,11 @@ PACKAGE = Path(minibert.__file__).parent
 # Each room may import those above it in this list. Rooms with the same number do not import each other.
 ORDER = {
     "atomic": 0,
-    "config": 0,
+    "files": -3,
+    "names": -3,
+    "config_keys": -3,
+    "hub": -2,
+    "config": -1,
     "loss": 0,
     "memory": 0,
     "checks": 1,
@@ -109,6 +113,12 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
+@pytest.mark.parametrize("room", ["config", "hub", "names", "tokenizer"])
+def test_names_and_tokenizers_do_without_torch(room):
+    code = f"import sys, minibert.{room}; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_the_processes_that_tokenize_do_without_torch():
     code = "import sys, minibert.training.workers; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
@@ -138,7 +148,17 @@ def test_the_top_level_is_as_the_readme_says():
 
 def test_public_surface():
     assert set(minibert.__all__) == {
-        *("BertConfig", "BertForMaskedLM", "PackedBatch", "load_tokenizer", "mask_tokens", "masked_lm_loss", "FillMask")
+        *(
+            "BertConfig",
+            "BertForMaskedLM",
+            "PackedBatch",
+            "load_tokenizer",
+            "mask_tokens",
+            "masked_lm_loss",
+            "FillMask",
+        ),
+        "prepare_for_inference",
     }
+    assert set(minibert.__all__) <= set(dir(minibert)), "an editor completes them"
     for name in minibert.__all__:
         assert getattr(minibert, name).__doc__
