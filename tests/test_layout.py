@@ -55,11 +55,17 @@ ORDER = {
     "parity.__init__": 15,
     "parity.golden": 16,
     "parity.commands": 17,
-    "cli": 18,
-    "__main__": 19,
+    "cli": 19,
+    "__main__": 20,
     "bench.__init__": 9,
+    "bench.workloads": 10,
+    "bench.machine": 10,
+    "bench.peers": 11,
     "bench.contenders": 14,
-    "bench.run": 15,
+    "bench.settings": 15,
+    "bench.report": 16,
+    "bench.peak_memory": 17,
+    "bench.run": 18,
 }
 
 
