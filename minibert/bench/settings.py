@@ -14,7 +14,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured. Raises ValueError for what nobody knows, under the names of the options."""
+    """What is measured. Raises ValueError for a value that is not known, with the name of its option."""
 
     model: str | None = None  # a name for from_pretrained; None: BERT-base's sizes with random weights
     layers: int = 12  # of that random model

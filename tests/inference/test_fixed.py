@@ -54,7 +54,7 @@ def test_an_edit_of_any_tensor_does_not_reach_it(form, edit):
     for name in NAMES:
         edit(ours, name)
         after = answers(ours)
-        assert not equal(after, before), f"the edit of {name} is one that nobody could notice"
+        assert not equal(after, before), f"the edit of {name} has no effect on the original either"
         assert equal(answers(fast), expected), name
         before = after
 

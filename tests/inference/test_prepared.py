@@ -1,5 +1,6 @@
 """The fast form of a model: the same answers through the padded and the packed call, on every shape of batch."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -86,6 +87,32 @@ def test_batches_that_are_filled_up(kernel, each_way):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
             maps, right = (model.attention_maps(batch, [1])[1] for model in (fast, ours))
             torch.testing.assert_close(maps, right, rtol=0, atol=1e-5)
+
+
+def test_what_else_it_can_be_asked(each_way):
+    """Hidden states, the guess after each layer, attention maps: what BertForMaskedLM has, the fast form has."""
+    ours, _ = twins(CONFIGS["3 heads, gelu_new"])
+    fast = prepare_for_inference(ours, linear=each_way)
+    batch, positions = PackedBatch.from_lists([[5, 6, 7, 8, 9], [10], [11, 12, 13]]), torch.tensor([2, 8, 0])
+    with torch.no_grad():
+        for one, other in zip(fast.hidden_states(batch), ours.hidden_states(batch), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            fast.layer_guesses(batch, positions), ours.layer_guesses(batch, positions), rtol=0, atol=1e-5
+        )
+        for number, expected in ours.attention_maps(batch, [0, 1]).items():
+            torch.testing.assert_close(fast.attention_maps(batch, [0, 1])[number], expected, rtol=0, atol=1e-5)
+
+
+def test_several_threads_may_ask_at_once(each_way):
+    ours, _ = twins({**CONFIGS["batch 13, gelu"], "max_position_embeddings": 128})
+    fast = prepare_for_inference(ours, linear=each_way)
+    batches = [PackedBatch.from_lists([[7] * length, [8] * (length // 2 + 1)]) for length in range(1, 41)]
+    alone = [fast.predict(batch, torch.tensor([0])) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda batch: fast.predict(batch, torch.tensor([0])), batches * 3))
+    for got, expected in zip(together, alone * 3, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
 def test_linear_layers_can_be_chosen(each_way):
