@@ -42,6 +42,7 @@ class Settings:
     training. memory: run each contender once more, in a process of its own, for its peak memory."""
 
     model: str | None = None
+    revision: str | None = None  # of the model, if it is on the hub
     layers: int = 12
     device: str = "cpu"
     precisions: tuple[str, ...] = ("float32", "bfloat16")
@@ -113,7 +114,10 @@ class Report:
 
 def run(settings: Settings) -> Report:
     """Measure. Raises ValueError or OSError for a model or a shape that cannot be had."""
-    model = random_model(settings.layers) if settings.model is None else BertForMaskedLM.from_pretrained(settings.model)
+    if settings.model is None:
+        model = random_model(settings.layers)
+    else:
+        model = BertForMaskedLM.from_pretrained(settings.model, revision=settings.revision)
     config = model.config
     plans = []
     for task in settings.tasks:
