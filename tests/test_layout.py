@@ -10,64 +10,46 @@ import pytest
 import minibert
 
 PACKAGE = Path(minibert.__file__).parent
-# Each room may import those above it in this list. Rooms with the same number do not import each other.
-ORDER = {
-    "atomic": 0,
-    "files": -3,
-    "names": -3,
-    "config_keys": -3,
-    "hub": -2,
-    "config": -1,
-    "loss": 0,
-    "memory": 0,
-    "devices": 0,
-    "checks": 1,
-    "checkpoint": 1,
-    "masking": 1,
-    "packing": 2,
-    "tokenizer": 2,
-    "attention": 3,
-    "kernels": 4,
-    "model": 5,
-    "masked_lm": 6,
-    "fill_mask": 7,
-    "mlm": 7,
-    "inference": 7,
-    "__init__": 8,
-    "training.__init__": 17,
-    "training.workers": 10,
-    "training.locks": 10,
-    "training.settings": 10,
-    "training.ranks": 10,
-    "training.start": 10,
-    "training.saving": 11,
-    "training.tokens": 11,
-    "training.data": 12,
-    "training.batches": 13,
-    "training.evaluation": 13,
-    "training.step": 14,
-    "training.loop": 15,
-    "training.run": 16,
-    "parity.trace": 10,
-    "parity.inputs": 11,
-    "parity.record": 11,
-    "parity.steps": 11,
-    "parity.yardstick": 12,
-    "parity.faults": 12,
-    "parity.diff": 13,
-    "parity.diagnose": 14,
-    "parity.check": 14,
-    "parity.__init__": 15,
-    "parity.golden": 16,
-    "commands.__init__": 18,
-    "commands.options": 18,
-    "commands.printing": 18,
-    "cli": 20,
-    "__main__": 21,
-    "bench.__init__": 9,
-    "bench.contenders": 16,
-    "bench.run": 17,
-}
+# Each room may import those in the lines above its own. Rooms in one line do not import each other.
+LEVELS = """
+    atomic files names config_keys loss devices memory
+    hub
+    config
+    checks checkpoint masking
+    packing tokenizer
+    attention
+    kernels
+    model
+    masked_lm
+    fill_mask mlm inference
+    __init__
+    trace.table
+    trace.inputs
+    trace.files
+    trace.given trace.recorder
+    trace.__init__
+    parity.steps parity.report
+    parity.yardstick parity.faults.embeddings parity.faults.norms parity.faults.attention parity.faults.head
+    parity.faults.__init__ parity.judge
+    parity.comparison parity.diagnosis parity.check
+    parity.__init__
+    parity.golden
+    training.workers training.locks training.settings training.ranks training.start
+    training.saving training.tokens
+    training.data
+    training.batches training.evaluation
+    training.step
+    training.loop
+    training.run
+    training.__init__
+    bench.__init__
+    bench.contenders
+    bench.run
+    commands.__init__ commands.options commands.printing
+    commands.*
+    cli
+    __main__
+"""
 
 
 def room(path):
@@ -75,7 +57,9 @@ def room(path):
 
 
 FILES = {room(path): path for path in PACKAGE.rglob("*.py")}
-ORDER |= {name: 19 for name in FILES if name.startswith("commands.") and name not in ORDER}  # a file a command
+LISTED = {name: level for level, line in enumerate(LEVELS.strip().splitlines()) for name in line.split()}
+EACH_COMMAND = LISTED.pop("commands.*")
+ORDER = {name: EACH_COMMAND for name in FILES if name.startswith("commands.")} | LISTED
 
 
 def imported(path):

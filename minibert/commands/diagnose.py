@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from minibert import BertForMaskedLM
-    from minibert.parity.diagnose import diagnose
-    from minibert.parity.trace import TraceFile
+    from minibert.parity.diagnosis import diagnose
+    from minibert.trace.files import TraceFile
 
     given = TraceFile(options.trace)
     diagnosis = diagnose(given, BertForMaskedLM.from_pretrained(options.model, revision=options.revision))

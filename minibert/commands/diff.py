@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from minibert import BertForMaskedLM
-    from minibert.parity.diff import diff
-    from minibert.parity.trace import TraceFile
+    from minibert.parity.comparison import diff
+    from minibert.trace.files import TraceFile
 
     a, b = TraceFile(options.a), TraceFile(options.b)
     if options.model is None and options.revision is not None:

@@ -24,10 +24,10 @@ def run(options: argparse.Namespace) -> None:
 
     from minibert import BertConfig, BertForMaskedLM, load_tokenizer
     from minibert.devices import find_device
-    from minibert.parity.check import standard_inputs
     from minibert.parity.golden import transformers_model
-    from minibert.parity.inputs import read_ids, tokenized
-    from minibert.parity.record import trace
+    from minibert.trace.given import read_ids, tokenized
+    from minibert.trace.inputs import standard_inputs
+    from minibert.trace.recorder import trace
 
     require_writable(options.out)
     device, dtype = find_device(options.device), getattr(torch, options.dtype)

@@ -10,8 +10,9 @@ from torch import Tensor
 from minibert.config import BertConfig
 from minibert.files import read_json
 from minibert.loss import IGNORE
-from minibert.parity.trace import INPUTS, require_file
 from minibert.tokenizer import encode
+from minibert.trace.files import require_file
+from minibert.trace.table import INPUTS
 
 
 def tokenized(texts: list[str], tokenizer: Tokenizer, config: BertConfig) -> dict[str, Tensor]:
