@@ -90,7 +90,7 @@ def test_hostile_files_are_one_clear_error(tmp_path, capsys):
     twice = '{"__metadata__": %s, "logits": %s, "logits": %s}'
     same = json.dumps(entry((1,)))
     write_raw(path, (twice % (json.dumps(a.metadata), same, same)).encode(), 4)
-    refused("names logits 2 times")
+    refused("'logits' stands there 2 times")
     write_raw(path, {"logits": entry((2**20, 2**20))}, 4, a.metadata)  # terabytes, in a small file
     refused("not a whole safetensors file")
     write_raw(path, {"logits": entry((4,))}, 16, {**a.metadata, "config": 3})
