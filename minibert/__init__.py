@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minibert.config import BertConfig
     from minibert.fill_mask import FillMask
+    from minibert.inference import prepare_for_inference
     from minibert.loss import masked_lm_loss
     from minibert.masked_lm import BertForMaskedLM
     from minibert.masking import mask_tokens
@@ -21,6 +22,7 @@ __all__ = [
     "load_tokenizer",
     "mask_tokens",
     "masked_lm_loss",
+    "prepare_for_inference",
 ]
 
 _ROOMS = {
@@ -31,6 +33,7 @@ _ROOMS = {
     "load_tokenizer": "tokenizer",
     "mask_tokens": "masking",
     "masked_lm_loss": "loss",
+    "prepare_for_inference": "inference",
 }
 
 
@@ -39,3 +42,7 @@ def __getattr__(name: str) -> Any:
     if name not in _ROOMS:
         raise AttributeError(f"module 'minibert' has no attribute {name!r}")
     return getattr(import_module(f"minibert.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

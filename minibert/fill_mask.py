@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from minibert import checks
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 from minibert.tokenizer import encode, require_id
@@ -19,6 +20,9 @@ BATCH_TOKENS = 4096  # tokens that are computed together
 class FillMask:
     """Call it with a text, or several, each with one [MASK] or more. The answers are those of transformers'
     fill-mask pipeline.
+
+    The model must be in evaluation mode, as it is after loading: in training mode, dropout would make the answers
+    random, and asking is a ValueError.
     """
 
     def __init__(self, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
@@ -90,6 +94,7 @@ class FillMask:
 
     @torch.inference_mode()
     def _answer_batch(self, rows: list[list[int]], top_k: int, target_ids: Tensor | None) -> list[list[Any]]:
+        checks.require_no_dropout(self.model)
         batch = PackedBatch.from_lists(rows, device=self.model.embeddings.word.weight.device)
         positions = (batch.input_ids == self.mask_id).nonzero().flatten()  # (M,)
         probabilities = self.model.predict(batch, positions).float().softmax(-1)  # (M, V)

@@ -144,7 +144,17 @@ def test_the_top_level_is_as_the_readme_says():
 
 def test_public_surface():
     assert set(minibert.__all__) == {
-        *("BertConfig", "BertForMaskedLM", "PackedBatch", "load_tokenizer", "mask_tokens", "masked_lm_loss", "FillMask")
+        *(
+            "BertConfig",
+            "BertForMaskedLM",
+            "PackedBatch",
+            "load_tokenizer",
+            "mask_tokens",
+            "masked_lm_loss",
+            "FillMask",
+        ),
+        "prepare_for_inference",
     }
+    assert set(minibert.__all__) <= set(dir(minibert)), "an editor completes them"
     for name in minibert.__all__:
         assert getattr(minibert, name).__doc__
