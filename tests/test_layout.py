@@ -24,6 +24,7 @@ ORDER = {
     "checkpoint": 1,
     "masking": 1,
     "packing": 2,
+    "tokenizer_files": 1,
     "tokenizer": 2,
     "attention": 3,
     "kernels": 4,
