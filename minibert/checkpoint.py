@@ -27,7 +27,7 @@ from minibert.config import BertConfig, defaulted_keys
 from minibert.config_keys import ignored_keys
 from minibert.files import looks_like, naming, parse_json, read_json, sha256
 from minibert.hub import CONFIG, NEXT, WEIGHTS, WeightFiles
-from minibert.names import HEAD, Spelling, hub_names, read_names, several
+from minibert.names import HEAD, Spelling, hub_names, nearest, read_names, several
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -41,7 +41,9 @@ class LoadReport:
     file_dtypes: dict[str, int]  # dtype as the file names it → how many tensors
     dtype: str  # of the weights in memory
     loaded: tuple[str, ...]
-    renamed: dict[str, str] = field(default_factory=dict)  # older spelling in the file → the name it stands for
+    commit: str | None = None  # of a hub repository
+    prefix: str = ""  # what stands before every name in the file
+    renamed: dict[str, str] = field(default_factory=dict)  # other spelling in the file → the name it stands for
     tied: dict[str, str] = field(default_factory=dict)  # second copy → the tensor it equals
     ignored: dict[str, str] = field(default_factory=dict)  # name → why it is not needed
     initialised: tuple[str, ...] = ()  # our names, with init_missing_head=True
@@ -92,6 +94,7 @@ def read_weights(
         file_dtypes=dict(Counter(entry["dtype"] for _, entry in entries.values())),
         dtype=str(dtype).removeprefix("torch."),
         loaded=(),
+        prefix=spelling.prefix,
         renamed=spelling.renamed,
         tied=spelling.tied,
         ignored=spelling.ignored,
@@ -101,7 +104,7 @@ def read_weights(
     )
     spelled = spelling.spelled
     with naming(files.where):
-        report.initialised = _require_the_wanted(shapes, spelled, config_values, init_missing_head)
+        report.initialised = _require_the_wanted(shapes, spelling, config_values, init_missing_head)
         _require_equal_copies(entries, spelling)
     state: dict[str, Tensor] = {}
     for ours, shape in shapes.items():
@@ -137,13 +140,14 @@ def _read_headers(files: WeightFiles) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 def _require_the_wanted(
     shapes: Mapping[str, torch.Size],
-    spelled: Mapping[str, str],
+    spelling: Spelling,
     config_values: Mapping[str, Any],
     init_missing_head: bool,
 ) -> tuple[str, ...]:
     """Raise ValueError for a tensor too few or too many. Returns our names of those of a missing head, if that is
     allowed.
     """
+    spelled = spelling.spelled
     wanted = {hub: ours for ours in shapes for hub in hub_names(ours)}
     absent = [hub for hub in wanted if hub not in spelled]
     extra = [spelled[hub] for hub in spelled if hub not in wanted]
@@ -155,15 +159,26 @@ def _require_the_wanted(
         return f" (num_hidden_layers in {CONFIG} is {layers})" if any(".layer." in name for name in names) else ""
 
     if no_head and not init_missing_head:
+        others = [name for name, reason in spelling.ignored.items() if reason.startswith("another task")]
+        what = f"an encoder with another task's head ({', '.join(others[:3])})" if others else "an encoder"
         raise ValueError(
-            f"this is an encoder without the masked-language-model head ({len(absent)} tensors, {HEAD}*). "
+            f"this is {what}, without the masked-language-model head ({len(absent)} tensors, {HEAD}*). "
             "Name a checkpoint that has one, or start with an untrained one: `minibert train` does, and in Python "
             "from_pretrained(…, init_missing_head=True)"
         )
     if absent and not no_head:
-        raise ValueError(f"{several('tensor', absent)} missing{hint(absent)}")
+        look = f". The names in the file look like {', '.join(extra[:3])}" if extra else ""
+        like = nearest(absent[0], extra)
+        raise ValueError(
+            f"{several('tensor', absent)} missing{hint(absent)}{look}"
+            + (f"; the nearest to {absent[0]} is {like}" if like else "")
+        )
     if extra:
-        raise ValueError(f"{several('tensor', extra)} not expected{hint(extra)}")
+        like = nearest(extra[0], wanted)
+        raise ValueError(
+            f"{several('tensor', extra)} not expected{hint(extra)}"
+            + (f". The nearest name that is expected is {like}" if like else "")
+        )
     return tuple(sorted({wanted[hub] for hub in absent}))
 
 

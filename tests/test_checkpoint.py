@@ -502,12 +502,6 @@ def test_missing_tensors(folder, tensors):
     refused(folder, r"tensors .*word_embeddings.* are missing", mentions=WEIGHTS)
 
 
-def test_decoder_without_word_embeddings(folder, tensors):
-    tensors[DECODER] = tensors.pop(WORD)
-    store(folder, tensors)
-    refused(folder, f"{re.escape(DECODER)}.*{re.escape(WORD)}", mentions=WEIGHTS)
-
-
 def test_extra_tensor(folder, tensors):
     tensors["bert.encoder.layer.0.adapter.weight"] = torch.ones(3)
     store(folder, tensors)
