@@ -6,6 +6,7 @@ or with an error that names the file and the tensor. It opens safetensors files 
 
 import json
 import os
+import re
 import stat
 import warnings
 from collections import Counter
@@ -23,8 +24,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from minibert import atomic
-from minibert.config import BertConfig, defaulted_keys
-from minibert.config_keys import ignored_keys
+from minibert.config import BertConfig
+from minibert.config_keys import defaulted_keys, ignored_keys, unknown_keys
 from minibert.files import looks_like, naming, parse_json, read_json, sha256
 from minibert.hub import CONFIG, NEXT, WEIGHTS, WeightFiles
 from minibert.names import HEAD, Spelling, hub_names, nearest, read_names, several
@@ -48,7 +49,8 @@ class LoadReport:
     ignored: dict[str, str] = field(default_factory=dict)  # name → why it is not needed
     initialised: tuple[str, ...] = ()  # our names, with init_missing_head=True
     non_finite: tuple[str, ...] = ()  # our names of tensors with a NaN or an infinity in them
-    ignored_config_keys: tuple[str, ...] = ()  # in config.json, and without effect
+    ignored_config_keys: tuple[str, ...] = ()  # in config.json, and known to have no effect
+    unknown_config_keys: tuple[str, ...] = ()  # in config.json, and nobody's BERT reads them
     defaulted_config_keys: tuple[str, ...] = ()  # not in config.json: BertConfig's defaults hold
     stamps: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
@@ -68,12 +70,48 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+@dataclass(frozen=True)
+class FoundTensors:
+    """The tensors in the files of a checkpoint, before any is read."""
+
+    files: WeightFiles
+    entries: dict[str, tuple[Path, dict[str, Any]]]  # name → its file, and its dtype and shape there
+    spelling: Spelling
+
+
+def find_tensors(files: WeightFiles, config: BertConfig) -> FoundTensors:
+    """Read the heads of the files, and what the names in them mean.
+
+    Raises ValueError for a file that is not whole, for tensors that are twice there or not where the index says, and
+    for fewer layers than `config` has.
+    """
+    entries = _read_headers(files)
+    with naming(files.where):
+        spelling = read_names(entries)
+        # Before the model is made: a config.json may say a billion.
+        matches = (re.match(r"bert\.encoder\.layer\.(\d{1,9})\.", name) for name in spelling.spelled)
+        layers = {int(match[1]) for match in matches if match}
+        if layers and config.num_hidden_layers > max(layers) + 1:
+            raise ValueError(
+                f"layer {max(layers) + 1} is missing (num_hidden_layers in {CONFIG} is {config.num_hidden_layers}, "
+                "counted from 0)"
+            )
+        if not layers and entries:
+            first = ", ".join([*entries][:3])
+            like = nearest(expected := "bert.encoder.layer.0.attention.self.query.weight", entries)
+            raise ValueError(
+                f"no tensor in it is one of a layer of BERT. The names in the file look like {first}"
+                + (f"; the nearest to {expected} is {like}" if like else "")
+            )
+    return FoundTensors(files, entries, spelling)
+
+
 def read_weights(
-    files: WeightFiles,
+    found: FoundTensors,
     config_values: Mapping[str, Any],
     shapes: Mapping[str, torch.Size],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     init_missing_head: bool = False,
 ) -> tuple[dict[str, Tensor], LoadReport]:
@@ -83,11 +121,8 @@ def read_weights(
     Raises ValueError, naming file and tensor, unless the checkpoint holds these tensors, in these shapes, and
     nothing else but the leftovers in `names.IGNORED` and equal copies of tied tensors.
     """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type such as torch.float32, not {dtype!r}")
-    entries = _read_headers(files)
-    with naming(files.where):
-        spelling = read_names(entries)
+    files, entries, spelling = found.files, found.entries, found.spelling
+    dtype = as_dtype(dtype, config_values, [entry["dtype"] for _, entry in entries.values()])
     report = LoadReport(
         name=files.name,
         files=files.paths,
@@ -99,6 +134,7 @@ def read_weights(
         tied=spelling.tied,
         ignored=spelling.ignored,
         ignored_config_keys=tuple(ignored_keys(config_values)),
+        unknown_config_keys=tuple(unknown_keys(config_values)),
         defaulted_config_keys=tuple(defaulted_keys(config_values)),
         stamps=tuple(_stamp(path) for path in files.paths),
     )
@@ -117,7 +153,30 @@ def read_weights(
     report.non_finite = tuple(name for name, tensor in state.items() if _has_non_finite(tensor))
     if report.non_finite:
         warnings.warn(f"{files.where}: NaN or infinite weights in {', '.join(report.non_finite)}", stacklevel=3)
+    if report.unknown_config_keys:
+        said = ", ".join(map(repr, report.unknown_config_keys))
+        path = files.paths[0].parent / CONFIG
+        warnings.warn(f"{path}: as far as minibert knows, no BERT reads {said}: without effect here", stacklevel=3)
     return state, report
+
+
+def as_dtype(dtype: torch.dtype | str | None, config_values: Mapping[str, Any], stored: list[str]) -> torch.dtype:
+    """What a caller means: a dtype, its name ("bfloat16"), or "auto", which is the one that config.json names or else
+    the one that the tensors are stored in. None is float32. Raises ValueError for what is no floating-point type.
+    """
+    names = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
+    if dtype == "auto":
+        said = config_values.get("dtype") or config_values.get("torch_dtype")
+        floats = [name for name in stored if name in DTYPES]
+        if isinstance(said, str) and said.removeprefix("torch.") in names:
+            return names[said.removeprefix("torch.")]
+        return DTYPES[Counter(floats).most_common(1)[0][0]] if floats else torch.float32
+    found = torch.float32 if dtype is None else names.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f'dtype must be a floating-point type such as torch.float32, its name, or "auto", not {dtype!r}'
+        )
+    return found
 
 
 def _read_headers(files: WeightFiles) -> dict[str, tuple[Path, dict[str, Any]]]:

@@ -93,7 +93,9 @@ class FillMask:
             if lost := whole.count(self.mask_id) - ids.count(self.mask_id):
                 raise ValueError(f"{lost} {self._mask} in {shown!r} would be cut off: the model takes {limit} tokens")
         if self.mask_id not in ids:
-            raise ValueError(f"there is no {self._mask} in {shown!r}: write it where a word should be filled in")
+            raise ValueError(
+                f"there is no {self._mask} in {shown!r}: write {self._mask} where a word is to be filled in"
+            )
         return ids
 
     @torch.inference_mode()

@@ -37,7 +37,7 @@ from minibert.model import EncoderLayer, MLMHead
 from minibert.packing import PackedBatch
 
 # hidden_act → the name and the algorithm of oneDNN's fused form
-FUSED = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
+FUSED = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", ""), "silu": ("swish", "")}
 COMPILED_ON = ("cuda",)
 GRAPH_TOKENS = 4096  # with more tokens than this the kernels take longer than their launching
 GRAPHS = 64  # at most; batches of other sizes than theirs run without
