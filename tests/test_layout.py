@@ -15,7 +15,7 @@ LEVELS = """
     atomic files names config_keys loss devices memory
     hub
     config
-    checks checkpoint masking
+    checks checkpoint masking tokenizer_files
     packing tokenizer
     attention
     kernels
