@@ -25,7 +25,7 @@ LEVELS = """
     inference.prepare
     inference.__init__
     __init__
-    trace.table
+    export trace.table
     trace.inputs
     trace.files
     trace.given trace.recorder

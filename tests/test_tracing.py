@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from twins import CONFIGS, twins
 
 from minibert import PackedBatch, prepare_for_inference
@@ -73,7 +74,7 @@ def test_export_with_dynamic_batch_and_length(model):
 
 def test_compiled_whole_and_once_for_all_shapes(model):
     """Ten shapes, one graph; a batch or a length of 1 is a constant to torch.compile, and gives one of its own."""
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     larger = [shape for shape in SHAPES if min(shape) > 1]
     require_equal_everywhere(lambda *given: compiled(*given).logits, model, larger)
