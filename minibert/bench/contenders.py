@@ -15,7 +15,10 @@ from minibert.inference.onednn import has_bfloat16
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 
-PEERS = ("eager", "sdpa", "compiled", "packed", "onnxruntime", "onnxruntime-int8", "openvino", "openvino-bfloat16")
+PEERS = (
+    *("eager", "sdpa", "compiled", "packed"),
+    *("onnxruntime", "onnxruntime-int8", "openvino", "openvino-bfloat16", "openvino-int8"),
+)
 TRAINING_PEERS = ("eager", "sdpa", "compiled")
 # The peers that have one precision, whatever --dtype says.
 PRECISION = {
@@ -24,6 +27,7 @@ PRECISION = {
     "onnxruntime-int8": "int8",
     "openvino": "float32",
     "openvino-bfloat16": "bfloat16",
+    "openvino-int8": "int8",
 }
 # What `prepare_for_inference` found to be the fastest here.
 LINEAR_LAYERS = {
