@@ -12,10 +12,10 @@ import minibert
 PACKAGE = Path(minibert.__file__).parent
 # Each room may import those in the lines above its own. Rooms in one line do not import each other.
 LEVELS = """
-    atomic files names config_keys loss devices memory
-    hub
+    atomic files names config_keys devices memory tracing output
+    hub loss
     config
-    checks checkpoint masking
+    checks checkpoint masking tokenizer_files
     packing tokenizer
     attention
     kernels
