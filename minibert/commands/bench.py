@@ -37,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from minibert.bench import run as bench_run
     from minibert.bench.contenders import PEERS
+    from minibert.bench.report import table
+    from minibert.bench.run import run as run_bench
+    from minibert.bench.settings import TASKS, Settings
     from minibert.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -49,18 +51,18 @@ def run(options: argparse.Namespace) -> None:
     if options.revision is not None and options.model is None:
         raise ValueError(f"--revision {options.revision} is of a hub model, and no --model was given")
     peers = PEERS if options.peers == "all" else () if options.peers == "none" else names(options.peers)
-    report = bench_run.run(
-        bench_run.Settings(
+    report = run_bench(
+        Settings(
             model=options.model,
             revision=options.revision,
             layers=12 if options.layers is None else options.layers,
             device=options.device,
             precisions=names(options.dtype),
-            tasks=bench_run.TASKS if options.task == "both" else (options.task,),
+            tasks=TASKS if options.task == "both" else (options.task,),
             shapes=None if options.shapes is None else names(options.shapes),
             rounds=options.rounds,
             peers=peers,
             memory=options.memory,
         )
     )
-    print(report.to_json() if options.json else bench_run.table(report))
+    print(report.to_json() if options.json else table(report))
