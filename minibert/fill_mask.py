@@ -8,12 +8,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from minibert.batching import BATCH_TOKENS, batches_by_length
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 from minibert.tokenizer import encode, require_id
 
 WINDOW = 1024  # texts that are sorted by length together
-BATCH_TOKENS = 4096  # tokens that are computed together
 
 
 class FillMask:
@@ -70,7 +70,7 @@ class FillMask:
         remaining = iter(texts)
         while window := [self._encode(text, truncate) for text in islice(remaining, WINDOW)]:
             answers: dict[int, list[Any]] = {}
-            for numbers in _batches_by_length(window):
+            for numbers in batches_by_length([len(row) for row in window], BATCH_TOKENS):
                 rows = [window[number] for number in numbers]
                 answers.update(zip(numbers, self._answer_batch(rows, top_k, target_ids), strict=True))
             for number in range(len(window)):
@@ -139,16 +139,3 @@ class FillMask:
             ids.append(token)
         return list(dict.fromkeys(ids))
 
-
-def _batches_by_length(rows: list[list[int]]) -> Iterator[list[int]]:
-    """The numbers of the rows, the short ones first, in groups of at most BATCH_TOKENS tokens."""
-    group: list[int] = []
-    tokens = 0
-    for number in sorted(range(len(rows)), key=lambda number: len(rows[number])):
-        if group and tokens + len(rows[number]) > BATCH_TOKENS:
-            yield group
-            group, tokens = [], 0
-        group.append(number)
-        tokens += len(rows[number])
-    if group:
-        yield group
