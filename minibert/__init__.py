@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minibert.config import BertConfig
     from minibert.fill_mask import FillMask
+    from minibert.inference import prepare_for_inference
     from minibert.loss import masked_lm_loss
     from minibert.masked_lm import BertForMaskedLM
     from minibert.masking import mask_tokens
     from minibert.packing import PackedBatch
+    from minibert.score import pseudo_log_likelihood
     from minibert.tokenizer import load_tokenizer
 
 __version__ = "0.1.0"
@@ -21,6 +23,8 @@ __all__ = [
     "load_tokenizer",
     "mask_tokens",
     "masked_lm_loss",
+    "prepare_for_inference",
+    "pseudo_log_likelihood",
 ]
 
 _ROOMS = {
@@ -31,6 +35,8 @@ _ROOMS = {
     "load_tokenizer": "tokenizer",
     "mask_tokens": "masking",
     "masked_lm_loss": "loss",
+    "prepare_for_inference": "inference",
+    "pseudo_log_likelihood": "score",
 }
 
 
@@ -39,3 +45,7 @@ def __getattr__(name: str) -> Any:
     if name not in _ROOMS:
         raise AttributeError(f"module 'minibert' has no attribute {name!r}")
     return getattr(import_module(f"minibert.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

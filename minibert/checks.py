@@ -4,7 +4,7 @@ The rest of the package can then take its input for granted.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minibert.config import BertConfig
 from minibert.loss import IGNORE
@@ -106,6 +106,26 @@ def require_positions(positions: Tensor, num_tokens: int) -> None:
             raise ValueError(
                 f"positions go from {low} to {high}, but they count packed tokens, from 0 to {num_tokens - 1}"
             )
+
+
+def require_no_dropout(model: nn.Module) -> None:
+    """Raise ValueError if the model is in training mode, in which dropout makes its answers random. (To turn dropout
+    off and on again here would disturb a training that another thread does with this model.)
+    """
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Dropout) and part.training and part.p > 0:
+            raise ValueError(
+                f"the model is in training mode ({name} has dropout of {part.p}), so its answers would be random: call "
+                "model.eval() before asking, and model.train() before training on"
+            )
+
+
+def require_vocabulary(tokens: int, config: BertConfig) -> None:
+    """Raise ValueError if a tokenizer has more tokens than the model has embeddings."""
+    if tokens > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens and the model {config.vocab_size}: they are not of one checkpoint"
+        )
 
 
 def _require_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:

@@ -9,6 +9,7 @@ import warnings
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from minibert import __version__
+from minibert.commands import score
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,8 @@ def build_parser() -> Parser:
         help="what the loss is over: the chosen tokens, as in BERT, or all of them (default: %(default)s)",
     )
     sub.add_argument("--truncate", action="store_true", help="cut a text that is too long for the model")
+
+    score.add_arguments(command("score", score.run, score.HELP))
 
     command("info", info, "A model's configuration, its parameters, and how its file was read.")
 

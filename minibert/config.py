@@ -3,43 +3,17 @@
 Source: google-research/bert, modeling.py, BertConfig; the key names are the hub's, verbatim.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
+from minibert.config_keys import SIZES, own_values
+from minibert.files import naming, read_json
+from minibert.hub import locate, read_config
+
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu")
-
-# Without these nobody can say which model it is: the number of heads, for one, shows in no tensor's shape.
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-
-# Keys that would change what the model computes. Only the value given here is BERT as the paper has it.
-FIXED_KEYS: dict[str, Any] = {
-    "model_type": "bert",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
-    "tie_word_embeddings": True,
-    "pruned_heads": {},
-}
-
-# Keys that real config.json files carry and that change no number of the masked language model: bookkeeping,
-# other tasks' heads, the pooler, and text generation. They are accepted and listed in the load report.
-HARMLESS_KEYS = frozenset(
-    """
-    architectures dtype torch_dtype transformers_version _name_or_path name_or_path model_max_length
-    use_cache use_return_dict return_dict output_attentions output_hidden_states output_past
-    torchscript use_bfloat16 tf_legacy_loss gradient_checkpointing chunk_size_feed_forward
-    classifier_dropout finetuning_task task_specific_params problem_type num_labels _num_labels id2label label2id
-    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    tokenizer_class prefix sep_token_id bos_token_id eos_token_id cls_token_id mask_token_id decoder_start_token_id
-    cross_attention_hidden_size max_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
-    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens attn_implementation _attn_implementation _attn_implementation_autoset language
-    """.split()
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,27 +67,26 @@ class BertConfig:
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "BertConfig":
-        """The configuration in a parsed config.json. Keys that change nothing are skipped (`ignored_keys` lists
-        them), and keys other than `SIZES` may be missing (`defaulted_keys` lists them). A key that changes the
-        computation, or that nobody here knows, or a missing size, is a ValueError that names it.
+    def from_dict(cls, values: Mapping[str, Any]) -> "BertConfig":
+        """The configuration in a parsed config.json. Keys that change nothing are skipped, and all but `SIZES` may be
+        missing. A key that makes it another model, or that nobody here knows, or a missing size, is a ValueError.
         """
-        own = {field.name for field in fields(cls)}
-        for key, wanted in FIXED_KEYS.items():  # first: of another architecture nobody asks about single keys
-            if values.get(key, wanted) != wanted:
-                raise ValueError(
-                    f"{key} is {values[key]!r}, and minibert computes only {wanted!r}: "
-                    "this checkpoint is another architecture"
-                )
-        for key, value in values.items():
-            if key not in own and key not in HARMLESS_KEYS and key not in FIXED_KEYS:
-                raise ValueError(
-                    f"unknown key {key!r} (value {value!r}): it may change what the model computes. "
-                    "If you know that it does not, take it out of config.json"
-                )
-        if missing := [key for key in SIZES if key not in values]:
-            raise ValueError(f"there is no {missing[0]}: without it nobody can say which model this is")
-        return cls(**{key: value for key, value in values.items() if key in own})
+        return cls(**own_values(values, [field.name for field in fields(cls)]))
+
+    @classmethod
+    def from_json_file(cls, path: str | PathLike[str]) -> "BertConfig":
+        """The configuration in a file like config.json, under any name. Raises ValueError, naming the file."""
+        with naming(Path(path)):
+            return cls.from_dict(read_json(Path(path)))
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+    ) -> "BertConfig":
+        """The configuration of a checkpoint, named as for `BertForMaskedLM.from_pretrained`."""
+        path, values = read_config(locate(name_or_path, revision=revision, local_files_only=local_files_only))
+        with naming(path):
+            return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """What save_pretrained writes to config.json: every key here, and those that say it is a BERT."""
@@ -126,11 +99,6 @@ class BertConfig:
         }
 
 
-def defaulted_keys(values: dict[str, Any]) -> list[str]:
+def defaulted_keys(values: Mapping[str, Any]) -> list[str]:
     """The keys of BertConfig that a parsed config.json leaves to their default."""
     return [field.name for field in fields(BertConfig) if field.name not in values]
-
-
-def ignored_keys(values: dict[str, Any]) -> list[str]:
-    """The keys of a parsed config.json that `BertConfig.from_dict` accepted without using them."""
-    return sorted(set(values) & HARMLESS_KEYS)

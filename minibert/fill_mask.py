@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from minibert import checks
 from minibert.batching import BATCH_TOKENS, batches_by_length
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
@@ -19,17 +20,16 @@ WINDOW = 1024  # texts that are sorted by length together
 class FillMask:
     """Call it with a text, or several, each with one [MASK] or more. The answers are those of transformers'
     fill-mask pipeline.
+
+    The model must be in evaluation mode, as it is after loading: in training mode, dropout would make the answers
+    random, and asking is a ValueError.
     """
 
     def __init__(self, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.mask_id = require_id(tokenizer, "[MASK]")
-        if tokenizer.get_vocab_size() > model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.get_vocab_size()} tokens and the model {model.config.vocab_size}: "
-                "they are not of one checkpoint"
-            )
+        checks.require_vocabulary(tokenizer.get_vocab_size(), model.config)
 
     def __call__(
         self,
@@ -90,6 +90,7 @@ class FillMask:
 
     @torch.inference_mode()
     def _answer_batch(self, rows: list[list[int]], top_k: int, target_ids: Tensor | None) -> list[list[Any]]:
+        checks.require_no_dropout(self.model)
         batch = PackedBatch.from_lists(rows, device=self.model.embeddings.word.weight.device)
         positions = (batch.input_ids == self.mask_id).nonzero().flatten()  # (M,)
         probabilities = self.model.predict(batch, positions).float().softmax(-1)  # (M, V)
@@ -138,4 +139,3 @@ class FillMask:
                 token = pieces.ids[0]
             ids.append(token)
         return list(dict.fromkeys(ids))
-

@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from math import inf
 from threading import Lock
 from time import perf_counter
+from typing import Any, NoReturn, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +44,23 @@ GRAPHS = 64  # at most; batches of other sizes than theirs run without
 
 
 def prepare_for_inference(model: BertForMaskedLM, dtype: torch.dtype | None = None) -> "PreparedBert":
-    """The fastest form of `model` for inference on its device. `model` itself stays as it is.
+    """The fastest form of `model` for inference on its device. It holds a copy of every tensor: what happens to `model`
+    afterwards does not reach it, and `model` itself stays as it is. A model that is prepared already is returned.
 
     dtype: of the weights and the arithmetic; None is the model's own on the CPU, bfloat16 on CUDA. Raises
-    ValueError for a dtype that this device has no instructions for.
+    ValueError for a dtype that this device has no instructions for, for a prepared model of another dtype, and for a
+    model with forward hooks, which would not be called.
     """
+    if isinstance(model, PreparedBert):
+        had = model.embeddings.word.weight.dtype
+        if dtype not in (None, had):
+            raise ValueError(f"this model is prepared in {had} already: for {dtype}, prepare the one it was made from")
+        return model
+    if hooked := [name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks]:
+        raise ValueError(
+            f"{hooked[0] or 'the model'} has a forward hook, and a prepared model would not call it: remove the hook, "
+            "or use the model as it is"
+        )
     device = model.embeddings.word.weight.device
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else model.embeddings.word.weight.dtype
@@ -55,24 +68,30 @@ def prepare_for_inference(model: BertForMaskedLM, dtype: torch.dtype | None = No
         raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, not {dtype!r}")
     if device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise ValueError("this CPU has no instructions for bfloat16: leave dtype out, or use torch.float32")
-    return PreparedBert(model, dtype)
+    with torch.inference_mode(False):  # tensors that are made in inference mode could not be used outside it
+        return PreparedBert(model, dtype)
 
 
 class PreparedBert(BertForMaskedLM):
-    """What `prepare_for_inference` returns. It cannot be trained or saved: the model it was made from can."""
+    """What `prepare_for_inference` returns. It answers, and that is all: it cannot be trained, saved, moved, copied or
+    changed. The model it was made from can.
+    """
 
     def __init__(self, model: BertForMaskedLM, dtype: torch.dtype) -> None:
         with checkpoint.shapes_only():
             super().__init__(model.config)
-        self.load_state_dict(
-            {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}, assign=True
-        )
-        self.load_report = model.load_report
+        word = model.embeddings.word.weight
+        linear = fastest_linear(dtype) if word.is_cpu else None
+        # Its own copy of every tensor. A matrix that is put into oneDNN's order is copied by that.
+        ordered = {f"{name}.weight" for name, part in self.named_modules() if linear and isinstance(part, nn.Linear)}
+        own = {name: x.detach().to(dtype, copy=name not in ordered) for name, x in model.state_dict().items()}
+        self.load_state_dict(own, assign=True)
         self.requires_grad_(False).eval()
+        self.load_report = model.load_report
         word = self.embeddings.word.weight
         self._before, self._after = before_attention, after_attention
         self._graphs: Graphs | None = None
-        if word.is_cpu and (linear := fastest_linear(dtype)):
+        if linear:
             for layer in self.layers:
                 assert isinstance(layer, EncoderLayer)
                 _prepack_layer(layer, linear, model.config.hidden_act)
@@ -82,6 +101,10 @@ class PreparedBert(BertForMaskedLM):
             self._after = torch.compile(after_attention, dynamic=True)
         if word.is_cuda and _has_flash_attention(word, model.config.head_size):
             self._graphs = Graphs(word.device)
+        for part in list(self.modules()):
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+            part.__class__ = _fixed(type(part), Fixed if part is self else FixedPart)  # type: ignore[arg-type]
 
     def encode(self, batch: PackedBatch) -> Tensor:
         """As in BertForMaskedLM: (T, D)."""
@@ -119,21 +142,96 @@ class PreparedBert(BertForMaskedLM):
         missing = qkv.missing(batch.num_tokens) if isinstance(qkv, ConvolvedLinear) else 0
         return filled_up(batch, missing) if missing else batch
 
-    def train(self, mode: bool = True) -> "PreparedBert":
-        if mode:
-            raise ValueError("a model prepared for inference cannot be trained: train the one it was made from")
-        super().train(False)
-        return self
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **settings: Any) -> NoReturn:
+        raise ValueError("load the weights with BertForMaskedLM.from_pretrained, and prepare that")
 
-    def _apply(self, fn: object, recurse: bool = True) -> "PreparedBert":
-        """What .to(), .half(), .cpu() and the like go through."""
+
+# ----------------------------------------------------------------------------------------------- what cannot be changed
+
+PREPARED = "a model prepared for inference"
+
+
+class Fixed(nn.Module):
+    """What a prepared model and its parts refuse, because it would have no effect, or half of one. On the CPU, matrices
+    are copies in oneDNN's own order, which torch does not know as parameters. On CUDA, kernels are recorded together
+    with the addresses of the tensors that they read.
+    """
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            raise ValueError(f"{PREPARED} cannot be trained: train the one it was made from")
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        return self.train(requires_grad)
+
+    def _apply(self, *arguments: Any, **settings: Any) -> NoReturn:
+        """What .to(), .half(), .cpu(), .share_memory() and the like go through."""
         raise ValueError(
-            "a model prepared for inference stays as it is and where it is: move or convert the one it was made from, "
-            "and prepare that"
+            f"{PREPARED} stays as it is and where it is: move or convert the one it was made from, and prepare that"
         )
 
-    def save_pretrained(self, folder: object) -> None:
-        raise ValueError("a model prepared for inference cannot be saved: save the one it was made from")
+    def compile(self, *arguments: Any, **settings: Any) -> NoReturn:
+        raise ValueError(f"{PREPARED} is compiled already, where that pays: compile the one it was made from")
+
+    def save_pretrained(self, *arguments: Any, **settings: Any) -> NoReturn:
+        raise ValueError(f"{PREPARED} cannot be saved: save the one it was made from")
+
+    def load_state_dict(self, *arguments: Any, **settings: Any) -> NoReturn:
+        raise ValueError(
+            f"{PREPARED} takes no other weights: load them into the one it was made from, and prepare that"
+        )
+
+    def state_dict(self, *arguments: Any, **settings: Any) -> NoReturn:
+        raise ValueError(
+            f"{PREPARED} has no list of its tensors, since some are in an order that only oneDNN knows: ask the one it "
+            "was made from. Its device is that of model.embeddings.word.weight"
+        )
+
+    parameters = named_parameters = state_dict
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """What copy, deepcopy, pickle and torch.save go through."""
+        raise ValueError(
+            f"{PREPARED} can be neither copied nor pickled: copy or save the one it was made from, and prepare that"
+        )
+
+    def add_module(self, name: str, *arguments: Any, **settings: Any) -> NoReturn:
+        raise ValueError(f"{PREPARED} stays as it is: change {name!r} of the one it was made from, and prepare that")
+
+    register_module = register_parameter = register_buffer = add_module
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, nn.Module | Tensor) or name in self._modules or name in self._parameters:
+            self.add_module(name)
+        super().__setattr__(name, value)  # type: ignore[arg-type]
+
+    def __delattr__(self, name: str) -> None:
+        self.add_module(name)
+
+
+class FixedPart(Fixed):
+    """A part of a prepared model. It is not run as a whole, or not always; the model as a whole may have hooks."""
+
+    def register_forward_hook(self, *arguments: Any, **settings: Any) -> NoReturn:
+        raise ValueError(
+            f"{PREPARED} does not run its parts one by one, so a hook on one of them would not be called: register it "
+            "on the one it was made from"
+        )
+
+    register_forward_pre_hook = register_full_backward_hook = register_full_backward_pre_hook = register_forward_hook
+
+
+class FixedList(FixedPart, nn.ModuleList):
+    def __getitem__(self, index: Any) -> Any:  # a slice of it is a new list
+        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
+
+@cache
+def _fixed(kind: type[nn.Module], fixed: type[Fixed]) -> type[nn.Module]:
+    """`kind`, but with the refusals of `fixed`."""
+    return FixedList if kind is nn.ModuleList else type(kind.__name__, (fixed, kind), {})
 
 
 def before_attention(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,8 +370,14 @@ class PrepackedHead(nn.Module):
         self.dense = linear(head.dense.weight, head.dense.bias, FUSED[hidden_act])
         self.norm = head.norm
         self.decoder = linear(word_embeddings, head.bias)
+        self.ordered = (word_embeddings.data_ptr(), word_embeddings._version)
 
     def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
+        if (word_embeddings.data_ptr(), word_embeddings._version) != self.ordered:
+            raise ValueError(
+                f"the word embeddings of {PREPARED} were changed, and its head has a copy in another order: change "
+                "them in the one it was made from, and prepare that"
+            )
         return self.decoder(self.norm(self.dense(x)))  # (M, V)
 
 

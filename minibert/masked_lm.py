@@ -4,16 +4,19 @@ What is computed is in model.py. Here is what surrounds it in a user's program, 
 BertForMaskedLM.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from os import PathLike
 
 import torch
 from torch import Tensor
 
-from minibert import checkpoint, checks
+from minibert import checkpoint, checks, hub
 from minibert.attention import formula
 from minibert.checkpoint import LoadReport
+from minibert.config import BertConfig
+from minibert.files import naming
 from minibert.loss import masked_lm_loss
 from minibert.model import Bert, EncoderLayer
 from minibert.packing import PackedBatch
@@ -71,26 +74,46 @@ class BertForMaskedLM(Bert):
             loss = masked_lm_loss(logits, batch.pack(labels)).mean
         return MaskedLMOutput(loss, batch.unpack(logits))
 
+    def hidden_states(self, batch: PackedBatch) -> list[Tensor]:
+        """What the embeddings give and what each layer gives, N + 1 of (T, D). The last is `encode(batch)`."""
+        return list(self._states(batch))
+
+    def layer_guesses(self, batch: PackedBatch, positions: Tensor) -> Tensor:
+        """What BERT would answer at `positions` (M,) if it stopped after the embeddings, and after each layer: logits,
+        (N + 1, M, V). The last are `predict(batch, positions)`.
+
+        The head was trained on the last layer only: how it reads an earlier one is a view, not a measurement.
+        Source: nostalgebraist, "interpreting GPT: the logit lens", 2020.
+        """
+        checks.require_positions(positions, batch.num_tokens)
+        word_embeddings = self.embeddings.word.weight
+        return torch.stack([self.head(x[positions], word_embeddings) for x in self._states(batch)])  # (N + 1, M, V)
+
     def attention_maps(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Who looks at whom: for each of the given layers (from 0) the attention probabilities, (B, H, S, S), S
-        being the longest sequence; 0 beyond the end of a shorter one. The other layers stay on the fused
-        kernel.
+        """Who looks at whom: for each of the given layers (from 0) the attention probabilities, (B, H, S, S), S being
+        the longest sequence; 0 beyond the end of a shorter one. The other layers stay on the fused kernel.
         """
         layers = list(layers)
         wrong = [number for number in layers if not 0 <= number < len(self.layers)]
         if wrong or not layers:
             raise ValueError(f"layers must name some of 0 to {len(self.layers) - 1}, not {layers}")
-        checks.require_embeddings(batch.largest, self.config)
         maps = {}
-        x = self.embeddings(batch)  # (T, D)
-        for number, layer in enumerate(self.layers[: max(layers) + 1]):
+        for number, x in enumerate(islice(self._states(batch), max(layers) + 1)):  # x: what this layer reads, (T, D)
             if number in layers:
+                layer = self.layers[number]
                 assert isinstance(layer, EncoderLayer)
                 query, key, value = layer.attention.split_heads(x)  # each (T, H, K)
                 maps[number] = formula(query, key, value, batch)[1]  # (B, H, S, S)
-            if number < max(layers):
-                x = layer(x, batch)  # (T, D)
         return maps
+
+    def _states(self, batch: PackedBatch) -> Iterator[Tensor]:
+        """The hidden states (T, D) that `encode` goes through, one after the other."""
+        checks.require_embeddings(batch.largest, self.config)
+        x = self.embeddings(batch)  # (T, D)
+        yield x
+        for layer in self.layers:
+            x = layer(x, batch)  # (T, D)
+            yield x
 
     @classmethod
     def from_pretrained(
@@ -113,13 +136,19 @@ class BertForMaskedLM(Bert):
 
         Raises ValueError for a file that is not exactly this model, FileNotFoundError for one that is not there.
         """
-        source = checkpoint.locate(name_or_path, revision=revision, local_files_only=local_files_only)
-        config = checkpoint.read_config(source)
+        source = hub.locate(name_or_path, revision=revision, local_files_only=local_files_only)
+        config_path, config_values = hub.read_config(source)  # first: no other architecture's weights are downloaded
+        with naming(config_path):
+            config = BertConfig.from_dict(config_values)
         with checkpoint.shapes_only():  # no memory yet: the weights are held once, when they are read
             model = cls(config)
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         state, report = checkpoint.read_weights(
-            source, shapes, dtype=dtype or torch.float32, device=device, init_missing_head=init_missing_head
+            hub.weight_files(source),
+            config_values,
+            {name: tensor.shape for name, tensor in model.state_dict().items()},
+            dtype=dtype or torch.float32,
+            device=device,
+            init_missing_head=init_missing_head,
         )
         model.load_state_dict(state, assign=True)
         model.load_report = report

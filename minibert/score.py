@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
+from minibert import checks
 from minibert.batching import BATCH_TOKENS, batches_by_length
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
@@ -108,13 +109,8 @@ def pseudo_log_likelihood(
         raise ValueError(f"texts must be several texts, not {texts[:60]!r} alone: put it into a list")
     if within_word not in WITHIN_WORD:
         raise ValueError(f"within_word must be one of {', '.join(WITHIN_WORD)}, not {within_word!r}")
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout makes every score another: call model.eval()")
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.get_vocab_size()} tokens and the model {model.config.vocab_size}: "
-            "they are not of one checkpoint"
-        )
+    checks.require_no_dropout(model)
+    checks.require_vocabulary(tokenizer.get_vocab_size(), model.config)
     return Scorer(model, tokenizer, within_word, given, truncate).stream(texts)
 
 
@@ -223,7 +219,9 @@ class Scorer:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         values = -F.cross_entropy(logits, torch.cat(targets).to(device), reduction="none")  # (M,)
         if not bool(values.isfinite().all()):
-            raise FloatingPointError("the model's answer is not a number: are there NaN or infinite values in its file?")
+            raise FloatingPointError(
+                "the model's answer is not a number: are there NaN or infinite values in its file?"
+            )
         return values.tolist()
 
     def answer(self, text: EncodedText, values: list[float]) -> Score:
@@ -274,9 +272,7 @@ def score_pairs(
     ValueError for a pair in which a text has no token: it would win by that.
     """
     texts = (text for pair in pairs for text in pair)
-    scores = pseudo_log_likelihood(
-        model, tokenizer, texts, within_word=within_word, given=given, truncate=truncate
-    )
+    scores = pseudo_log_likelihood(model, tokenizer, texts, within_word=within_word, given=given, truncate=truncate)
     return _in_pairs(scores)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from tokenizers import Encoding, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
-from minibert import checkpoint
+from minibert import hub
+from minibert.files import read_json
 
 
 def load_tokenizer(
@@ -25,7 +26,7 @@ def load_tokenizer(
 
     Raises FileNotFoundError or ValueError, naming the file.
     """
-    source = checkpoint.locate(name_or_path, revision=revision, local_files_only=local_files_only)
+    source = hub.locate(name_or_path, revision=revision, local_files_only=local_files_only)
     if path := source.file("tokenizer.json"):
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -38,7 +39,7 @@ def load_tokenizer(
     if path is None:
         raise FileNotFoundError(f"{source.name}: there is neither a tokenizer.json nor a vocab.txt{source.only_cache}")
     settings_path = source.file("tokenizer_config.json")
-    settings = checkpoint.read_json(settings_path) if settings_path else {}
+    settings = read_json(settings_path) if settings_path else {}
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -97,7 +98,7 @@ def encode(
             sentence.encode()  # bytes on the command line that are no UTF-8 arrive as lone surrogates
         except UnicodeEncodeError as error:
             raise ValueError(f"the text {sentence[:60]!r} is not Unicode: {error.reason}") from error
-    encoding = tokenizer.encode(*sentences)
+    encoding = tokenizer.encode(text, pair)
     if len(encoding.ids) <= max_length:
         return encoding
     if not truncate:
@@ -114,7 +115,7 @@ def encode(
             f"takes {max_length}: shorten it, for only the second one is cut, and nothing would be left of that"
         )
     bodies[-1].truncate(room)
-    return tokenizer.post_process(*bodies)
+    return tokenizer.post_process(bodies[0], None if pair is None else bodies[1])
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:

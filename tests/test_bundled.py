@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from minibert import BertForMaskedLM, FillMask, load_tokenizer
-from minibert.checkpoint import BUNDLED, sha256
+from minibert.files import sha256
+from minibert.hub import BUNDLED
 
 NAME = "minibert-uncased"
 

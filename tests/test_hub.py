@@ -14,7 +14,8 @@ import torch
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 
-from minibert import BertConfig, BertForMaskedLM, checkpoint, load_tokenizer
+from minibert import BertConfig, BertForMaskedLM, load_tokenizer
+from minibert import hub as minihub
 
 SIZES = {
     "vocab_size": 99,
@@ -122,7 +123,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache, and no bundled checkpoints or folders that could answer in the hub's place."""
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    monkeypatch.setattr(checkpoint, "BUNDLED", ())
+    monkeypatch.setattr(minihub, "BUNDLED", ())
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
     return tmp_path / "cache"
@@ -374,7 +375,7 @@ def test_html_page_that_the_hub_itself_holds(hub, cache, name):
 
 @pytest.fixture
 def pinned(hub, files):
-    revision = checkpoint.PINNED_REVISION[BERT]
+    revision = minihub.PINNED_REVISION[BERT]
     hub.repos[BERT] = {revision: dict(files), COMMIT: {}}
     return revision
 
@@ -389,7 +390,7 @@ def test_bert_base_uncased_is_pinned(hub, cache, pinned, files, monkeypatch, tmp
     blobs = [path.read_bytes() for path in cache.glob("models--*/blobs/*")]
     assert blobs == [files["config.json"]]
 
-    monkeypatch.setitem(checkpoint.PINNED_SHA256, (pinned, WEIGHTS), hashlib.sha256(files[WEIGHTS]).hexdigest())
+    monkeypatch.setitem(minihub.PINNED_SHA256, (pinned, WEIGHTS), hashlib.sha256(files[WEIGHTS]).hexdigest())
     for name in ("bert-base-uncased", BERT):
         assert_is(BertForMaskedLM.from_pretrained(name), files, tmp_path / "expected")
     gets = [filename for command, _, _, filename in hub.asked if command == "GET"]
@@ -397,7 +398,7 @@ def test_bert_base_uncased_is_pinned(hub, cache, pinned, files, monkeypatch, tmp
 
 
 def test_wrong_bytes_and_then_the_right_ones(hub, cache, pinned, files, monkeypatch, tmp_path):
-    monkeypatch.setitem(checkpoint.PINNED_SHA256, (pinned, WEIGHTS), hashlib.sha256(files[WEIGHTS]).hexdigest())
+    monkeypatch.setitem(minihub.PINNED_SHA256, (pinned, WEIGHTS), hashlib.sha256(files[WEIGHTS]).hexdigest())
     wrong = bytearray(files[WEIGHTS])
     wrong[-1] ^= 1
     hub.repos[BERT][pinned][WEIGHTS] = bytes(wrong)
@@ -409,7 +410,7 @@ def test_wrong_bytes_and_then_the_right_ones(hub, cache, pinned, files, monkeypa
 
 
 def test_cached_bytes_that_rot_are_found(hub, cache, pinned, files, monkeypatch, tmp_path):
-    monkeypatch.setitem(checkpoint.PINNED_SHA256, (pinned, WEIGHTS), hashlib.sha256(files[WEIGHTS]).hexdigest())
+    monkeypatch.setitem(minihub.PINNED_SHA256, (pinned, WEIGHTS), hashlib.sha256(files[WEIGHTS]).hexdigest())
     BertForMaskedLM.from_pretrained("bert-base-uncased")
     blob = cached(cache, WEIGHTS)[0].resolve()
     blob.write_bytes(files[WEIGHTS][:-1] + b"\xff")
@@ -423,7 +424,7 @@ def test_the_vocabulary_is_pinned_too(hub, cache, pinned, files, monkeypatch):
     with pytest.raises(ValueError, match=r"vocab\.txt: SHA-256"):
         load_tokenizer("bert-base-uncased")
     assert cached(cache, "vocab.txt") == []
-    monkeypatch.setitem(checkpoint.PINNED_SHA256, (pinned, "vocab.txt"), hashlib.sha256(files["vocab.txt"]).hexdigest())
+    monkeypatch.setitem(minihub.PINNED_SHA256, (pinned, "vocab.txt"), hashlib.sha256(files["vocab.txt"]).hexdigest())
     assert load_tokenizer("bert-base-uncased").encode("Paris").ids == [2, 5, 3]
 
 

@@ -59,7 +59,7 @@ def test_both_doors_give_the_same_answers(name, mask, dtype, each_way):
     ours, theirs = twins(CONFIGS[name], "sdpa")
     given = make_batch(CONFIGS[name], mask, SIZES[name], two_segments=True)
     fast = prepare_for_inference(ours, dtype)
-    assert type(fast.layers[-1].feed_forward.output) is each_way
+    assert isinstance(fast.layers[-1].feed_forward.output, each_way)
     seen = given["attention_mask"].bool()
     expected = theirs(**given)
     got = fast(**given)

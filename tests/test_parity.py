@@ -172,15 +172,13 @@ def test_the_notebooks_shapes():
 def real_weights(request):
     from huggingface_hub import try_to_load_from_cache
 
-    from minibert import checkpoint
+    from minibert import hub
 
-    for folder in checkpoint.BUNDLED:
+    for folder in hub.BUNDLED:
         if (folder / "bert-base-uncased" / "model.safetensors").is_file():
             return
-    repo = checkpoint.ALIASES["bert-base-uncased"]
-    if not isinstance(
-        try_to_load_from_cache(repo, "model.safetensors", revision=checkpoint.PINNED_REVISION[repo]), str
-    ):
+    repo = hub.ALIASES["bert-base-uncased"]
+    if not isinstance(try_to_load_from_cache(repo, "model.safetensors", revision=hub.PINNED_REVISION[repo]), str):
         fail = request.config.getoption("--require-real-weights")
         (pytest.fail if fail else pytest.skip)("bert-base-uncased is neither in the hub's cache nor in weights/")
 

@@ -14,8 +14,9 @@ from twins import CONFIGS, twins
 import minibert.kernels
 import minibert.masked_lm
 import minibert.model
-from minibert import BertForMaskedLM, checkpoint
+from minibert import BertForMaskedLM, hub
 from minibert.cli import main
+from minibert.files import sha256
 from minibert.parity import assert_parity, golden
 
 SIZES = CONFIGS["3 heads, gelu_new"]
@@ -107,7 +108,7 @@ def test_the_golden_trace_notices_a_fault(monkeypatch, capsys):
 def test_the_golden_trace_belongs_to_the_bundled_weights():
     with safe_open(golden.PATH, framework="pt") as file:
         made_from = file.metadata()["sha256"]
-    found = checkpoint.sha256(checkpoint.locate(golden.BUNDLED).require(checkpoint.WEIGHTS))
+    found = sha256(hub.locate(golden.BUNDLED).require(hub.WEIGHTS))
     assert made_from == found, f"the bundled weights are new: remake the golden trace with `{golden.REMAKE}`"
     assert golden.PATH.stat().st_size < 500_000
 

@@ -354,3 +354,13 @@ def test_loading_a_tokenizer_needs_no_transformers(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[2, 5, 4, 3]"
+
+
+def test_loading_a_tokenizer_does_not_import_torch(tmp_path):
+    write_vocabulary(tmp_path, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])
+    code = (
+        "import sys; from minibert import load_tokenizer;"
+        f"print(load_tokenizer({str(tmp_path)!r}).encode('a [MASK]').ids, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[2, 5, 4, 3] False"

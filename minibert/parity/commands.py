@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minibert import checkpoint
 from minibert.checkpoint import DTYPES
 from minibert.config import BertConfig
+from minibert.files import read_json
 from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity import golden
@@ -48,7 +48,7 @@ def write_trace(options: argparse.Namespace) -> int:
     model: torch.nn.Module
     if options.backend == "transformers":
         model = transformers_model(options.model, dtype, device)
-        config = checkpoint.read_config(checkpoint.locate(options.model))
+        config = BertConfig.from_pretrained(options.model)
     else:
         model = BertForMaskedLM.from_pretrained(options.model, dtype=dtype, device=device)
         config = model.config
@@ -118,7 +118,7 @@ def tokenized(texts: list[str], name: str, config: BertConfig) -> dict[str, Tens
 def read_ids(path: Path) -> dict[str, Tensor]:
     """A JSON object of lists of rows: input_ids, and if wanted attention_mask, token_type_ids, labels."""
     require_file(path, "a JSON file of ids")
-    values = checkpoint.read_json(path)
+    values = read_json(path)
     if "input_ids" not in values or (unknown := values.keys() - set(INPUTS)):
         said = f"the key {sorted(unknown)[0]!r} is not known" if "input_ids" in values else "there is no input_ids"
         raise ValueError(f"{path}: {said}; it holds {', '.join(INPUTS)}, each a list of rows")

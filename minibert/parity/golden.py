@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minibert import checkpoint
+from minibert import hub
+from minibert.files import sha256
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.check import Reference, collator_masks, standard_inputs
 from minibert.parity.record import trace
@@ -40,8 +41,8 @@ def write(path: Path = PATH) -> None:
         made: Trace = trace(theirs.to(dtype), **inputs, grad=True)
         tensors |= {prefix + name: sample(x).contiguous() for name, x in made.tensors.items() if name not in INPUTS}
     tensors["masked.input_ids"], tensors["masked.labels"] = collator_masks(config.vocab_size)
-    weights = checkpoint.locate(BUNDLED).require(checkpoint.WEIGHTS)
-    metadata = {"backend": made.metadata["backend"], "torch": torch.__version__, "sha256": checkpoint.sha256(weights)}
+    weights = hub.locate(BUNDLED).require(hub.WEIGHTS)
+    metadata = {"backend": made.metadata["backend"], "torch": torch.__version__, "sha256": sha256(weights)}
     save_file(tensors, path, metadata=metadata)
 
 
@@ -85,9 +86,9 @@ def transformers_model(name: str, dtype: torch.dtype, device: torch.device) -> t
         import transformers
     except ImportError as error:
         raise ValueError("transformers is not installed: pip install transformers") from error
-    source = checkpoint.locate(name)
-    folder = source.require(checkpoint.CONFIG).parent
-    source.file(checkpoint.WEIGHTS)  # into the same folder of the cache, checked
+    source = hub.locate(name)
+    folder = source.require(hub.CONFIG).parent
+    source.file(hub.WEIGHTS)  # into the same folder of the cache, checked
     transformers.utils.logging.disable_progress_bar()
     model: torch.nn.Module = transformers.BertForMaskedLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model.to(device).eval()

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minibert.checkpoint import hub_names
-from minibert.config import FIXED_KEYS, BertConfig
+from minibert.config import BertConfig
+from minibert.config_keys import FIXED_KEYS
 from minibert.kernels import use_kernel
 from minibert.masked_lm import BertForMaskedLM
+from minibert.names import hub_names
 from minibert.packing import PackedBatch
 from minibert.parity.trace import (
     FORMAT,

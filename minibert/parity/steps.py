@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.checkpoint import hub_names
 from minibert.loss import masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.model import ACTIVATIONS, EncoderLayer
+from minibert.names import hub_names
 from minibert.parity.trace import GRADIENT, Inputs, Trace, parameter_names
 
 Section = Callable[..., Iterator[tuple[str, Tensor]]]

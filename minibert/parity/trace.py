@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minibert import checks
-from minibert.checkpoint import DTYPES, NAMES, hub_names, read_header, shapes_only
+from minibert.checkpoint import DTYPES, read_header, shapes_only
 from minibert.config import BertConfig
 from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM
+from minibert.names import NAMES, hub_names
 from minibert.packing import PackedBatch
 
 FORMAT, VERSION = "minibert-trace", "1"

@@ -29,7 +29,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from minibert.checkpoint import CONFIG, WEIGHTS, read_header, read_json
+from minibert.checkpoint import read_header
+from minibert.files import read_json
+from minibert.hub import CONFIG, WEIGHTS
 from minibert.masked_lm import BertForMaskedLM
 
 RUN, METRICS, LOCK = "run.json", "metrics.jsonl", ".lock"

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from minibert.checkpoint import read_config_file
 from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
 from minibert.tokenizer import load_tokenizer
@@ -17,7 +16,7 @@ def start_model(init: str, *, seed: int, device: str) -> BertForMaskedLM:
     """
     if not _is_config(init):
         return BertForMaskedLM.from_pretrained(init, device=device, init_missing_head=True)
-    config = read_config_file(_existing(init))
+    config = BertConfig.from_json_file(_existing(init))
     torch.manual_seed(seed)
     return BertForMaskedLM(config).to(device)
 
@@ -26,7 +25,7 @@ def start_config(init: str, model: BertForMaskedLM) -> BertConfig:
     """What `init` says now that the model is. A configuration may have changed since `model`, which began with it, was
     saved; a checkpoint was read once, and `model` is what came of it.
     """
-    return read_config_file(_existing(init)) if _is_config(init) else model.config
+    return BertConfig.from_json_file(_existing(init)) if _is_config(init) else model.config
 
 
 def start_tokenizer(init: str, tokenizer: str | None) -> Tokenizer:

@@ -40,7 +40,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from minibert.checkpoint import sha256
+from minibert.files import sha256
 from minibert.training.workers import encode, tokenizing
 
 FORMAT = "minibert-tokens 1"

@@ -1,0 +1,1 @@
+"""The commands of `minibert`, one file each: its arguments, one call, its printing."""

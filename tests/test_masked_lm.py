@@ -1,0 +1,59 @@
+"""What a user asks of a model beside its logits: hidden states, guesses of each layer."""
+
+import pytest
+import torch
+from twins import CONFIGS, make_batch, twins
+
+from minibert import PackedBatch, prepare_for_inference
+
+SIZES = CONFIGS["batch 13, gelu"]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return twins(SIZES)
+
+
+@pytest.fixture
+def given():
+    return make_batch(SIZES, "holes", (13, 7), two_segments=True)
+
+
+def packed(given):
+    return PackedBatch.from_padded(given["input_ids"], given["attention_mask"], given["token_type_ids"])
+
+
+def test_hidden_states_are_those_of_transformers(pair, given):
+    ours, theirs = pair
+    batch = packed(given)
+    states = ours.hidden_states(batch)
+    given = {name: given[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    expected = theirs(**given, output_hidden_states=True).hidden_states
+    assert len(states) == len(expected) == SIZES["num_hidden_layers"] + 1
+    for got, wanted in zip(states, expected, strict=True):
+        torch.testing.assert_close(got, batch.pack(wanted), rtol=0, atol=1e-5)  # sums in other orders
+    assert torch.equal(states[-1], ours.encode(batch))
+
+
+def test_layer_guesses_end_in_the_answer(pair, given):
+    ours, _ = pair
+    batch, positions = packed(given), torch.tensor([3, 0, 8])
+    guesses = ours.layer_guesses(batch, positions)
+    assert guesses.shape == (SIZES["num_hidden_layers"] + 1, 3, SIZES["vocab_size"])
+    assert torch.equal(guesses[-1], ours.predict(batch, positions))
+    for got, state in zip(guesses, ours.hidden_states(batch), strict=True):
+        assert torch.equal(got, ours.head(state[positions], ours.embeddings.word.weight))
+    with pytest.raises(ValueError, match="count packed tokens"):
+        ours.layer_guesses(batch, torch.tensor([batch.num_tokens]))
+    with pytest.raises(ValueError, match="token id 99999 is unknown"):
+        ours.hidden_states(PackedBatch.from_lists([[99999]]))
+
+
+def test_a_prepared_model_has_them_too(pair, given):
+    ours, _ = pair
+    fast, batch, positions = prepare_for_inference(ours), packed(given), torch.tensor([3, 0, 8])
+    for got, wanted in zip(fast.hidden_states(batch), ours.hidden_states(batch), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)  # as above
+    torch.testing.assert_close(
+        fast.layer_guesses(batch, positions), ours.layer_guesses(batch, positions), rtol=1e-4, atol=1e-5
+    )
