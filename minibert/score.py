@@ -182,7 +182,7 @@ class Scorer:
             warnings.warn(
                 f"{_shown(text)} has {special} in it: the model sees it as that, and it is not scored nor counted as a "
                 "token, here and in the other texts",
-                stacklevel=4,
+                stacklevel=4,  # whoever asks for the next score
             )
         words = list(zip(sentences, encoding.word_ids, strict=True))
         ends = list(range(1, len(words) + 1))

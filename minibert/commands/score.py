@@ -150,4 +150,5 @@ def print_pairs(pairs: "Iterable[Pair]", as_json: bool) -> None:
         return
     print(f"the good one wins {rate.wins} of {rate.pairs}: {rate.share:.1%}, 95 % interval {low:.1%} to {high:.1%}")
     if rate.ties:
-        print(f"{rate.ties} of them are ties (no difference beyond rounding), which count as not won")
+        ties = "1 tie, which counts" if rate.ties == 1 else f"{rate.ties} ties, which count"
+        print(f"{ties} as not won (no difference beyond rounding)")
