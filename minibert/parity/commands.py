@@ -16,13 +16,14 @@ from minibert.files import read_json
 from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity import golden
-from minibert.parity.check import check, collator_masks, reference_of, standard_inputs
-from minibert.parity.diagnose import diagnose
-from minibert.parity.diff import diff
+from minibert.parity.check import check, collator_masks, reference_of
+from minibert.parity.comparison import diff
+from minibert.parity.diagnosis import diagnose
 from minibert.parity.golden import transformers_model
-from minibert.parity.record import trace
-from minibert.parity.trace import INPUTS, TraceFile, require_file
 from minibert.tokenizer import encode, load_tokenizer
+from minibert.trace import TraceFile, standard_inputs, trace
+from minibert.trace.files import require_file
+from minibert.trace.table import INPUTS
 
 
 def parity(options: argparse.Namespace) -> int:

@@ -15,10 +15,10 @@ from torch import Tensor
 from minibert import hub
 from minibert.files import sha256
 from minibert.masked_lm import BertForMaskedLM
-from minibert.parity.check import Reference, collator_masks, standard_inputs
-from minibert.parity.record import trace
-from minibert.parity.trace import INPUTS, Trace, expected_names
+from minibert.parity.check import Reference, collator_masks
 from minibert.parity.yardstick import measures
+from minibert.trace import Trace, standard_inputs, trace
+from minibert.trace.table import INPUTS, expected_names
 
 PATH = Path(__file__).parents[2] / "tests" / "golden.safetensors"  # in a checkout; a wheel does not have it
 REMAKE = "python -m minibert.parity.golden"
