@@ -7,11 +7,12 @@ from math import exp
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 from transformers import BertTokenizerFast
 from twins import CONFIGS, twins
 
 from minibert import BertForMaskedLM, load_tokenizer, prepare_for_inference, pseudo_log_likelihood
-from minibert.score import WITHIN_WORD, EncodedText, Score, WinRate, pseudo_perplexity, score_pairs
+from minibert.score import WITHIN_WORD, EncodedText, Score, pseudo_perplexity, score_pairs
 from minibert.tokenizer import from_vocabulary
 
 WORDS = "the cat sat on mat un play it is s t don ' . , ! ? a b café".split()
@@ -105,6 +106,11 @@ class Loop:
         ).logits
 
 
+def score_one(model, tokenizer, text, **options):
+    (score,) = pseudo_log_likelihood(model, tokenizer, [text], **options)
+    return score
+
+
 def values(score):
     return [token.log_probability for token in score.tokens]
 
@@ -136,6 +142,17 @@ def test_what_is_given_is_seen_and_not_scored(ours, pair_of_models, tokenizer, h
         assert places == [(token.token, token.start, token.end, 0) for token in without.tokens]
         if score.tokens:
             assert abs(score.pll - without.pll) > 100 * NATS, "the context must matter"
+
+
+def test_words_end_with_their_sentence_where_no_separator_stands_between(ours, tokenizer):
+    bare = Tokenizer.from_str(tokenizer.to_str())
+    bare.post_processor = processors.TemplateProcessing(single="$A", pair="$A:0 $B:1", special_tokens=[])
+    left_to_right, original = (
+        score_one(ours, bare, ("the", "unbelieving"), within_word=variant).tokens for variant in ("l2r", "original")
+    )
+    assert [token.token for token in original] == ["the", "un", "##believ", "##ing"]
+    assert left_to_right[0].log_probability == pytest.approx(original[0].log_probability, abs=NATS)
+    assert left_to_right[1].log_probability != pytest.approx(original[1].log_probability, abs=10 * NATS)
 
 
 def test_the_two_variants_differ_in_words_of_several_pieces_only(ours, tokenizer):
@@ -189,6 +206,17 @@ def test_only_the_masked_position_is_predicted_and_nothing_is_padded(pair_of_mod
     assert {token for _, masked in asked for token in masked} == {VOCABULARY.index("[MASK]")}
 
 
+def test_short_texts_do_not_make_a_huge_batch_of_logits(pair_of_models, tokenizer, monkeypatch):
+    model, rows = pair_of_models[0], []
+    predict = model.predict
+    monkeypatch.setattr(
+        model, "predict", lambda batch, positions: rows.append(len(positions)) or predict(batch, positions)
+    )
+    list(pseudo_log_likelihood(model, tokenizer, ["a b"] * 200))
+    assert sum(rows) == 400
+    assert max(rows) == 256  # × V: 31 MB in float32 for BERT's vocabulary
+
+
 def test_memory_does_not_grow_with_the_number_of_texts(pair_of_models, tokenizer, monkeypatch):
     """While the 400th text is answered, nothing is left of the first ones, and no logits of an earlier batch."""
     monkeypatch.setattr("minibert.score.WINDOW", 8)
@@ -225,14 +253,11 @@ def test_other_dtypes(pair_of_models, tokenizer, dtype):
     for score, expected in zip(pseudo_log_likelihood(model.to(dtype), tokenizer, TEXTS), exact, strict=True):
         # bfloat16: some tens of roundings to 2^-8 of logits of order 3
         assert values(score) == pytest.approx(values(expected), abs=0.3 if dtype == torch.bfloat16 else NATS)
+        rounded = torch.tensor(values(score), dtype=torch.float64).bfloat16().tolist()
+        assert not values(score) or values(score) != rounded, "computed in float32"
 
 
 # ---------------------------------------------------------------------------------------------------- texts and numbers
-
-
-def score_one(model, tokenizer, text, **options):
-    (score,) = pseudo_log_likelihood(model, tokenizer, [text], **options)
-    return score
 
 
 @pytest.mark.parametrize("text", ["The  CAT, unbelievable!", "☃ Café the", "don't", "a [MASK] b", "中cat a"])
@@ -351,23 +376,6 @@ def test_pairs(ours, tokenizer):
 def test_a_pair_with_nothing_on_one_side_is_an_error(ours, tokenizer):
     with pytest.raises(ValueError, match=r"nothing to score in one of the pair 'the cat \| '"):
         list(score_pairs(ours, tokenizer, [("the cat", "")]))
-
-
-@pytest.mark.parametrize(
-    ("wins", "pairs", "low", "high"),
-    [  # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilsons_interval(wins, pairs, low, high):
-    for rate in (WinRate(wins, 0, pairs - wins), WinRate(wins, pairs - wins, 0)):  # a tie is no win
-        assert rate.share == wins / rate.pairs
-        assert rate.interval == pytest.approx((low, high), abs=5e-5)
-    other = WinRate(pairs - wins, 0, wins)
-    assert other.interval == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- real weights
