@@ -33,7 +33,7 @@ from minibert import checks
 from minibert.batching import BATCH_TOKENS, batches_by_length
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
-from minibert.tokenizer import encode, require_id, special_ids
+from minibert.tokenizer import count_ids, encode, own_mask, own_token, require_id, special_ids
 
 WITHIN_WORD = ("l2r", "original")
 WINDOW = 256  # texts whose copies are sorted by length together
@@ -110,7 +110,7 @@ def pseudo_log_likelihood(
     if within_word not in WITHIN_WORD:
         raise ValueError(f"within_word must be one of {', '.join(WITHIN_WORD)}, not {within_word!r}")
     checks.require_no_dropout(model)
-    checks.require_vocabulary(tokenizer.get_vocab_size(), model.config)
+    checks.require_vocabulary(count_ids(tokenizer), model.config)
     return Scorer(model, tokenizer, within_word, given, truncate).stream(texts)
 
 
@@ -142,9 +142,9 @@ class Scorer:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.whole_words, self.given, self.truncate = within_word == "l2r", given, truncate
-        self.mask_id = require_id(tokenizer, "[MASK]")
+        self.mask_id, self.mask = require_id(tokenizer, "[MASK]"), own_token(tokenizer, "[MASK]") or ""
         # [UNK] is what a word became, and so it is scored; no other special token is.
-        self.unscored = set(special_ids(tokenizer)) - {tokenizer.token_to_id("[UNK]")}
+        self.unscored = set(special_ids(tokenizer)) - {require_id(tokenizer, "[UNK]")}
         self.first_scored = 0 if given is None else 1  # the number of a sentence
         self.warned = False
 
@@ -230,9 +230,23 @@ class Scorer:
         for place, value in zip(text.masked[:, 0].tolist(), values, strict=True):
             sentence = encoding.sequence_ids[place]
             assert sentence is not None
-            start, end = encoding.offsets[place]
-            tokens.append(TokenScore(encoding.tokens[place], value, start, end, sentence - self.first_scored))
+            sentence -= self.first_scored
+            written = text.text if isinstance(text.text, str) else text.text[sentence]
+            start, end = (self.place_in(written, place) for place in encoding.offsets[place])
+            tokens.append(TokenScore(encoding.tokens[place], value, start, end, sentence))
         return Score(text.text, tuple(tokens))
+
+    def place_in(self, text: str, place: int) -> int:
+        """A place in the text as the tokenizer read it, with its own name for [MASK], as a place in the text itself."""
+        if own_mask(self.tokenizer, text) == text:
+            return place
+        skipped = 0
+        for part in text.split("[MASK]"):
+            if place <= len(part):
+                break
+            place -= len(part) + len(self.mask)
+            skipped += len(part) + len("[MASK]")
+        return skipped + place
 
 
 def _shown(text: str | tuple[str, str]) -> str:

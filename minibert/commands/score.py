@@ -10,6 +10,8 @@ from contextlib import nullcontext
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TextIO
 
+from minibert.commands.options import add_json, add_model, add_truncate
+
 if TYPE_CHECKING:
     from minibert.score import Pair, Score
 
@@ -34,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="l2r: of a word in pieces, those to the right are masked too; original: one token at a time "
         "(default: %(default)s)",
     )
-    parser.add_argument("--truncate", action="store_true", help="cut a text that is too long for the model")
+    add_truncate(parser)
+    add_model(parser)
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -47,7 +51,8 @@ def run(options: argparse.Namespace) -> None:
     first = list(islice(texts, WORTH_WATCHING + 1))
     if not first:
         raise ValueError("there is nothing to score: give texts, - for the lines of standard input, or --pairs FILE")
-    model, tokenizer = BertForMaskedLM.from_pretrained(options.model), load_tokenizer(options.model)
+    model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
+    tokenizer = load_tokenizer(options.model, revision=options.revision)
     if len(first) >= WORTH_PREPARING:
         model = prepare_for_inference(model)
     score: Any = pseudo_log_likelihood if options.pairs is None else score_pairs

@@ -80,13 +80,15 @@ def read(model: BertForMaskedLM) -> Reference:
     )
 
 
-def transformers_model(name: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def transformers_model(
+    name: str, dtype: torch.dtype, device: torch.device, *, revision: str | None = None
+) -> torch.nn.Module:
     """transformers' own model, read by transformers' own code from the files that we read."""
     try:
         import transformers
     except ImportError as error:
         raise ValueError("transformers is not installed: pip install transformers") from error
-    source = hub.locate(name)
+    source = hub.locate(name, revision=revision)
     folder = source.require(hub.CONFIG).parent
     source.file(hub.WEIGHTS)  # into the same folder of the cache, checked
     transformers.utils.logging.disable_progress_bar()

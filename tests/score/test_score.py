@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, processors
 from transformers import BertTokenizerFast
 from twins import CONFIGS, twins
 
-from minibert import BertForMaskedLM, load_tokenizer, prepare_for_inference, pseudo_log_likelihood
+from minibert import BertForMaskedLM, prepare_for_inference, pseudo_log_likelihood
 from minibert.score import WITHIN_WORD, EncodedText, Score, pseudo_perplexity, score_pairs
 from minibert.tokenizer import from_vocabulary
 
@@ -287,6 +287,19 @@ def test_a_mask_in_the_text_is_seen_and_counts_as_no_token(ours, pair_of_models,
         assert score.pseudo_perplexity == pytest.approx(exp(-score.pll / len(score.tokens)))
 
 
+@pytest.mark.filterwarnings("ignore:.*in it")
+@pytest.mark.parametrize("text", ["[MASK] cat[MASK]sat", ("the [MASK] cat", "a [MASK] un [MASK] mat"), "the cat"])
+def test_special_tokens_of_other_names(ours, tokenizer, text):
+    """The same scores and places, whether the tokenizer's own mask is written or [MASK]."""
+    names = {f"{role}_token": f"<<{role}>>" for role in ("pad", "unk", "cls", "sep", "mask")}
+    other = from_vocabulary([*names.values(), *VOCABULARY[5:]], names)
+    expected, got = score_one(ours, tokenizer, text), score_one(ours, other, text)
+    assert values(got) == pytest.approx(values(expected), abs=NATS)
+    assert [token[2:] for token in got.tokens] == [token[2:] for token in expected.tokens]
+    if isinstance(text, str):
+        assert values(score_one(ours, other, text.replace("[MASK]", "<<mask>>"))) == values(got)
+
+
 def test_a_word_that_is_unknown_is_scored_as_unknown(ours, tokenizer):
     score = score_one(ours, tokenizer, "the zebra sat")
     assert [(token.token, token.start, token.end) for token in score.tokens][1] == ("[UNK]", 4, 9)
@@ -376,19 +389,3 @@ def test_pairs(ours, tokenizer):
 def test_a_pair_with_nothing_on_one_side_is_an_error(ours, tokenizer):
     with pytest.raises(ValueError, match=r"nothing to score in one of the pair 'the cat \| '"):
         list(score_pairs(ours, tokenizer, [("the cat", "")]))
-
-
-# --------------------------------------------------------------------------------------------------------- real weights
-
-
-@pytest.mark.real_weights
-def test_hello_world_as_mlm_scoring_documents_it(request):
-    """https://github.com/awslabs/mlm-scoring, README: bert-base-cased, the per-token scores of "Hello world!"."""
-    try:
-        model = BertForMaskedLM.from_pretrained("google-bert/bert-base-cased", local_files_only=True)
-        tokenizer = load_tokenizer("google-bert/bert-base-cased", local_files_only=True)
-    except OSError:
-        fail = request.config.getoption("--require-real-weights")
-        (pytest.fail if fail else pytest.skip)("google-bert/bert-base-cased is not in the hub's cache")
-    score = score_one(model, tokenizer, "Hello world!", within_word="original")
-    assert values(score) == pytest.approx([-6.1267, -5.5014, -0.7826], abs=1e-3)
