@@ -23,7 +23,8 @@ LEVELS = """
     kernels
     model
     masked_lm
-    fill_mask mlm inference.fixed inference.onednn inference.cuda_graphs
+    batching
+    fill_mask mlm score inference.fixed inference.onednn inference.cuda_graphs
     inference.prepare
     inference.__init__
     __init__
@@ -53,7 +54,7 @@ LEVELS = """
     bench.settings
     bench.report
     bench.peak_memory
-    bench.run
+    bench.run bench.scoring
     commands.__init__ commands.options commands.printing
     commands.*
     cli
@@ -199,6 +200,7 @@ def test_public_surface():
             "FillMask",
         ),
         "prepare_for_inference",
+        "pseudo_log_likelihood",
     }
     assert set(minibert.__all__) <= set(dir(minibert)), "an editor completes them"
     for name in minibert.__all__:
