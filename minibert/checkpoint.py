@@ -129,6 +129,7 @@ def read_weights(
         file_dtypes=dict(Counter(entry["dtype"] for _, entry in entries.values())),
         dtype=str(dtype).removeprefix("torch."),
         loaded=(),
+        commit=files.commit,
         prefix=spelling.prefix,
         renamed=spelling.renamed,
         tied=spelling.tied,

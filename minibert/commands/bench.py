@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         default="all",
         metavar="P,P",
-        help="eager, sdpa, compiled, packed (transformers), onnxruntime, onnxruntime-int8, openvino; all, or none",
+        help="eager, sdpa, compiled, packed (transformers), onnxruntime, onnxruntime-int8, openvino, "
+        "openvino-bfloat16, openvino-int8; all, or none",
     )
     parser.add_argument("--memory", action="store_true", help="peak memory too, each contender in a process of its own")
     add_json(parser)
