@@ -3,6 +3,9 @@
 The rest of the package can then take its input for granted.
 """
 
+from collections.abc import Mapping
+from difflib import get_close_matches
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,39 @@ from minibert.config import BertConfig
 from minibert.loss import IGNORE
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+TAKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
+# What transformers' tokenizers give, and what no model reads.
+FROM_TOKENIZERS = ("special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
+# What transformers' call takes and this one does not, and what does the same here.
+INSTEAD = {
+    "inputs_embeds": "put the vectors there with a forward hook on model.embeddings.word",
+    "head_mask": "set the head's columns in layers[N].attention.output.weight to 0",
+    "encoder_hidden_states": "that is for decoders, and BERT is an encoder",
+    "encoder_attention_mask": "that is for decoders, and BERT is an encoder",
+    "past_key_values": "that is for decoders, and BERT is an encoder",
+    "use_cache": "that is for decoders, and BERT is an encoder",
+    "next_sentence_label": "that is of the next-sentence head, which this model does not have",
+}
+
+
+def refuse_others(others: Mapping[str, object]) -> None:
+    """Raise TypeError, as Python does, for an argument that the padded call does not have, and say what to use."""
+    for name, value in others.items():
+        if name not in FROM_TOKENIZERS and not (name in INSTEAD and value is None):
+            like = get_close_matches(name, TAKEN, 1)
+            hint = INSTEAD.get(name) or (f"did you mean {like[0]}?" if like else "its docstring lists what it takes")
+            raise TypeError(f"the model takes no argument {name!r}: {hint}")
+
+
+def require_tensors(**given: object) -> None:
+    """Raise TypeError for what is no tensor, such as a list or a NumPy array. None is what was left out."""
+    for name, value in given.items():
+        if value is None and name == "input_ids":
+            raise TypeError("input_ids is missing: give the ids of the tokens, a tensor (batch, length)")
+        if value is not None and not isinstance(value, Tensor):
+            kind = type(value).__name__
+            how = "torch.from_numpy(…)" if kind == "ndarray" else "torch.tensor(…)"
+            raise TypeError(f"{name} must be a tensor, not {kind}: {how} makes one")
 
 
 def padded_inputs(
@@ -21,6 +57,11 @@ def padded_inputs(
     """The mask as bool (or None, if nothing is padding), the token types and the positions, each (B, S), with nothing
     else left out. `PackedBatch.from_padded` says what each may be. Raises ValueError for other shapes or types.
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise ValueError(
+            "torch.jit.trace would make constants of the lengths in this one batch, and the program would be wrong for "
+            "the next: trace the padded call, model(input_ids, attention_mask), and no PackedBatch"
+        )
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be (batch, length), not {tuple(input_ids.shape)}: add the batch dimension")
     _require_integers("input_ids", input_ids)

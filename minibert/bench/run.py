@@ -25,7 +25,10 @@ SETTLE = 0.01  # seconds between two contenders, in which the threads of the las
 
 def run(settings: Settings) -> Report:
     """Measure. Raises ValueError or OSError for a model or a shape that cannot be had."""
-    model = random_model(settings.layers) if settings.model is None else BertForMaskedLM.from_pretrained(settings.model)
+    if settings.model is None:
+        model = random_model(settings.layers)
+    else:
+        model = BertForMaskedLM.from_pretrained(settings.model, revision=settings.revision)
     config = model.config
     plans = []
     for task in settings.tasks:

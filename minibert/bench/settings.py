@@ -17,6 +17,7 @@ class Settings:
     """What is measured. Raises ValueError for a value that is not known, with the name of its option."""
 
     model: str | None = None  # a name for from_pretrained; None: BERT-base's sizes with random weights
+    revision: str | None = None  # of the model, if it is on the hub
     layers: int = 12  # of that random model
     device: str = "cpu"  # or "cuda"
     precisions: tuple[str, ...] = ("float32", "bfloat16")

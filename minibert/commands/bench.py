@@ -2,7 +2,7 @@
 
 import argparse
 
-from minibert.commands.options import add_json, names
+from minibert.commands.options import add_json, add_revision, names
 
 HELP = "Time minibert beside the peers that are installed."
 
@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="a folder, a bundled name, bert-base-uncased, or a hub id")
     which.add_argument("--random", action="store_true", help="BERT-base's sizes with random weights (the default)")
+    add_revision(parser, "--model")
     parser.add_argument("--layers", type=int, metavar="N", help="of the random model, for a quick look (default: 12)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         default="all",
         metavar="P,P",
-        help="eager, sdpa, compiled, packed (transformers), onnxruntime, onnxruntime-int8, openvino; all, or none",
+        help="eager, sdpa, compiled, packed (transformers), onnxruntime, onnxruntime-int8, openvino, "
+        "openvino-bfloat16, openvino-int8; all, or none",
     )
     parser.add_argument("--memory", action="store_true", help="peak memory too, each contender in a process of its own")
     add_json(parser)
@@ -47,10 +49,13 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--layers {options.layers} is for the random model, and --model names one: give one of the two"
         )
+    if options.revision is not None and options.model is None:
+        raise ValueError(f"--revision {options.revision} is of a hub model, and no --model was given")
     peers = PEERS if options.peers == "all" else () if options.peers == "none" else names(options.peers)
     report = run_bench(
         Settings(
             model=options.model,
+            revision=options.revision,
             layers=12 if options.layers is None else options.layers,
             device=options.device,
             precisions=names(options.dtype),

@@ -32,10 +32,13 @@ from minibert.checkpoint import read_header
 from minibert.files import read_json
 from minibert.hub import CONFIG
 from minibert.masked_lm import BertForMaskedLM
+from minibert.tokenizer import own_token
+from minibert.tokenizer_files import SETTINGS, TOKENIZER
 from minibert.training.locks import locked
 
 RUN, METRICS, LOCK = "run.json", "metrics.jsonl", ".lock"
-OPTIMIZER, PROGRESS, TOKENIZER = "optimizer.safetensors", "progress.json", "tokenizer.json"
+OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"
+SPECIAL = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
 
 
 @dataclass
@@ -200,8 +203,15 @@ def finish(out: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
 
 
 def _write_model(folder: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
-    with whole_file(folder / TOKENIZER) as new:
-        new.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    # The class says that tokenizer.json holds as it stands; without it, transformers would lower the case of any text.
+    special = {f"{usual.strip('[]').lower()}_token": own_token(tokenizer, usual) for usual in SPECIAL}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{role: x for role, x in special.items() if x is not None},
+    }
+    for name, text in ((TOKENIZER, tokenizer.to_str(pretty=True)), (SETTINGS, json.dumps(settings, indent=2) + "\n")):
+        with whole_file(folder / name) as new:
+            new.write_text(text, encoding="utf-8")
     model.save_pretrained(folder)  # its config.json comes last: without it nobody takes this for a model
 
 
