@@ -17,8 +17,8 @@ LEVELS = """
     atomic files names config_keys devices memory tracing output shapes
     hub loss
     config
-    checks checkpoint masking tokenizer_files
-    packing tokenizer
+    checks checkpoint tokenizer_files
+    masking packing tokenizer
     attention
     kernels
     model
