@@ -30,12 +30,16 @@ LEVELS = """
     __init__
     export trace.table
     trace.inputs
+    trace.stores
+    trace.forms
     trace.files
     trace.given trace.recorder
     trace.__init__
-    parity.steps parity.report
+    parity.steps
     parity.yardstick parity.faults.embeddings parity.faults.norms parity.faults.attention parity.faults.head
-    parity.faults.__init__ parity.judge
+    parity.faults.__init__ parity.confined parity.report parity.appearance
+    parity.hidden parity.search
+    parity.judge parity.quantised parity.tokenizers
     parity.comparison parity.diagnosis parity.check
     parity.__init__
     parity.golden
