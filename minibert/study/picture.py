@@ -75,7 +75,7 @@ def draw_pieces(shown: Study) -> Iterator[str]:
 
 
 def draw_layers(shown: Study, takes: list[list[float]]) -> Iterator[str]:
-    """The layers, and what the asked token takes from the others in each: lines as wide as the share (mean of heads)."""
+    """The layers, and what the asked token takes from the others in each: lines as wide as its share (head mean)."""
     middles, asked = columns(shown), shown.reading.masks[0]
     for number, shares in enumerate(takes):
         y, above = FIRST + STEP * number, (FIRST + STEP * (number - 1)) if number else SUM + 8
