@@ -5,7 +5,7 @@ from math import exp
 
 from minibert.study.facts import Answer, Facts
 from minibert.study.guesses import Guesses, Step
-from minibert.study.heads import Head, with_habit
+from minibert.study.heads import with_habit
 from minibert.study.words import Influence
 
 PREVIOUS = "the previous token"
@@ -86,8 +86,8 @@ def _guesses(one: Guesses) -> str:
     if before is None:
         return f"“{one.answer.token}” is the best guess from the embeddings on: no layer changes it."
     return (
-        f"“{one.answer.token}” is the best guess after {one.first}, and stays it to the end. One step earlier it is number "
-        f"{before.answer.rank:,}, with {percent(before.answer.probability)}, and “{before.best[0].token}” leads."
+        f"“{one.answer.token}” is the best guess after {one.first}, and stays it to the end. One step earlier it is "
+        f"number {before.answer.rank:,}, with {percent(before.answer.probability)}, and “{before.best[0].token}” leads."
     )
 
 
@@ -168,6 +168,6 @@ def _cost(facts: Facts) -> str:
     all_of_them = facts.model.parameters
     return (
         f"{len(facts.reading.ids)} tokens cost {total / 1e6:,.1f} million multiply-adds, "
-        f"{percent(dear.multiply_adds / total)} of them in “{dear.name}”. Of {all_of_them / 1e6:,.1f} million parameters "
-        f"{percent(large.parameters / all_of_them)} are in “{large.name}”."
+        f"{percent(dear.multiply_adds / total)} of them in “{dear.name}”. Of {all_of_them / 1e6:,.1f} million "
+        f"parameters {percent(large.parameters / all_of_them)} are in “{large.name}”."
     )

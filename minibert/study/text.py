@@ -70,7 +70,7 @@ def _guesses(facts: Facts) -> Iterator[str]:
 
 def _influence(facts: Facts) -> Iterator[str]:
     for number, one in enumerate(facts.guesses if facts.influence else []):
-        yield f"  at token {one.position}, for {one.answer.token}, in nats: word hidden, and who wins; word alone, and who wins"
+        yield f"  at token {one.position}, for {one.answer.token}, nats: word hidden, who wins then; word alone, who wins then"
         order = sorted(facts.influence, key=lambda word: word.hidden[number].nats)
         for word in order[:SHOWN_WORDS]:
             hidden, alone = word.hidden[number], word.alone[number]
