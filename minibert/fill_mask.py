@@ -21,8 +21,8 @@ class FillMask:
     """Call it with a text, or several, each with one [MASK] or more. The answers are those of transformers'
     fill-mask pipeline.
 
-    The model must be in evaluation mode, as it is after loading: in training mode, dropout would make the answers random,
-    and asking is a ValueError.
+    The model must be in evaluation mode, as it is after loading: in training mode, dropout would make the answers
+    random, and asking is a ValueError.
     """
 
     def __init__(self, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:

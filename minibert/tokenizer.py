@@ -114,6 +114,13 @@ def special_ids(tokenizer: Tokenizer) -> list[int]:
     return sorted(number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)
 
 
+def count_ids(tokenizer: Tokenizer) -> int:
+    """One more than the largest id that the tokenizer gives. A model may have more rows than that, to fill up its
+    vocabulary to a multiple of 8 or 64.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def require_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a token that must be there, such as "[MASK]". Raises ValueError if it is not."""
     number = tokenizer.token_to_id(token)

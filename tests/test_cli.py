@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from transformers import BertTokenizer, FillMaskPipeline
 
 import minibert
 from minibert import BertConfig, BertForMaskedLM, FillMask, load_tokenizer, mask_tokens
-from minibert.cli import WORTH_PREPARING, main
+from minibert.cli import main
+from minibert.commands.fill_mask import WORTH_PREPARING
 from minibert.inference import prepare_for_inference
+from minibert.mlm import mask_and_guess
 from minibert.tokenizer import from_vocabulary
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -355,8 +358,74 @@ def test_mlm_truncates_on_demand(run):
     assert result["tokens"][-1] == "[SEP]"
 
 
-def test_mlm_of_an_empty_text(run):
-    assert mlm(run, "")["tokens"] == ["[CLS]", "[SEP]"]
+def test_a_mask_of_the_texts_own_is_guessed_and_has_no_loss(run, fill):
+    text = "the capital of [MASK] is paris [MASK]"
+    result = mlm(run, text)
+    assert [row["position"] for row in result["scored"]] == [4, 7]
+    for row, answers in zip(result["scored"], fill(text), strict=True):
+        assert (row["token"], row["seen"], row["outcome"]) == ("[MASK]", "[MASK]", "in the text")
+        assert row["loss"] is row["probability_of_token"] is None
+        assert [VOCAB.index(guess["token_str"]) for guess in row["predictions"]] == [one["token"] for one in answers]
+    assert (result["loss"], result["count"]) == (0, 0)
+    assert run("mlm", text).splitlines()[-1].startswith("no loss: ")
+
+
+def test_a_mask_of_the_texts_own_beside_named_ones(run, hub_model):
+    for options in (["--positions", "2"], ["--positions", "2", "--score", "all"]):
+        result = mlm(run, "the capital of [MASK] is paris", *options)
+        labels = [-100 if place == 4 or (len(options) == 2 and place != 2) else token
+                  for place, token in enumerate(result["ids"])]  # fmt: skip
+        assert result["input_ids"][2] == result["input_ids"][4] == 4
+        assert result["loss"] == pytest.approx(hub_loss(hub_model, result["input_ids"], labels), abs=1e-5)
+        assert 4 in [row["position"] for row in result["scored"]]
+
+
+def test_layers_shows_the_best_guess_after_each(run, hub_model):
+    plain, result = (mlm(run, TEXT, "--positions", "2,5", *more) for more in ([], ["--layers"]))
+    assert all(row["layers"] is None for row in plain["scored"])
+    with torch.no_grad():
+        states = hub_model(torch.tensor([result["input_ids"]]), output_hidden_states=True).hidden_states
+        expected = [hub_model.cls(state)[0].softmax(-1).max(-1) for state in states]  # of each (S,)
+    for row, same in zip(result["scored"], plain["scored"], strict=True):
+        assert {**row, "layers": None} == same
+        assert len(row["layers"]) == 3, "the embeddings and two layers"
+        for guess, best in zip(row["layers"], expected, strict=True):
+            assert guess["token_str"] == VOCAB[best.indices[row["position"]]]
+            assert guess["score"] == pytest.approx(best.values[row["position"]].item(), abs=1e-6)
+        assert row["layers"][-1] == row["predictions"][0]
+    lines = run("mlm", TEXT, "--positions", "2,5", "--layers").splitlines()
+    assert [line.split()[:2] for line in lines if line.startswith("  layer 2")] == [["layer", "2"]] * 2
+    assert "position 5, seen as [MASK]: the guess after" in lines
+
+
+def test_ids_without_a_word_are_no_answer(folder, tmp_path):
+    """A vocabulary that was filled up, as to a multiple of 64: the model is sure of a row that is no token."""
+    model, tokenizer = BertForMaskedLM.from_pretrained(folder), load_tokenizer(folder)
+    larger = BertForMaskedLM(replace(model.config, vocab_size=len(VOCAB) + 30))
+    state = {name: tensor.clone() for name, tensor in larger.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        state[name][tuple(slice(size) for size in tensor.shape)] = tensor
+    state["head.bias"][len(VOCAB) :] = 50.0
+    larger.load_state_dict(state)
+    for seed in range(5):
+        result = mask_and_guess(larger.eval(), tokenizer, TEXT, probability=0.9, seed=seed, layers=True, top_k=100)
+        same = mask_and_guess(model, tokenizer, TEXT, probability=0.9, seed=seed)
+        assert result.input_ids == same.input_ids, "a random token is one of the tokenizer's"
+        for row in result.scored:
+            assert sorted(guess.token_str for guess in row.predictions) == sorted(VOCAB)
+            assert {guess.token_str for guess in row.layers} <= set(VOCAB)
+    larger.save_pretrained(tmp_path)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert main(["mlm", TEXT, "--model", str(tmp_path)]) == 0
+    with pytest.raises(ValueError, match=f"the tokenizer has {len(VOCAB)} tokens and the model 20"):
+        mask_and_guess(BertForMaskedLM(replace(model.config, vocab_size=20)), tokenizer, TEXT)
+
+
+@pytest.mark.parametrize("wrong", [{"score": "some"}, {"recipe": "mine"}, {"top_k": 0}, {"positions": [-1]}])
+def test_a_wrong_argument_of_the_function(fill, wrong):
+    name = "position -1" if "positions" in wrong else next(iter(wrong))
+    with pytest.raises(ValueError, match=name):
+        mask_and_guess(fill.model, fill.tokenizer, TEXT, **wrong)
 
 
 # -------------------------------------------------------------------------------------------------------- minibert info
@@ -396,15 +465,24 @@ def test_info_counts_what_transformers_counts(run, hub_model, folder):
         (["fill-mask", "caf\udce9 [MASK]"], "surrogates"),
         (["mlm", LONG], f"122 tokens long and the model takes {LONGEST}"),
         (["mlm", "caf\udce9"], "surrogates"),
-        (["mlm", TEXT, "--positions", "1", "--recipe", "plain"], "--recipe .* --positions .* one of the two"),
-        (["mlm", TEXT, "--positions", "1", "--probability", "0.2"], "--probability .* --positions"),
-        (["mlm", TEXT, "--positions", "99"], "position 99 is not in the text, which is 24 tokens"),
+        (["mlm", TEXT, "--positions", "1", "--recipe", "plain"], "recipe plain .* positions names .* one of the two"),
+        (["mlm", TEXT, "--positions", "1", "--probability", "0.2"], "probability 0.2 .* positions names"),
+        (
+            ["mlm", TEXT, "--positions", "99"],
+            r"position 99 .* which is 24 tokens: 0 \[CLS\], 1 the, 2 capital, .*, 23 \[SEP\]$",
+        ),
         (["mlm", TEXT, "--positions", "1,x"], "whole numbers from 0, with commas between, not '1,x'"),
         (["mlm", TEXT, "--positions", "-1"], "whole numbers from 0"),
         (["mlm", TEXT, "--positions", ""], "whole numbers from 0"),
         (["mlm", TEXT, "--probability", "1.5"], "probability must be between 0 and 1, not 1.5"),
         (["mlm", TEXT, "--probability", "nan"], "probability .* nan"),
-        (["mlm", TEXT, "--seed", str(2**64)], "seed"),
+        (["mlm", TEXT, "--seed", str(2**64)], "seed must fit in 64 bits"),
+        (["mlm", ""], "no token to mask in ''"),
+        (["mlm", " "], "no token to mask"),
+        (["mlm", "the [MASK]", "--seed", "0"], r"seed 0 .* \[MASK\] of its own"),
+        (["mlm", "the [MASK]", "--recipe", "bert"], r"recipe bert .* \[MASK\] of its own"),
+        (["mlm", f"{LONG} [MASK]", "--truncate"], r"1 \[MASK\] in the text would be cut off"),
+        (["mlm", "the " * 61, "--positions", "70"], r"which is 63 tokens: .* 59 the, … 62 \[SEP\]"),
     ],
 )
 def test_a_mistake_is_one_line(folder, fails, arguments, words):

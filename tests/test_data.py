@@ -8,7 +8,7 @@ import torch
 
 from minibert.masking import example_generator, mask_tokens
 from minibert.tokenizer import from_vocabulary
-from minibert.training.data import Corpus, cut
+from minibert.training.data import Corpus, cut_into_rows
 from minibert.training.tokens import Lines, TokenFile
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -34,7 +34,7 @@ def lengths_drawn(count, longest=60, seed=0):
 
 
 def corpus(*files, **settings):
-    return Corpus(files, TOKENIZER, **{"vocab_size": 2005, "max_length": 32, "tokens_per_step": 256, **settings})
+    return Corpus(files, TOKENIZER, **{"max_length": 32, "tokens_per_step": 256, **settings})
 
 
 def rows_of(example):
@@ -59,7 +59,7 @@ def test_an_epoch_has_every_token_once_in_rows_that_fit(short_fraction):
     example = made.examples(0, numbers)
     assert max(example.batch.lengths) == 32
     assert list(example.batch.lengths) == made.lengths(0, numbers)
-    start, length = cut(file, 30, short_fraction, torch.Generator().manual_seed(1))
+    start, length = cut_into_rows(file, 30, short_fraction, torch.Generator().manual_seed(1))
     covered = torch.cat([torch.arange(a, a + n) for a, n in zip(start.tolist(), length.tolist(), strict=True)])
     assert torch.equal(covered, torch.arange(len(file.tokens)))
     assert sorted(token for row in rows_of(example) for token in row) == sorted(file.tokens.tolist())

@@ -71,7 +71,7 @@ def alone(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "out"
     assert tiny.train(out, *OPTIONS) == 0
     _, tokenizer, files = tiny.load()
-    corpus = Corpus(files, tokenizer, vocab_size=tiny.config.vocab_size, max_length=24, tokens_per_step=24)
+    corpus = Corpus(files, tokenizer, max_length=24, tokens_per_step=24)
     assert {1, 2} <= {len(numbers) for numbers in islice(corpus.steps(0), 12)}
     return out
 

@@ -168,19 +168,20 @@ def test_a_kill_loses_only_the_text_it_was_at(write, tmp_path, folder):
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(folder.glob("b-*.part")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(folder.glob(".new-*/b-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     children = _children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = list(folder.glob("a-*"))
     assert len(done) == 1
-    assert [path.suffix for path in folder.glob("b-*")] == [".part"], "it was killed while it was at the second text"
+    assert not list(folder.glob("b-*"))
+    assert list(folder.glob(".new-*/b-*")), "it was killed while it was at the second text"
     inode = done[0].stat().st_ino
 
     one, two = token_files([str(tmp_path / "texts")], TOKENIZER, folder, workers=1)
     assert done[0].stat().st_ino == inode
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob(".new-*"))
     for file, path in ((one, small), (two, large)):
         assert len(file) + len(file.held_out) == len(path.read_text().splitlines())
     while any(map(_runs, children)) and time.monotonic() < deadline:
@@ -269,7 +270,8 @@ def test_folders_globs_weights_and_names(write, tmp_path):
         ("text.txt:nan", "weight nan "),
         ("text.txt:inf", "weight inf "),
         (":2", "is not PATH"),
-        ("latin.txt", "UTF-8"),
+        ("latin.txt", "latin.txt: line 3 is not UTF-8"),
+        ("latin.txt.gz", "latin.txt.gz: line 3 is not UTF-8"),
         ("not.gz", "gzip"),
         ("cut.gz", "gzip"),
         ("rotten.gz", "gzip"),
@@ -291,7 +293,8 @@ def test_what_is_no_text_is_one_line_and_status_2(spec, message, tmp_path, capsy
     packed = gzip.compress(b"the word1\n" * 100 + os.urandom(2000).hex().encode())
     for name, content in {
         "text.txt": b"the a\n",
-        "latin.txt": b"caf\xe9\n",
+        "latin.txt": b"the\n\ncaf\xe9\nthe\n",
+        "latin.txt.gz": gzip.compress(b"the\n\ncaf\xe9\nthe\n"),
         "not.gz": b"plain",
         "cut.gz": packed[:-20],
         "rotten.gz": packed[:10] + b"\xff" * 100,  # no such kind of block
@@ -302,7 +305,7 @@ def test_what_is_no_text_is_one_line_and_status_2(spec, message, tmp_path, capsy
     assert main(["train", spec, "--init", "minibert-uncased", "--out", "out", "--steps", "1"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
-    assert not list((tmp_path / "out").rglob("*.part"))
+    assert not list((tmp_path / "out").rglob(".new-*"))
 
 
 def test_a_text_named_twice_is_refused(write, tmp_path):

@@ -1,4 +1,4 @@
-"""A real text and a tiny model, and the command that trains one on the other."""
+"""A text (the beginning of "Pride and Prejudice", a sentence a line), a tiny model, and the command that trains it."""
 
 import json
 import re
@@ -11,18 +11,18 @@ from minibert.cli import main
 from minibert.tokenizer import from_vocabulary
 from minibert.training.tokens import token_files
 
-REPOSITORY = Path(__file__).parent.parent
+PROSE = Path(__file__).parent / "prose.txt"
 
 
 class Tiny:
-    """text: prose that ships with the package. start: a folder with a model of 2 layers × 32 with random weights, and
-    with a tokenizer that has the words of that text. tokens: a folder for token files.
+    """text: a copy of the text. start: a folder with a model of 2 layers × 32 with random weights, and with a tokenizer
+    that has the words of that text. tokens: a folder for token files.
     """
 
     def __init__(self, folder):
         self.text, self.start, self.tokens = folder / "prose.txt", folder / "start", folder / "tokens"
-        prose = "\n".join((REPOSITORY / name).read_text(encoding="utf-8") for name in ("LICENSE", "README.md"))
-        self.text.write_text("\n".join(line.strip() for line in prose.splitlines() if line.strip()), encoding="utf-8")
+        prose = PROSE.read_text(encoding="utf-8")
+        self.text.write_text(prose, encoding="utf-8")
         words = sorted(set(re.findall(r"[a-z0-9]+|[^a-z0-9\s]", prose.lower())))
         vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
         self.config = BertConfig(
@@ -49,7 +49,7 @@ class Tiny:
         return main(self.arguments(out, *more))
 
     def load(self):
-        """Model, tokenizer and token files, for `minibert.training.loop.train`."""
+        """Model, tokenizer and token files, for `minibert.training.loop.train_steps`."""
         model, tokenizer = BertForMaskedLM.from_pretrained(self.start), load_tokenizer(self.start)
         return model, tokenizer, token_files([str(self.text)], tokenizer, self.tokens)
 

@@ -226,7 +226,7 @@ def _training(name: str, precision: str, folder: Path, device: str) -> Contender
     """A step: forward, loss at the asked positions, backward, AdamW. float32 weights; in bfloat16 under autocast.
     Dropout as the configuration has it. Ours is packed, and as `minibert train` runs it; transformers is padded, since
     that is how it is trained."""
-    from minibert.training.loop import LossSum, wrapped_layers
+    from minibert.training.step import LossSum, wrapped_layers
 
     model: Any
     if name == "minibert":

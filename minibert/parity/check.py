@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from minibert.config import BertConfig
-from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import mask_tokens
-from minibert.parity.record import exact_arithmetic, gradients, trace
-from minibert.parity.trace import GRADIENT, INPUTS, explain, hide_padding
 from minibert.parity.yardstick import K, Measure, largest, measures, rounding_dtype
+from minibert.trace.inputs import hide_padding, standard_inputs
+from minibert.trace.recorder import exact_arithmetic, gradients, trace
+from minibert.trace.table import GRADIENT, INPUTS, explain
 
 MASKING_SEED = 0
 
@@ -205,19 +205,3 @@ def collator_masks(vocab_size: int) -> tuple[Tensor, Tensor]:
     rows = zip(ids.tolist(), special.long().tolist(), strict=True)
     masked = collator([{"input_ids": row, "special_tokens_mask": where} for row, where in rows])
     return masked["input_ids"], masked["labels"]
-
-
-def standard_inputs(config: BertConfig) -> dict[str, Tensor]:
-    """Three rows of random ids, always the same, with all that ports get wrong: padding on the right and on the
-    left, two segments, and labels at a few places."""
-    generator = torch.Generator().manual_seed(0)
-    length = min(16, config.max_position_embeddings)
-    shape = (3, length)
-    column = torch.arange(length)
-    short = max(1, 2 * length // 3)
-    mask = torch.stack([column < length, column < short, column >= length - short]).long()
-    ids = torch.randint(config.vocab_size, shape, generator=generator)
-    labels = torch.where((torch.rand(shape, generator=generator) < 0.3) & (mask == 1), ids, IGNORE)
-    labels[0, 0] = ids[0, 0]  # at least one, whatever was drawn
-    types = (column >= length // 2).long().clamp(max=config.type_vocab_size - 1).expand(shape).contiguous()
-    return dict(zip(INPUTS, (ids, mask, types, labels), strict=True))

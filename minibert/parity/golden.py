@@ -15,10 +15,10 @@ from torch import Tensor
 from minibert import hub
 from minibert.files import sha256
 from minibert.masked_lm import BertForMaskedLM
-from minibert.parity.check import Reference, collator_masks, standard_inputs
-from minibert.parity.record import trace
-from minibert.parity.trace import INPUTS, Trace, expected_names
+from minibert.parity.check import Reference, collator_masks
 from minibert.parity.yardstick import measures
+from minibert.trace import Trace, standard_inputs, trace
+from minibert.trace.table import INPUTS, expected_names
 
 PATH = Path(__file__).parents[2] / "tests" / "golden.safetensors"  # in a checkout; a wheel does not have it
 REMAKE = "python -m minibert.parity.golden"
@@ -80,13 +80,15 @@ def read(model: BertForMaskedLM) -> Reference:
     )
 
 
-def transformers_model(name: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def transformers_model(
+    name: str, dtype: torch.dtype, device: torch.device, *, revision: str | None = None
+) -> torch.nn.Module:
     """transformers' own model, read by transformers' own code from the files that we read."""
     try:
         import transformers
     except ImportError as error:
         raise ValueError("transformers is not installed: pip install transformers") from error
-    source = hub.locate(name)
+    source = hub.locate(name, revision=revision)
     folder = source.require(hub.CONFIG).parent
     source.file(hub.WEIGHTS)  # into the same folder of the cache, checked
     transformers.utils.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""BERT step by step, on padded rows: our modules, one method for each thing that goes wrong in ports (faults.py)."""
+"""BERT step by step, on padded rows: our modules, with one method for each thing that goes wrong in ports (faults/)."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,13 +11,15 @@ from minibert.loss import masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.model import ACTIVATIONS, EncoderLayer
 from minibert.names import hub_names
-from minibert.parity.trace import GRADIENT, Inputs, Trace, parameter_names
+from minibert.trace.files import Trace
+from minibert.trace.inputs import Inputs
+from minibert.trace.table import GRADIENT, parameter_names
 
 Section = Callable[..., Iterator[tuple[str, Tensor]]]
 
 
 class Steps:
-    """BERT on padded rows: `run` yields (name, tensor) in order of execution, as TABLE in trace.py names them.
+    """BERT on padded rows: `run` yields (name, tensor) in order of execution. The names are those of a trace.
 
     title: the fault's name. remedy: what to change. source: where it is known from. given: the trace under
     examination, for the one fault (dropout) that cannot be computed again without looking at it.

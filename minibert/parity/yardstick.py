@@ -27,17 +27,17 @@ import torch
 from torch import Tensor
 
 from minibert.checkpoint import shapes_only
+from minibert.config_keys import SIZES
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.steps import Steps
-from minibert.parity.trace import GRADIENT, Trace, check_inputs, hide_padding, row_of
+from minibert.trace.files import Trace
+from minibert.trace.inputs import check_inputs, hide_padding
+from minibert.trace.table import GRADIENT, row_of
 
 K = 8.0
 FLOOR = 1.0
 QUIET = 0.1
 PIECE = 2**20  # entries that are looked at together
-
-# What must agree before a model and a trace can be compared at all. The rest of a config may be the fault.
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 class Measure(NamedTuple):
@@ -115,6 +115,7 @@ class Yardstick:
 
 
 def require_same_size(model: BertForMaskedLM, given: Trace) -> None:
+    """Raise ValueError if the sizes differ. The rest of a configuration may be the very fault that is sought."""
     for key in SIZES:
         mine, other = getattr(model.config, key), getattr(given.config, key)
         if mine != other:

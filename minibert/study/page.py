@@ -41,22 +41,25 @@ def to_html(data: dict[str, Any]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], frame)
 
 
-def save(html: str, path: str | PathLike[str], *, force: bool = False) -> None:
-    """Write a page: the whole file or none. Raises FileExistsError if `path` is a file that is no such page, unless
-    `force` is given, and OSError if it cannot be written.
+def require_writable(path: str | PathLike[str], *, force: bool = False) -> None:
+    """Raise OSError if no page can be written there, or FileExistsError if `path` is a file that is no such page, and
+    `force` is not given.
     """
     target = Path(path)
-    if target.is_dir():
+    if target.is_dir() or not target.name:
         raise IsADirectoryError(f"{target} is a folder, and should be the page's file")
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent} is no folder: make it first")
+        raise FileNotFoundError(f"there is no folder {target.parent}: make it first")
     if target.exists() and not force:
         with open(target, encoding="utf-8", errors="replace") as file:
             if OURS not in file.read(HEAD):
-                raise FileExistsError(
-                    f"{target} exists and is no page of minibert study: --force (force=True) replaces it"
-                )
-    with whole_file(target) as scratch:
+                raise FileExistsError(f"{target} is there and is no page of minibert study: --force replaces it")
+
+
+def save(html: str, path: str | PathLike[str], *, force: bool = False) -> None:
+    """Write a page: the whole file or none. Raises OSError as `require_writable` does."""
+    require_writable(path, force=force)
+    with whole_file(Path(path)) as scratch:
         scratch.write_text(html, encoding="utf-8", newline="\n")
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from minibert import BertForMaskedLM, load_tokenizer
-from minibert.parity.record import trace
 from minibert.study import Study, study
 from minibert.study.heads import taken, written
 from minibert.study.says import percent
+from minibert.trace.recorder import trace
 
 TEXT = "Paris is the capital of [MASK]."
 WIDTH, LEFT, RIGHT = 960, 132, 712  # the tokens' columns lie between LEFT and RIGHT

@@ -98,7 +98,7 @@ def read_text(
 def read_ids(ids: Sequence[int], segments: Sequence[int], asked: Sequence[int], tokenizer: Tokenizer | None) -> Reading:
     """The tokens of a trace. Without a tokenizer a piece is its id, and each token a word of its own.
 
-    asked: the places that have a label. Without any, the model is asked at its mask tokens.
+    asked: the places where the trace asks. The model is also asked at its mask tokens.
     """
     added, prefix, mask = set[int](), "", -1
     pieces = [f"#{token}" for token in ids]
@@ -107,7 +107,7 @@ def read_ids(ids: Sequence[int], segments: Sequence[int], asked: Sequence[int], 
         prefix = getattr(tokenizer.model, "continuing_subword_prefix", "")
         mask = mask_id(tokenizer)
         pieces = [tokenizer.id_to_token(token) or f"#{token}" for token in ids]
-    masks = list(asked) or [place for place, token in enumerate(ids) if token == mask]
+    masks = sorted({*asked, *(place for place, token in enumerate(ids) if token == mask)})
     words: list[int | None] = []
     count = -1
     for token, piece in zip(ids, pieces, strict=True):

@@ -12,8 +12,6 @@ from tokenizers import Tokenizer
 from minibert import checks
 from minibert.fill_mask import target_ids
 from minibert.masked_lm import BertForMaskedLM
-from minibert.parity.record import trace
-from minibert.parity.trace import Trace
 from minibert.study import page, views
 from minibert.study.cost import cost
 from minibert.study.facts import Facts, Model
@@ -22,6 +20,8 @@ from minibert.study.row import Row
 from minibert.study.says import says
 from minibert.study.text import to_text
 from minibert.study.words import influence, neighbours
+from minibert.trace.files import Trace
+from minibert.trace.recorder import trace
 
 DIGITS = 5  # of every number in JSON and on the page
 

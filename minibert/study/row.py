@@ -1,10 +1,10 @@
 """One text of a trace: its tensors without the batch, without padding, in float32."""
 
-import torch
 from torch import Tensor
 
 from minibert.loss import IGNORE
-from minibert.parity.trace import SHAPES, Trace, expected_shape, row_of
+from minibert.trace.files import Trace
+from minibert.trace.table import SHAPES, expected_shape, row_of
 
 
 class Row:
@@ -22,9 +22,9 @@ class Row:
             raise ValueError(f"text {number} of {trace.name} is padding alone")
         self.ids: list[int] = inputs.input_ids[number, self.kept].tolist()
         self.segments: list[int] = inputs.token_type_ids[number, self.kept].tolist()
-        labels = inputs.labels
-        asked = torch.zeros_like(self.kept) if labels is None else labels[number, self.kept] != IGNORE
-        self.asked: list[int] = asked.nonzero().flatten().tolist()
+        # The model is asked where a label is another token than the one that stands there.
+        labels = self.ids if inputs.labels is None else inputs.labels[number, self.kept].tolist()
+        self.asked = [place for place, label in enumerate(labels) if label not in (IGNORE, self.ids[place])]
 
     def has(self, *names: str) -> bool:
         found = self.trace.shapes()

@@ -32,6 +32,11 @@ def plain(text: str) -> str:
     return text.translate(HARMFUL)
 
 
+def signed(nats: float) -> str:
+    """−0.68, +4.52: with a real minus, as the page has it."""
+    return f"{nats:+.2f}".replace("-", "−")
+
+
 def quoted(facts: Facts, places: list[int]) -> str:
     pieces = [facts.reading.pieces[place] for place in places]
     return f"“{' '.join(pieces)}”" if len(pieces) <= 6 else f"“{' '.join(pieces[:3])} … {pieces[-1]}”"
@@ -100,14 +105,12 @@ def _influence(facts: Facts, number: int) -> str:
 
     hidden, alone = min(facts.influence, key=hides), max(facts.influence, key=brings)
     said = f"Hiding {quoted(facts, hidden.places)} costs “{facts.guesses[number].answer.token}” the most"
-    said += f" ({hides(hidden):+.2f} nats: its probability is multiplied by {exp(hides(hidden)):.2f})"
+    said += f" ({signed(hides(hidden))} nats: its probability is multiplied by {exp(hides(hidden)):.2f})"
     if hides(hidden) >= 0:
         said = f"Hiding no single word makes “{facts.guesses[number].answer.token}” less probable"
     if brings(alone) <= 0:
         return f"{said}; no word alone makes it more probable than no word at all."
-    return (
-        f"{said}; {quoted(facts, alone.places)} alone brings the most ({brings(alone):+.2f} nats over no word at all)."
-    )
+    return f"{said}; {quoted(facts, alone.places)} alone brings the most ({signed(brings(alone))} nats over no word at all)."
 
 
 def _count(number: int, what: str) -> str:

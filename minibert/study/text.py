@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from minibert.study.facts import Facts
 from minibert.study.heads import with_habit
-from minibert.study.says import percent, plain, says
+from minibert.study.says import percent, plain, says, signed
 
 WIDTH = 24  # of the longest bar
 SHOWN_WORDS = 40  # of view 3, those that matter most
@@ -70,12 +70,12 @@ def _guesses(facts: Facts) -> Iterator[str]:
 
 def _influence(facts: Facts) -> Iterator[str]:
     for number, one in enumerate(facts.guesses if facts.influence else []):
-        yield f"  at token {one.position}, for {one.answer.token}, nats: word hidden, who wins then; word alone, who wins then"
+        yield f"  at token {one.position}, for {one.answer.token}: word hidden (nats, who wins), word alone (nats, who wins)"
         order = sorted(facts.influence, key=lambda word: word.hidden[number].nats)
         for word in order[:SHOWN_WORDS]:
             hidden, alone = word.hidden[number], word.alone[number]
             pieces = " ".join(facts.reading.pieces[place] for place in word.places)
-            yield f"  {pieces:<20} {hidden.nats:>+7.2f} {hidden.winner:<14} {alone.nats:>+7.2f} {alone.winner}"
+            yield f"  {pieces:<20} {signed(hidden.nats):>7} {hidden.winner:<14} {signed(alone.nats):>7} {alone.winner}"
         if len(order) > SHOWN_WORDS:
             yield f"  … and {len(order) - SHOWN_WORDS} more, which matter less when hidden"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minibert.masking import example_generator, mask_packed
 from minibert.packing import PackedBatch
-from minibert.tokenizer import require_id, special_ids
+from minibert.tokenizer import count_ids, require_id, special_ids
 from minibert.training.tokens import Lines, TokenFile
 
 REGION = 1000  # tokens: neighbouring lines that on one pass all stand alone, or all run on
@@ -58,7 +58,6 @@ class Corpus:
         files: Sequence[TokenFile],
         tokenizer: Tokenizer,
         *,
-        vocab_size: int,
         max_length: int = 128,
         short_fraction: float = 0.3,
         tokens_per_step: int = 8192,
@@ -74,7 +73,6 @@ class Corpus:
             raise ValueError("there is no text to train on")
         self.files = files
         self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
         self.max_length = max_length
         self.short_fraction = short_fraction
         self.tokens_per_step = tokens_per_step
@@ -110,7 +108,7 @@ class Corpus:
             )
         ]
         generators = [example_generator(self.seed, epoch, number) for number in numbers]
-        return masked_rows(rows, generators, self.tokenizer, self.vocab_size)
+        return masked_rows(rows, generators, self.tokenizer)
 
     def _cuts(self, epoch: int) -> Cuts:
         if self._latest is None or self._latest[0] != epoch:
@@ -125,10 +123,10 @@ class Corpus:
             generator = example_generator(self.seed, epoch, -2 - number)  # examples count from 0, and −1 is their order
             whole, share = divmod(file.weight, 1)
             for _ in range(int(whole)):
-                start, length = cut(file, self.max_length - 2, self.short_fraction, generator)
+                start, length = cut_into_rows(file, self.max_length - 2, self.short_fraction, generator)
                 parts.append((torch.full_like(length, number), start, length))
             if share:
-                start, length = cut(file, self.max_length - 2, self.short_fraction, generator)
+                start, length = cut_into_rows(file, self.max_length - 2, self.short_fraction, generator)
                 rows = int(share * len(start) + torch.rand(1, generator=generator).item())  # right on average
                 some = torch.randperm(len(start), generator=generator)[:rows]
                 parts.append((torch.full_like(length[some], number), start[some], length[some]))
@@ -138,7 +136,7 @@ class Corpus:
         return cuts
 
 
-def cut(lines: Lines, room: int, short_fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def cut_into_rows(lines: Lines, room: int, short_fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Cut lines into rows of at most `room` tokens: first token (R,) int64 and number of tokens (R,) int32 of each row.
     Every token is in one row.
     """
@@ -168,16 +166,14 @@ def cut(lines: Lines, room: int, short_fraction: float, generator: torch.Generat
     return row_start, (row_stop.minimum(stop[span]) - row_start).int()
 
 
-def masked_rows(
-    rows: Sequence[Tensor], generators: Sequence[torch.Generator], tokenizer: Tokenizer, vocab_size: int
-) -> Example:
+def masked_rows(rows: Sequence[Tensor], generators: Sequence[torch.Generator], tokenizer: Tokenizer) -> Example:
     """Rows of ids, each put between [CLS] and [SEP], as one packed batch, masked by BERT's recipe with the row's own
-    generator.
+    generator. A random token is one of the tokenizer's: a model may have more rows than there are tokens.
     """
     cls, sep, mask = (torch.tensor([require_id(tokenizer, token)]) for token in ("[CLS]", "[SEP]", "[MASK]"))
     ids = torch.cat([part for row in rows for part in (cls, row.long(), sep)])  # (T,)
     lengths = [len(row) + 2 for row in rows]
     special = torch.isin(ids, torch.tensor(special_ids(tokenizer)))
-    masked = mask_packed(ids, special, lengths, generators, vocab_size=vocab_size, mask_token_id=int(mask))
+    masked = mask_packed(ids, special, lengths, generators, vocab_size=count_ids(tokenizer), mask_token_id=int(mask))
     positions = (masked.labels >= 0).nonzero().flatten()  # (M,)
     return Example(PackedBatch.from_flat(masked.input_ids, lengths), positions, masked.labels[positions])

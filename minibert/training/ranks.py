@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from minibert.devices import find_device
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -66,15 +68,3 @@ def join(device: str | None = None) -> Iterator[Ranks]:
     # gloo's threads still hold the last tensors, and need Python to let go of them. Without a pause they may ask for it
     # when Python is shutting down already, which ends the process with SIGABRT (one run in twelve did, torch 2.13).
     time.sleep(0.1)
-
-
-def find_device(name: str) -> torch.device:
-    """Raises ValueError, naming what there is, unless tensors can be made there."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        gpus = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "no cuda"
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name!r} cannot be used here, where there is cpu and {gpus}: {reason}") from error
-    return device

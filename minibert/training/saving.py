@@ -7,12 +7,10 @@
     OUT/best/             the model with the least loss on held-out lines, so far
     OUT/config.json, …    the model after the last step: it is there when the run is finished
 
-Whatever stands under its name is whole: a folder or file is written under another name, brought to the disk, and
-renamed. So a run can be killed at any moment, and the newest checkpoint stands. Tensors are in safetensors, all
-else in JSON; nothing is a pickle.
+Each file and folder appears whole, or not at all (atomic.py). So a run can be killed at any moment, and the newest
+checkpoint stands. Tensors are in safetensors, all else is JSON; nothing is a pickle.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -29,10 +27,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
+from minibert.atomic import SCRATCH, whole_file, whole_folder
 from minibert.checkpoint import read_header
 from minibert.files import read_json
-from minibert.hub import CONFIG, WEIGHTS
+from minibert.hub import CONFIG
 from minibert.masked_lm import BertForMaskedLM
+from minibert.training.locks import locked
 
 RUN, METRICS, LOCK = "run.json", "metrics.jsonl", ".lock"
 OPTIMIZER, PROGRESS, TOKENIZER = "optimizer.safetensors", "progress.json", "tokenizer.json"
@@ -40,17 +40,13 @@ OPTIMIZER, PROGRESS, TOKENIZER = "optimizer.safetensors", "progress.json", "toke
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps done; the next one is number step_in_epoch of its epoch. best_loss: the
-    least held-out loss so far, after best_step steps.
+    """How far a run is. No state of a random generator is needed: masks and dropout follow from seed and step."""
 
-    There is no state of a random generator: masks and dropout follow from the seed and the step.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
+    step: int = 0  # optimizer steps that are done
+    epoch: int = 0  # of the next step
+    step_in_epoch: int = 0  # number of the next step in its epoch, from 0
+    best_loss: float | None = None  # the least loss on held-out lines so far
+    best_step: int | None = None  # steps that were done then
 
 
 # ------------------------------------------------------------------------------------------------- beginning, going on
@@ -58,8 +54,8 @@ class Progress:
 
 @contextmanager
 def folder_of_run(out: Path, *, resume: bool) -> Iterator[None]:
-    """Make sure, before any work, that a run can be begun (or gone on with) in `out`, and that files can be written
-    there; and that no other process does the same while the block lasts.
+    """Check, before any work, that a run can begin or go on in `out`, and that files can be written there. While the
+    block lasts, no other process can train in `out`.
 
     Raises ValueError, or the OSError of the write that failed.
     """
@@ -69,16 +65,14 @@ def folder_of_run(out: Path, *, resume: bool) -> Iterator[None]:
     with ExitStack() as around:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            probe = out / ".new-probe"
+            probe = out / f"{SCRATCH}probe"
             probe.write_bytes(b"x")
             probe.unlink()
-            lock = around.enter_context(open(out / LOCK, "w"))
         except OSError as error:
             what = "it is a file" if out.is_file() else error.strerror
             raise OSError(f"--out {out}: nothing can be written there: {what}") from error  # without errno's number
         try:
-            # It ends with this process. (lockf would end as soon as a save opens and closes the file.)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            around.enter_context(locked(out / LOCK, wait=False))
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"{out}: another process is training there now") from error
         if begun and not resume:
@@ -103,7 +97,7 @@ def open_run(out: Path, described: Mapping[str, Any]) -> None:
     Raises ValueError, naming both values, if the run was started with others.
     """
     if not is_begun(out):
-        with _whole_file(out / RUN) as temporary:
+        with whole_file(out / RUN) as temporary:
             temporary.write_text(json.dumps(dict(described), indent=2) + "\n", encoding="utf-8")
         return
     require_same(out, dict.fromkeys(read_json(out / RUN), "not given") | dict(described))
@@ -156,7 +150,7 @@ def cut_metrics(out: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:  # the run was killed in the middle of it
             break
-    with _whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
 
 
@@ -178,31 +172,24 @@ def save_checkpoint(
         for name, parameter in model.named_parameters()
         for key, tensor in optimizer.state[parameter].items()
     }
-    with _new_folder(folder, f"; {before[-1]} stands, go on from it with --resume" if before else "") as temporary:
-        _write_model(temporary, model, tokenizer)
-        save_file(moments, temporary / OPTIMIZER)
-        (temporary / PROGRESS).write_text(json.dumps(asdict(progress), indent=2, allow_nan=False) + "\n")
-        _to_disk(temporary)
-        os.rename(temporary, folder)
-        _to_disk(out)
+    stands = f"; {before[-1]} stands, go on from it with --resume" if before else ""
+    with _told(folder, stands), whole_folder(folder) as new:
+        _write_model(new, model, tokenizer)
+        save_file(moments, new / OPTIMIZER)
+        (new / PROGRESS).write_text(json.dumps(asdict(progress), indent=2, allow_nan=False) + "\n")
     for older in before:
         _remove(older)
 
 
 def save_model(folder: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
-    """Write a model that `from_pretrained` reads. In the place of an earlier model of the same run, it is whole at
-    every moment: each file is replaced at once, and only the weights differ.
+    """Write a model that `from_pretrained` reads, also in the place of an earlier one of the same run. It is whole at
+    every moment.
 
     Raises OSError, naming the folder, if it cannot be written; what was there before then stands.
     """
-    folder.mkdir(exist_ok=True)
-    with _new_folder(folder / "model") as temporary:
-        _write_model(temporary, model, tokenizer)
-        _to_disk(temporary)
-        for name in (TOKENIZER, WEIGHTS, CONFIG):  # config.json last: without it nobody takes this for a model
-            os.replace(temporary / name, folder / name)
-        _to_disk(folder)
-    _to_disk(folder.parent)
+    with _told(folder):
+        folder.mkdir(exist_ok=True)
+        _write_model(folder, model, tokenizer)
 
 
 def finish(out: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
@@ -213,44 +200,18 @@ def finish(out: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
 
 
 def _write_model(folder: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
-    model.save_pretrained(folder)
-    (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    with whole_file(folder / TOKENIZER) as new:
+        new.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    model.save_pretrained(folder)  # its config.json comes last: without it nobody takes this for a model
 
 
 @contextmanager
-def _new_folder(target: Path, what_stands: str = "") -> Iterator[Path]:
-    """An empty folder beside `target`, to be filled, and moved there. Gone when the block ends."""
-    temporary = target.with_name(f".new-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+def _told(target: Path, what_stands: str = "") -> Iterator[None]:
+    """An error while `target` is written, such as a full disk, becomes an OSError that names it."""
     try:
-        temporary.mkdir()
-        yield temporary
-    except (OSError, SafetensorError) as error:  # a full disk, for one; SafetensorError has no number
-        message = f"{target} could not be written: {error}{what_stands}"
-        raise OSError(message) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _whole_file(target: Path) -> Iterator[Path]:
-    """A path beside `target`; the file written there takes its place."""
-    temporary = target.with_name(f".new-{target.name}")
-    yield temporary
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
-    _to_disk(target.parent)
-
-
-def _to_disk(folder: Path) -> None:
-    """Wait until the files of a folder, and their names, would survive a power cut."""
-    for path in [*(path for path in folder.iterdir() if path.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        yield
+    except (OSError, SafetensorError) as error:  # SafetensorError has no number
+        raise OSError(f"{target} could not be written: {error}{what_stands}") from error
 
 
 def _remove(folder: Path) -> None:
@@ -262,7 +223,7 @@ def _remove(folder: Path) -> None:
 
 def _remove_leftovers(out: Path) -> None:
     """What a run that was killed was writing or removing."""
-    for path in [*out.glob(".new-*"), *out.glob("best/.new-*"), *out.glob(".old-*")]:
+    for path in [*out.glob(f"{SCRATCH}*"), *out.glob(f"best/{SCRATCH}*"), *out.glob(".old-*")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -10,11 +10,10 @@ The token files of a text are in a folder named after it and its SHA-256, so tha
     train.starts, held_out.starts    where each line begins, and the end, int64
     about.json                       the text, the tokenizer, the counts, and the SHA-256 of each file
 
-They are written in a folder that ends in .part and is renamed when all of it is on the disk. What bears its final name
-is therefore complete, and an interrupted run loses only the text that it was at.
+A folder gets its name when all of it is on the disk (atomic.py). So what is there is complete, and a run that is killed
+loses only the text that it was at.
 """
 
-import fcntl
 import glob
 import gzip
 import hashlib
@@ -33,14 +32,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
+from minibert.atomic import SCRATCH, whole_folder
 from minibert.files import sha256
+from minibert.training.locks import locked
 from minibert.training.workers import encode, tokenizing
 
 FORMAT = "minibert-tokens 1"
@@ -234,8 +234,23 @@ def _read_lines(path: Path, progress: tqdm) -> Iterator[str]:
                     yield line
                 progress.update(raw.tell() - at)
                 at = raw.tell()
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}: {_bad_line(path)} is not UTF-8 ({error}). If the text is in Latin-1: iconv -f latin1 -t utf-8"
+            ) from error
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not a text file in UTF-8 (or gzip of one): {error}") from error
+
+
+def _bad_line(path: Path) -> str:
+    """ "line 12": the first line that is not UTF-8."""
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f"line {number}"
+    return "a line"
 
 
 def _chunks(lines: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
@@ -276,10 +291,9 @@ def _encoded(
 def _alone_in(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with the process, however that ends. What a killed one has left is removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for part in folder.glob("*.part"):
-            shutil.rmtree(part)
+    with locked(folder / "lock", wait=True):
+        for unfinished in folder.glob(f"{SCRATCH}*"):
+            shutil.rmtree(unfinished)
         yield
 
 
@@ -310,31 +324,21 @@ def _write(
     text: Text, place: Path, about: Mapping[str, object], encoded: Iterable[tuple[str, "array[int]", "array[int]"]]
 ) -> None:
     """The token files of one text. `place` appears when they are complete."""
-    part = place.with_name(place.name + ".part")
-    part.mkdir()
-    try:
-        counts = _write_lines(part, encoded)
+    with whole_folder(place) as new:
+        counts = _write_lines(new, encoded)
         if not counts["train"]["lines"]:
             raise ValueError(f"{text.path}: there is no text to train on in it")
-        about = {**about, **counts, "sha256": {name: sha256(part / name) for name in FILES}}
-        with open(part / "about.json", "w") as file:
-            file.write(json.dumps(about, indent=2) + "\n")
-            _sync(file)
-        _sync_folder(part)
+        about = {**about, **counts, "sha256": {name: sha256(new / name) for name in FILES}}
+        (new / "about.json").write_text(json.dumps(about, indent=2) + "\n")
         if place.exists():
             shutil.rmtree(place)  # damaged
-        part.rename(place)
-        _sync_folder(place.parent)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)  # so that a full disk has room again
-        raise
 
 
-def _write_lines(part: Path, encoded: Iterable[tuple[str, "array[int]", "array[int]"]]) -> dict[str, dict[str, int]]:
+def _write_lines(folder: Path, encoded: Iterable[tuple[str, "array[int]", "array[int]"]]) -> dict[str, dict[str, int]]:
     """The four FILES; returns the numbers of lines and tokens of each kind."""
     counts = {kind: {"lines": 0, "tokens": 0} for kind in KINDS}
     with ExitStack() as stack:
-        files = {name: stack.enter_context(open(part / name, "wb")) for name in FILES}
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in FILES}
         for kind in KINDS:
             files[f"{kind}.starts"].write(array("q", [0]))
         for kind, ids, lengths in encoded:
@@ -343,8 +347,6 @@ def _write_lines(part: Path, encoded: Iterable[tuple[str, "array[int]", "array[i
             files[f"{kind}.starts"].write(ends)
             counts[kind]["lines"] += len(lengths)
             counts[kind]["tokens"] += len(ids)
-        for file in files.values():
-            _sync(file)
     return counts
 
 
@@ -360,16 +362,3 @@ def _open(place: Path, text: Text) -> TokenFile:
 def _map(path: Path, dtype: torch.dtype) -> Tensor:
     size = path.stat().st_size // dtype.itemsize
     return torch.from_file(str(path), shared=False, size=size, dtype=dtype) if size else torch.empty(0, dtype=dtype)
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

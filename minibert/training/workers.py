@@ -37,22 +37,34 @@ def _set_tokenizer(tokenizer_json: str) -> None:
 def _start_process(tokenizer_json: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _set_tokenizer(tokenizer_json)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended. If that was killed, nobody else would do it."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
-    os._exit(1)  # it was killed: without this, its workers would wait for ever
+    os._exit(1)
 
 
 def encode(lines: list[str], typecode: str) -> tuple["array[int]", "array[int]"]:
-    """The ids of the lines end to end, and the length of each. A line without a token is no line."""
+    """The ids of the lines end to end, and the length of each. A line without a token is no line.
+
+    Raises ValueError if the tokenizer cannot encode them.
+    """
     assert _tokenizer is not None
     ids, lengths = array(typecode), array("q")
-    for encoding in _tokenizer.encode_batch_fast(lines, add_special_tokens=False):
+    try:
+        encodings = _tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"the tokenizer fails on the text: {error}") from error
+    for encoding in encodings:
         if line := encoding.ids:
             ids.extend(line)
             lengths.append(len(line))

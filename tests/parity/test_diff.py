@@ -5,7 +5,7 @@ import torch
 from twins import CONFIGS, make_batch, twins
 
 from minibert.parity import TraceFile, diff, trace, yardstick
-from minibert.parity.trace import Trace
+from minibert.trace import Trace
 
 SIZES = {**CONFIGS["3 heads, gelu_new"], "num_hidden_layers": 1}
 

@@ -1,4 +1,4 @@
-"""Recording a trace: our model, or transformers', runs once, and hooks keep what passes by."""
+"""Recording a trace: our model, or transformers', runs once, and hooks keep the tensors that pass by."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,20 +17,12 @@ from minibert.kernels import use_kernel
 from minibert.masked_lm import BertForMaskedLM
 from minibert.names import hub_names
 from minibert.packing import PackedBatch
-from minibert.parity.trace import (
-    FORMAT,
-    GRADIENT,
-    INPUTS,
-    SHAPES,
-    VERSION,
-    Trace,
-    check_inputs,
-    hide_padding,
-    row_of,
-)
+from minibert.trace.files import FORMAT, HOW_TO_WRITE, VERSION, Trace
+from minibert.trace.inputs import check_inputs, hide_padding
+from minibert.trace.table import GRADIENT, INPUTS, SHAPES, dtype_name, row_of
 
-# Module · "in" or "out" · what its input or output is called. N is a layer's number. Our layer has one dropout
-# module for two places; the names are in the order in which it is called.
+# A module, "in" or "out", and the trace's name for its input or its output. N is a layer's number. Our layer calls one
+# dropout module in two places; the two names are in the order of the calls.
 OURS = (
     ("embeddings.norm", "in", "embeddings.sum"),
     ("embeddings.dropout", "out", "embeddings.norm"),
@@ -63,8 +55,10 @@ THEIRS = (
 
 
 class _Attention(TorchFunctionMode):
-    """Watches the written-out attention of a layer: its two matrix products, and the softmax between them. Asking
-    the products, and not the projections, shows heads that were split wrongly."""
+    """Watches the written-out attention of a layer: its two matrix products, and the softmax between them.
+
+    Query, key and value are taken from the products, not from the projections. So heads that are split wrongly show.
+    """
 
     def __init__(self, keep: Callable[[str, Tensor], None]) -> None:
         super().__init__()
@@ -103,24 +97,25 @@ def trace(
     *,
     grad: bool = False,
 ) -> Trace:
-    """Run our BertForMaskedLM, or transformers', and keep every tensor of TABLE. The inputs are (B, S), as for
-    the model's own call. With `grad` also the gradient of the loss by every parameter; their .grad is not touched.
+    """Run our BertForMaskedLM, or transformers', and keep every tensor of TABLE. The inputs are (B, S), as for the
+    model's own call. With `grad`, the trace also has the gradient of the loss by every parameter; no parameter's .grad
+    changes.
 
-    The model runs in the mode it is in (dropout too, if it is in training mode), on the written-out attention,
-    and without TF32, reduced-precision sums or autocast. Raises ValueError for inputs that no BERT of this size takes.
+    The model stays in its mode: in training mode, dropout is on. Attention is the written-out form, and there is no
+    TF32, no autocast and no sum in half precision. Raises ValueError for inputs that a BERT of this size cannot take.
     """
     ours = isinstance(model, BertForMaskedLM)
     if not ours and not (type(model).__module__.startswith("transformers.") and hasattr(model, "cls")):
         raise ValueError(
             f"trace reads minibert's or transformers' BertForMaskedLM, not {type(model).__module__}."
-            f"{type(model).__name__}: write the trace from your port, as the README's section Traces has it"
+            f"{type(model).__name__}: write the trace from your port; {HOW_TO_WRITE}"
         )
     config = model.config if isinstance(model, BertForMaskedLM) else _our_config(model)
     device = next(model.parameters()).device
     given = (x if x is None else x.to(device) for x in (input_ids, attention_mask, token_type_ids, labels))
     inputs, batch = check_inputs(config, *given)  # type: ignore[arg-type]
     if grad and inputs.labels is None:
-        raise ValueError("gradients are of the loss, and there is no loss without labels: give labels too")
+        raise ValueError("without labels there is no loss, and so no gradient: give labels too")
     tensors = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
     place = _from_packed(batch, inputs.attention_mask.bool()) if ours else _from_padded(inputs.attention_mask.bool())
 
@@ -141,17 +136,22 @@ def trace(
             tensors["loss"] = loss.detach()
         if grad:
             tensors.update(gradients(model, loss))
-    metadata = {
+    return Trace({name: tensor.cpu() for name, tensor in tensors.items()}, config, _metadata(model, config, settings))
+
+
+def _metadata(model: nn.Module, config: BertConfig, settings: dict[str, Any]) -> dict[str, str]:
+    parameter = next(model.parameters())
+    device = parameter.device
+    return {
         "format": FORMAT,
         "version": VERSION,
         "config": json.dumps(asdict(config)),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "backend": "minibert" if ours else f"transformers {version('transformers')}",
+        "dtype": dtype_name(parameter.dtype),
+        "backend": "minibert" if isinstance(model, BertForMaskedLM) else f"transformers {version('transformers')}",
         "device": str(device) if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}",
         "torch": torch.__version__,
         "settings": json.dumps(settings),
     }
-    return Trace({name: tensor.cpu() for name, tensor in tensors.items()}, config, metadata)
 
 
 def _our_config(model: nn.Module) -> BertConfig:
@@ -163,7 +163,7 @@ def _our_config(model: nn.Module) -> BertConfig:
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """The gradient of every parameter, by its name in a trace. No .grad is touched."""
+    """The gradient of the loss by every parameter, under its name in a trace. No parameter's .grad changes."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not named:
         raise ValueError("no parameter of this model requires a gradient: call model.requires_grad_(True) first")
@@ -182,7 +182,7 @@ def _from_padded(mask: Tensor) -> Callable[[str, Tensor], Tensor]:
 
 
 def _from_packed(batch: PackedBatch, mask: Tensor) -> Callable[[str, Tensor], Tensor]:
-    """Our model has no padding: tokens are (T, …), and attention's rows are (B, H, longest sequence, …)."""
+    """Our model computes no padding: tokens are (T, …), and attention's rows are (B, H, longest sequence, …)."""
     column = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, S): where each token stands in a row without holes
 
     def place(name: str, x: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ def _hooks(
 
 @contextmanager
 def _written_out_attention(model: nn.Module) -> Iterator[None]:
-    """The fused kernels keep the probabilities to themselves."""
+    """The fused kernels do not give the probabilities; the written-out form does."""
     if isinstance(model, BertForMaskedLM):
         with use_kernel("formula"):
             yield
@@ -253,7 +253,7 @@ def _written_out_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def exact_arithmetic(device: str) -> Iterator[dict[str, Any]]:
-    """Without TF32, without sums in half precision, without autocast. Yields the settings, for the record."""
+    """No TF32, no sums in half precision, no autocast. Yields these settings, for the trace's metadata."""
     matmul = torch.backends.cuda.matmul
     half = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
     before = torch.get_float32_matmul_precision()

@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass, field
 from itertools import combinations
 
 from minibert.masked_lm import BertForMaskedLM
-from minibert.parity.diff import count
 from minibert.parity.faults import CATALOGUE
+from minibert.parity.report import count
 from minibert.parity.steps import Steps
-from minibert.parity.trace import GRADIENT, Trace, exchanged_axes, explain, hide_padding, row_of
 from minibert.parity.yardstick import Yardstick
+from minibert.trace.files import Trace
+from minibert.trace.inputs import hide_padding
+from minibert.trace.table import GRADIENT, exchanged_axes, explain, row_of
 
 
 @dataclass(frozen=True)

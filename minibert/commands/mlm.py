@@ -1,0 +1,103 @@
+"""`minibert mlm`."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from minibert.commands.options import add_json, add_model, add_truncate, whole_numbers
+
+if TYPE_CHECKING:
+    from minibert.mlm import MaskedText, ScoredToken
+
+HELP = "Mask a text, let the model guess, and give its loss."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "text", metavar="TEXT", help="if it has a [MASK] of its own, that is guessed, and nothing else is masked"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--seed", type=int, metavar="N", help="draw the masked tokens with this seed (default: 0)")
+    where.add_argument("--positions", metavar="9,18,…", help="mask these tokens, counted from [CLS] = 0")
+    parser.add_argument("--probability", type=float, metavar="P", help="of choosing a token (default: 0.15)")
+    parser.add_argument(
+        "--recipe",
+        choices=("bert", "plain", "whole-word"),
+        help="bert (default): 80 %% [MASK], 10 %% random, 10 %% kept, no special tokens; plain: all [MASK], "
+        "[CLS] and [SEP] too; whole-word: as bert, whole words",
+    )
+    parser.add_argument(
+        "--score",
+        choices=("masked", "all"),
+        default="masked",
+        help="what the loss is over: the chosen tokens, as in BERT, or all of them (default: %(default)s)",
+    )
+    parser.add_argument("--layers", action="store_true", help="show the best guess after each layer too")
+    add_truncate(parser)
+    add_model(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from minibert import BertForMaskedLM, load_tokenizer
+    from minibert.mlm import mask_and_guess
+
+    positions = None if options.positions is None else whole_numbers("--positions", options.positions)
+    result = mask_and_guess(
+        BertForMaskedLM.from_pretrained(options.model, revision=options.revision),
+        load_tokenizer(options.model, revision=options.revision),
+        options.text,
+        positions=positions,
+        probability=options.probability,
+        recipe=options.recipe,
+        seed=options.seed,
+        score=options.score,
+        truncate=options.truncate,
+        layers=options.layers,
+    )
+    if options.json:
+        print(json.dumps(asdict(result), ensure_ascii=False, allow_nan=False, indent=2))
+        return
+    print_table(result)
+    if options.layers:
+        for row in result.scored:
+            print_layers(row)
+    print()
+    print(summary(result))
+
+
+def print_table(result: "MaskedText") -> None:
+    seen = dict(enumerate(result.tokens)) | {row.position: row.seen for row in result.scored}
+    print(f"{len(result.ids)} tokens; what the model saw:")
+    print(" ".join(seen.values()))
+    print()
+    print(
+        f"{'position':>8}  {'token':<15} {'outcome':<12} {'its guess':<15} {'certain':>8} {'the token':>10} {'loss':>7}"
+    )
+    for row in result.scored:
+        best = row.predictions[0]
+        truth = "–" if row.probability_of_token is None else f"{row.probability_of_token:.1%}"
+        loss = "–" if row.loss is None else f"{row.loss:.3f}"
+        print(
+            f"{row.position:>8}  {row.token:<15} {row.outcome:<12} {best.token_str:<15} "
+            f"{best.score:>8.1%} {truth:>10} {loss:>7}"
+        )
+
+
+def print_layers(row: "ScoredToken") -> None:
+    """The best guess at one position after the embeddings and after each layer."""
+    print()
+    print(f"position {row.position}, seen as {row.seen}: the guess after")
+    for number, guess in enumerate(row.layers or []):
+        print(f"  {f'layer {number}' if number else 'the embeddings':<15} {guess.token_str:<15} {guess.score:>8.1%}")
+
+
+def summary(result: "MaskedText") -> str:
+    right = sum(row.predictions[0].token_str == row.token for row in result.scored if row.loss is not None)
+    if result.count:
+        return f"loss {result.loss:.4f} over {result.count} tokens ({result.score}), {right} guessed right"
+    if result.scored:
+        return "no loss: it needs the true word, so give the text without [MASK], and --positions"
+    return "no token was chosen: try another --seed, or a higher --probability"

@@ -1,0 +1,57 @@
+"""`minibert trace`."""
+
+import argparse
+from pathlib import Path
+
+from minibert.commands.options import add_device_and_dtype, add_model
+
+HELP = "Write every intermediate tensor of a model, for `diff` and `diagnose`."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--text", action="append", metavar="TEXT", help="may be given several times: rows of one batch")
+    what.add_argument("--ids", metavar="FILE", help="JSON: input_ids, and attention_mask, token_type_ids, labels")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the safetensors file to write")
+    parser.add_argument("--backend", choices=("minibert", "transformers"), default="minibert")
+    parser.add_argument("--grad", action="store_true", help="also the gradient of every parameter")
+    add_device_and_dtype(parser)
+    add_model(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    import torch
+
+    from minibert import BertConfig, BertForMaskedLM, load_tokenizer
+    from minibert.devices import find_device
+    from minibert.parity.golden import transformers_model
+    from minibert.trace.given import read_ids, tokenized
+    from minibert.trace.inputs import standard_inputs
+    from minibert.trace.recorder import trace
+
+    require_writable(options.out)
+    device, dtype = find_device(options.device), getattr(torch, options.dtype)
+    model: torch.nn.Module
+    if options.backend == "transformers":
+        model = transformers_model(options.model, dtype, device, revision=options.revision)
+        config = BertConfig.from_pretrained(options.model, revision=options.revision)
+    else:
+        model = BertForMaskedLM.from_pretrained(options.model, dtype=dtype, device=device, revision=options.revision)
+        config = model.config
+    if options.ids:
+        inputs = read_ids(Path(options.ids))
+    elif options.text:
+        inputs = tokenized(options.text, load_tokenizer(options.model, revision=options.revision), config)
+    else:
+        inputs = standard_inputs(config)
+    result = trace(model, **inputs, grad=options.grad)
+    result.save(options.out)
+    print(f"{options.out}: {len(result.tensors)} tensors of {result.metadata['backend']}, {options.dtype}")
+
+
+def require_writable(out: str) -> None:
+    """Before any work: `out` names a file, in a folder that is there."""
+    if not out.strip() or Path(out).is_dir():
+        raise ValueError(f"--out {out!r}: it needs the name of a file")
+    if not Path(out).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no such folder. Make it first")

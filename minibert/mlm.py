@@ -1,0 +1,254 @@
+"""Mask a text, let the model guess, and read BERT's loss: the game that BERT was trained on, played once.
+
+Some tokens of a text are chosen (15 % in BERT). Most of them are replaced by [MASK]; the model says for each which word
+it expects there. The loss is −log of the probability that it gave to the true token, in nats, averaged over the chosen
+tokens: 0 if it was always certain and right, log V ≈ 10.3 for a model that knows nothing about 30,522 words.
+
+Devlin et al. 2019, section 3.1, task 1, and appendix A.1.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Encoding, Tokenizer
+from torch import Tensor
+
+from minibert.loss import IGNORE, masked_lm_loss
+from minibert.masked_lm import BertForMaskedLM
+from minibert.masking import MaskedTokens, Outcome, mask_tokens
+from minibert.packing import PackedBatch
+from minibert.tokenizer import count_ids, encode, require_id, special_ids
+
+RECIPES = ("bert", "plain", "whole-word")
+SCORES = ("masked", "all")
+LISTED = 60  # tokens of a text that an error message lists, at most
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A token of the vocabulary, and the probability that the model gives to it."""
+
+    token_str: str
+    score: float
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """One position that the model was asked about."""
+
+    position: int  # counted from [CLS] = 0
+    token: str  # what the text has there; the mask token, if the text itself has a mask there
+    outcome: str  # "mask", "random", "kept", "not chosen", "not eligible"; "in the text" for a mask of the text's own
+    seen: str  # what the model saw there
+    predictions: list[Guess]  # the likeliest tokens, the best one first
+    probability_of_token: float | None  # of `token`; None for a mask of the text's own, where nobody says what is true
+    loss: float | None  # −log of that probability, in nats
+    layers: list[Guess] | None  # if asked for: the best guess after the embeddings, and after each layer
+
+
+@dataclass(frozen=True)
+class MaskedText:
+    """What the model saw, what it guessed, and how well."""
+
+    tokens: list[str]  # of the text, [CLS] and [SEP] included
+    ids: list[int]  # of those tokens
+    input_ids: list[int]  # what the model saw
+    score: str  # what the loss is over: "masked" or "all"
+    scored: list[ScoredToken]
+    loss: float  # the mean over `count` tokens, in nats; 0 if there is none
+    count: int
+
+
+@torch.inference_mode()
+def mask_and_guess(
+    model: BertForMaskedLM,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    positions: Sequence[int] | None = None,
+    probability: float | None = None,
+    recipe: str | None = None,
+    seed: int | None = None,
+    score: str = "masked",
+    truncate: bool = False,
+    layers: bool = False,
+    top_k: int = 5,
+) -> MaskedText:
+    """Choose tokens of a text, mask them, and let the model guess them.
+
+    Which tokens are chosen:
+    - A text that has a [MASK] of its own asks about that place, and no other token is drawn. There is no loss there,
+      since the text does not say which word is right.
+    - positions: these tokens, counted from [CLS] = 0. All of them become [MASK].
+    - Otherwise they are drawn. probability: of choosing a token, 0.15 by default. seed: of the draw, 0 by default.
+      recipe: "bert", the default (80 % [MASK], 10 % a random token, 10 % kept; never a special token); "plain" (all
+      [MASK]; [CLS] and [SEP] may be chosen too); or "whole-word" (as "bert", all pieces of a word together).
+
+    score: the loss is over the chosen tokens ("masked", as in BERT) or over all of them ("all"). truncate: cut a text
+    that is too long for the model. layers: also the best guess after each layer, as if it were the last one. top_k:
+    how many guesses to give for each token.
+
+    Raises ValueError for a text without a token, one that is too long, a position outside it, a value out of range, and
+    options that do not go together.
+    """
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, not {score!r}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    draw = {"probability": probability, "recipe": recipe, "seed": seed}
+    encoding = _encode(model, tokenizer, text, truncate)
+    ids = torch.tensor(encoding.ids)  # (S,)
+    own = ids == require_id(tokenizer, "[MASK]")  # (S,)
+    if positions is not None:
+        _require_nothing_drawn(draw, "positions names the masked tokens")
+        masked = _mask_these(ids, _places(positions, encoding), tokenizer)
+    elif own.any():
+        _require_nothing_drawn(draw, "the text has a [MASK] of its own, and nothing else is masked")
+        masked = _mask_these(ids, [], tokenizer)
+    else:
+        masked = _mask_drawn(encoding, tokenizer, 0.15 if probability is None else probability, recipe, seed)
+    asked = torch.ones_like(own) if score == "all" else (masked.labels[0] != IGNORE) | own  # (S,)
+    places = asked.nonzero().flatten()  # (M,)
+    batch = PackedBatch.from_lists(masked.input_ids.tolist(), device=model.embeddings.word.weight.device)
+    if layers:
+        by_layer = model.layer_guesses(batch, places.to(batch.input_ids.device)).cpu()  # (N + 1, M, V)
+        logits = by_layer[-1]  # (M, V)
+    else:
+        by_layer, logits = None, model.predict(batch, places.to(batch.input_ids.device)).cpu()  # (M, V)
+    known = ~own[places]  # (M,): where the text says which token is the true one
+    loss = masked_lm_loss(logits[known], ids[places][known])
+    return MaskedText(
+        tokens=encoding.tokens,
+        ids=encoding.ids,
+        input_ids=masked.input_ids[0].tolist(),
+        score=score,
+        scored=_scored(places.tolist(), encoding, masked, own, logits, by_layer, tokenizer, top_k),
+        loss=loss.mean.item(),
+        count=int(loss.count),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- the choice
+
+
+def _encode(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, truncate: bool) -> Encoding:
+    words, rows = count_ids(tokenizer), model.config.vocab_size
+    if words > rows:
+        raise ValueError(f"the tokenizer has {words} tokens and the model {rows}: they are not of one checkpoint")
+    limit = model.config.max_position_embeddings
+    encoding = encode(tokenizer, text, limit, truncate=truncate)
+    if len(encoding.ids) <= tokenizer.num_special_tokens_to_add(False):
+        raise ValueError(f"there is no token to mask in {text!r}: give a text with at least one word")
+    mask_id = require_id(tokenizer, "[MASK]")
+    if truncate and (lost := tokenizer.encode(text).ids.count(mask_id) - encoding.ids.count(mask_id)):
+        raise ValueError(f"{lost} [MASK] in the text would be cut off: the model takes {limit} tokens")
+    return encoding
+
+
+def _require_nothing_drawn(draw: Mapping[str, object], reason: str) -> None:
+    for name, value in draw.items():
+        if value is not None:
+            raise ValueError(f"{name} {value} says how tokens are drawn, and {reason}: give one of the two")
+
+
+def _places(positions: Sequence[int], encoding: Encoding) -> list[int]:
+    """The positions, checked. The error numbers the tokens, so that the right position can be read off."""
+    count = len(encoding.ids)
+    if outside := [place for place in positions if not 0 <= place < count]:
+        listed = ", ".join(f"{place} {token}" for place, token in enumerate(encoding.tokens[:LISTED]))
+        more = "" if count <= LISTED else f", … {count - 1} {encoding.tokens[-1]}"
+        raise ValueError(f"position {outside[0]} is not in the text, which is {count} tokens: {listed}{more}")
+    return list(positions)
+
+
+def _mask_these(ids: Tensor, places: list[int], tokenizer: Tokenizer) -> MaskedTokens:
+    """[MASK] at these places, and nothing else."""
+    not_chosen = torch.ones(1, len(ids), dtype=torch.bool)
+    not_chosen[0, places] = False
+    return mask_tokens(
+        ids[None],
+        not_chosen,
+        vocab_size=1,  # for random tokens, of which there are none
+        mask_token_id=require_id(tokenizer, "[MASK]"),
+        probability=1.0,
+        mask_fraction=1.0,
+        random_fraction=0.0,
+    )
+
+
+def _mask_drawn(
+    encoding: Encoding, tokenizer: Tokenizer, probability: float, recipe: str | None, seed: int | None
+) -> MaskedTokens:
+    recipe, seed = recipe or "bert", seed or 0
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit in 64 bits, and {seed} does not")
+    ids = torch.tensor([encoding.ids])  # (1, S)
+    special = torch.isin(ids, torch.tensor(special_ids(tokenizer)))
+    plain = recipe == "plain"
+    words = torch.tensor([[-1 if word is None else word for word in encoding.word_ids]])
+    return mask_tokens(
+        ids,
+        torch.zeros_like(special) if plain else special,
+        vocab_size=count_ids(tokenizer),
+        mask_token_id=require_id(tokenizer, "[MASK]"),
+        probability=probability,
+        mask_fraction=1.0 if plain else 0.8,
+        random_fraction=0.0 if plain else 0.1,
+        word_ids=words if recipe == "whole-word" else None,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the guesses
+
+
+def _scored(
+    places: list[int],
+    encoding: Encoding,
+    masked: MaskedTokens,
+    own: Tensor,
+    logits: Tensor,
+    by_layer: Tensor | None,
+    tokenizer: Tokenizer,
+    top_k: int,
+) -> list[ScoredToken]:
+    """own (S,): where the text has a mask. logits (M, V): of the M places. by_layer (N + 1, M, V), or None."""
+    probabilities = logits.float().softmax(-1)  # (M, V)
+    guesses = _guesses(probabilities, tokenizer, top_k)
+    after = None if by_layer is None else [_guesses(x.float().softmax(-1), tokenizer, 1) for x in by_layer]
+    rows = []
+    for row, place in enumerate(places):
+        asked_by_text, true = bool(own[place]), encoding.ids[place]
+        loss = masked_lm_loss(logits[row : row + 1], torch.tensor([true])).sum.item()
+        rows.append(
+            ScoredToken(
+                position=place,
+                token=encoding.tokens[place],
+                outcome="in the text" if asked_by_text else _word(masked.outcome[0, place]),
+                seen=tokenizer.id_to_token(int(masked.input_ids[0, place])) or "",
+                predictions=guesses[row],
+                probability_of_token=None if asked_by_text else probabilities[row, true].item(),
+                loss=None if asked_by_text else loss,
+                layers=None if after is None else [of_layer[row][0] for of_layer in after],
+            )
+        )
+    return rows
+
+
+def _guesses(probabilities: Tensor, tokenizer: Tokenizer, top_k: int) -> list[list[Guess]]:
+    """The likeliest tokens for each row of (M, V), the best one first. What is no token of the tokenizer (rows that
+    only fill up the vocabulary) is no answer.
+    """
+    known = torch.tensor(sorted(tokenizer.get_vocab().values()))  # ids
+    scores, chosen = probabilities[:, known].topk(min(top_k, len(known)))  # both (M, top_k)
+    return [
+        [Guess(tokenizer.id_to_token(token) or "", score) for token, score in zip(tokens, of_tokens, strict=True)]
+        for tokens, of_tokens in zip(known[chosen].tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def _word(outcome: Tensor) -> str:
+    return Outcome(int(outcome)).name.lower().replace("_", " ")

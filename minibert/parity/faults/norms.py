@@ -1,0 +1,76 @@
+"""Faults in the LayerNorms, and in their place."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minibert.model import EncoderLayer
+from minibert.parity.steps import Steps
+
+
+class Eps5(Steps):
+    title = "LayerNorm eps 1e-5"
+    remedy = "set eps to config's layer_norm_eps (1e-12 for BERT)"
+    source = "keras-team/keras-hub#642: 1e-5, Keras' default, in the layers of a BERT; 1e-5 is torch.nn.LayerNorm's too"
+
+    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        self.eps = 1e-5
+        return super().layer_norm(x, norm)
+
+
+class Eps6(Steps):
+    title = "LayerNorm eps 1e-6"
+    remedy = "set eps to config's layer_norm_eps (1e-12 for BERT)"
+    source = "the default of flax.linen.LayerNorm"
+
+    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        self.eps = 1e-6
+        return super().layer_norm(x, norm)
+
+
+class NormNotLoaded(Steps):
+    title = "LayerNorm weight and bias not loaded"
+    remedy = "load LayerNorm.gamma and LayerNorm.beta as weight and bias: they are still ones and zeros"
+    source = "huggingface/transformers#11809: bert-base-uncased's file says gamma and beta, its model weight and bias"
+
+    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x, norm.normalized_shape, None, None, self.eps)
+
+
+class SampleVariance(Steps):
+    title = "LayerNorm divides by n - 1"
+    remedy = "divide the variance by n (torch.var(..., correction=0))"
+    source = "harvardnlp/annotated-transformer#119: torch.std divides by n - 1 unless told"
+
+    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        variance, mean = torch.var_mean(x, -1, keepdim=True)
+        return (x - mean) / (variance + self.eps).sqrt() * norm.weight + norm.bias
+
+
+class PreNorm(Steps):
+    title = "pre-LayerNorm"
+    remedy = "normalise the sum after the residual (post-LayerNorm), not what a block reads"
+    source = "mead-ml/mead-baseline#529; Xiong et al. 2020, arXiv:2002.04745, figure 1, has both"
+
+    def layer(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        update = read = self.layer_norm(x, layer.attention_norm)
+        for name, update in self.attend(prefix, layer, read):
+            yield name, update
+        yield prefix + "attention_norm", read
+        x = x + update
+        read = self.layer_norm(x, layer.feed_forward_norm)
+        for name, update in self.feed_forward(prefix, layer, read):
+            yield name, update
+        yield prefix + "feed_forward_norm", read
+        yield "", x + update  # no module gives this, so no trace has it; the next layer reads it
+
+
+FAULTS: tuple[type[Steps], ...] = (
+    Eps5,
+    Eps6,
+    NormNotLoaded,
+    SampleVariance,
+    PreNorm,
+)

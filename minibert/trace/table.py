@@ -1,0 +1,138 @@
+"""What a trace holds: a name, a shape and a meaning for every tensor of one pass through BERT.
+
+`TABLE` lists them in the order in which BERT computes them. The letters of the shapes are those of model.py. All
+tensors have the padded layout, (B, S, …). Where attention_mask is 0, a model may compute anything, so those places are
+never compared; the traces that we write hold 0 there.
+"""
+
+import re
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from minibert.checkpoint import shapes_only
+from minibert.config import BertConfig
+from minibert.masked_lm import BertForMaskedLM
+from minibert.names import NAMES, hub_names
+
+# Name, shape, and how the tensor follows from those above it. Dropout belongs to the tensor that it is applied to: a
+# trace holds what the next step reads.
+TABLE: tuple[tuple[str, str, str], ...] = (
+    ("input_ids", "B S", "the token ids"),
+    ("attention_mask", "B S", "1 for a token, 0 for padding; all 1 if it is left out"),
+    ("token_type_ids", "B S", "the segment of each token; all 0 if it is left out"),
+    ("labels", "B S", "the id to predict, −100 where nothing is asked; needed for loss and gradients"),
+    ("embeddings.sum", "B S D", "word + token type + position, the position counted from 0"),
+    ("embeddings.norm", "B S D", "the LayerNorm of that sum: what layer 0 reads"),
+    ("layers.N.query", "B H S K", "the query projection of what the layer reads, split into heads"),
+    ("layers.N.key", "B H S K", "the key projection, split into heads"),
+    ("layers.N.value", "B H S K", "the value projection, split into heads"),
+    ("layers.N.scores", "B H S S", "query · keyᵀ / √K, before the softmax; masked keys are not compared"),
+    ("layers.N.probabilities", "B H S S", "the mask and the softmax over the keys"),
+    ("layers.N.context", "B S D", "probabilities · value, the heads side by side again"),
+    ("layers.N.attention_output", "B S D", "the output projection of the context, before the residual is added"),
+    ("layers.N.attention_norm", "B S D", "the LayerNorm of attention_output + what the layer reads"),
+    ("layers.N.intermediate", "B S F", "into the feed-forward: its first projection, before the activation"),
+    ("layers.N.activation", "B S F", "the activation function (hidden_act) of that"),
+    ("layers.N.feed_forward", "B S D", "out of the feed-forward: its second projection, before the residual is added"),
+    ("layers.N.feed_forward_norm", "B S D", "the LayerNorm of feed_forward + attention_norm: the layer's result"),
+    ("head.dense", "B S D", "the head's projection, before the activation"),
+    ("head.activation", "B S D", "the activation function of that"),
+    ("head.norm", "B S D", "the LayerNorm of that"),
+    ("logits", "B S V", "head.norm · word embeddingsᵀ + bias"),
+    ("loss", "", "the mean cross-entropy over the labels that are not −100, in float32"),
+    ("gradient.NAME", "", "the gradient of the loss by parameter NAME, with its name and shape in the checkpoint"),
+)
+INPUTS = tuple(name for name, _, _ in TABLE[:4])
+SHAPES = {name: shape.split() for name, shape, _ in TABLE}
+MEANINGS = {name: meaning for name, _, meaning in TABLE}
+GRADIENT = "gradient."
+
+
+def as_markdown() -> str:
+    """TABLE as a table in markdown, for a README."""
+    rows = [f"| `{name}` | {shape or '–'} | {meaning} |" for name, shape, meaning in TABLE]
+    return "\n".join(["| tensor | shape | what it is |", "|---|---|---|", *rows])
+
+
+def row_of(name: str) -> str:
+    """The name under which TABLE has a tensor: "layers.3.scores" → "layers.N.scores"."""
+    if name.startswith(GRADIENT):
+        return "gradient.NAME"
+    parts = name.split(".")
+    return ".".join(["layers", "N", *parts[2:]]) if parts[0] == "layers" and len(parts) > 2 else name
+
+
+def explain(name: str) -> str:
+    """How a tensor follows from those before it, in words."""
+    if name.startswith(GRADIENT):
+        return f"the backward pass, from the head to the embeddings, as far as {name.removeprefix(GRADIENT)}"
+    return MEANINGS[row_of(name)]
+
+
+def expected_names(config: BertConfig) -> list[str]:
+    """The names of all tensors of a trace: the inputs, then the forward pass, then the gradients from the head back
+    to the embeddings.
+    """
+    layer = [name for name, _, _ in TABLE if ".N." in name]
+    names = []
+    for name, _, _ in TABLE[:-1]:
+        if name == layer[0]:
+            for number in range(config.num_hidden_layers):
+                names += [each.replace(".N.", f".{number}.") for each in layer]
+        elif name not in layer:
+            names.append(name)
+    return names + [GRADIENT + name for name in reversed(parameter_names(config))]
+
+
+def parameter_names(config: BertConfig) -> list[str]:
+    """The parameters under their names in a checkpoint, from the embeddings to the head."""
+    sections: dict[str, list[str]] = {"embeddings": [], "layers": [], "head": []}
+    shapes = _parameter_shapes(config)
+    for ours, hubs in NAMES:  # in order of execution, and each module's weight before its bias
+        found = [f"{hub.replace('.N.', '.0.')}.{kind}" for kind in ("weight", "bias") for hub in hubs]
+        sections[ours.split(".")[0]] += [name for name in found if name in shapes]
+    layers = range(config.num_hidden_layers)
+    names = [name.replace(".0.", f".{number}.") for number in layers for name in sections["layers"]]
+    return sections["embeddings"] + names + sections["head"]
+
+
+def expected_shape(name: str, config: BertConfig, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one of `expected_names`. shape: (B, S), of the inputs."""
+    sizes = {
+        **dict(zip("BS", shape, strict=True)),
+        "D": config.hidden_size,
+        "H": config.num_attention_heads,
+        "K": config.head_size,
+        "F": config.intermediate_size,
+        "V": config.vocab_size,
+    }
+    if name.startswith(GRADIENT):
+        return _parameter_shapes(config)[re.sub(r"\.\d+\.", ".0.", name.removeprefix(GRADIENT))]
+    return tuple(sizes[letter] for letter in SHAPES[row_of(name)])
+
+
+def exchanged_axes(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, int] | None:
+    """The two axes whose exchange turns `shape` into `wanted`, or None if there is no such pair."""
+    apart = [axis for axis, (one, two) in enumerate(zip(shape, wanted, strict=False)) if one != two]
+    if len(shape) != len(wanted) or len(apart) != 2 or sorted(shape) != sorted(wanted):
+        return None
+    return apart[0], apart[1]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.float32 → "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes in a model of one layer, by the names in a checkpoint. All layers are alike."""
+    with shapes_only():
+        model = BertForMaskedLM(replace(config, num_hidden_layers=1))
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        hubs = hub_names(name)
+        shapes.update({hub: tuple(part.shape) for hub, part in zip(hubs, parameter.chunk(len(hubs)), strict=True)})
+    return shapes

@@ -1,0 +1,77 @@
+"""How a model is trained: every number of the recipe in one place.
+
+Recipe: Devlin et al. 2019, appendix A.2: Adam with decoupled weight decay 0.01 (none on biases and LayerNorm), warm-up,
+then linear decay of the learning rate; google-research/bert, optimization.py.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SCHEDULES = ("linear", "cosine")
+DTYPES = ("float32", "bfloat16")
+# What may change when a run goes on: it says how the steps are computed and when the run is saved, not what is learnt.
+FREE = ("micro_tokens", "checkpoint_activations", "compile", "workers", "save_every", "evaluate_every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a run. Raises ValueError, naming the setting, for a value that makes no sense."""
+
+    # What is learnt. A run that goes on must keep these.
+    steps: int  # of the optimizer
+    tokens_per_step: int = 8192  # about so many in each step, over all passes and processes
+    max_length: int = 128  # tokens in a row, at most, [CLS] and [SEP] included
+    short_fraction: float = 0.3  # share of the rows that are one line alone
+    learning_rate: float = 3e-4  # its peak
+    schedule: str = "linear"  # how it falls from the peak to 0: "linear" or "cosine"
+    warmup: float = 0.05  # share of the steps in which it rises to the peak
+    weight_decay: float = 0.01  # of matrices
+    clip: float = 1.0  # a gradient that is longer is made this long
+    dropout: bool = True  # with the rates of the model's own configuration
+    dtype: str = "bfloat16"  # in which matrices are multiplied; the weights are float32
+    seed: int = 0  # of the random weights, the order of the rows, the masks and dropout
+
+    # How it is computed and saved. These may change when a run goes on.
+    micro_tokens: int | None = None  # tokens in one pass, at most; a step is as many passes as it takes. None: one
+    checkpoint_activations: bool = False  # keep only each layer's input, and compute the layer again for the gradient
+    compile: bool = False  # the layers, with torch.compile
+    workers: int = 0  # processes that make batches ahead; 0: this process makes them
+    save_every: int = 500  # steps between checkpoints
+    evaluate_every: int = 500  # steps between looks at the held-out lines
+
+    def __post_init__(self) -> None:
+        for key, least in (("steps", 1), ("save_every", 1), ("evaluate_every", 1), ("workers", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}")
+        if self.max_length < 3:
+            raise ValueError(f"max_length must be at least 3, for [CLS], a token and [SEP], not {self.max_length}")
+        for key in ("tokens_per_step", "micro_tokens"):
+            tokens = getattr(self, key)
+            if tokens is not None and tokens < self.max_length:
+                raise ValueError(f"{key} is {tokens}: a row of max_length {self.max_length} would not fit")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit in 64 bits, and {self.seed} does not")
+        for key in ("learning_rate", "clip"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key} must be a number above 0, not {getattr(self, key)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0, not {self.weight_decay}")
+        for key in ("warmup", "short_fraction"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key} is a share, from 0 to 1, not {getattr(self, key)}")
+        for key, allowed in (("schedule", SCHEDULES), ("dtype", DTYPES)):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key} must be one of {', '.join(allowed)}, not {getattr(self, key)!r}")
+
+    def described(self) -> dict[str, Any]:
+        """The settings that a run must keep when it goes on."""
+        return {key: value for key, value in asdict(self).items() if key not in FREE}
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        warm = max(1, round(self.warmup * self.steps))
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        left = (self.steps - step) / max(1, self.steps - warm)  # from 1 down to 0
+        return self.learning_rate * (left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)

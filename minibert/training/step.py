@@ -1,0 +1,134 @@
+"""One step of the optimizer, in one pass or many, in one process or many.
+
+The loss of a step is the mean over the masked tokens of its whole batch, however many passes and processes the batch is
+cut into. The logits are computed at the masked positions only.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recompute
+
+from minibert.kernels import quick_dropout
+from minibert.loss import masked_lm_loss
+from minibert.masked_lm import BertForMaskedLM
+from minibert.model import EncoderLayer
+from minibert.packing import PackedBatch
+from minibert.training.batches import Share
+from minibert.training.data import Example
+from minibert.training.ranks import Ranks
+from minibert.training.settings import Settings
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices; none on biases and LayerNorm (optimization.py, exclude_from_weight_decay)."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay, and the ε of google-research/bert, optimization.py."""
+    groups = parameter_groups(model, settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, eps=1e-6, fused=True)
+
+
+class LossSum(nn.Module):
+    """Its forward() is the sum of the loss over the targets. (DistributedDataParallel can wrap only a forward().)"""
+
+    def __init__(self, model: BertForMaskedLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PackedBatch, positions: Tensor, targets: Tensor) -> Tensor:
+        return masked_lm_loss(self.model.predict(batch, positions), targets).sum
+
+
+def make_objective(model: BertForMaskedLM, ranks: Ranks) -> nn.Module:
+    """The sum of the loss as a module; with several ranks, one whose gradients are those of all of them."""
+    objective = LossSum(model)
+    return objective if ranks.size == 1 else DistributedDataParallel(objective, gradient_as_bucket_view=True)
+
+
+def accumulate(objective: nn.Module, passes: Sequence[Example], targets: float, dtype: str, ranks: Ranks) -> float:
+    """Add the gradient of the mean loss over the step. `targets` is how many masked tokens the step has, in all passes
+    of all ranks. Returns the sum of the loss over the passes of this rank.
+    """
+    device = next(objective.parameters()).device
+    losses: list[Tensor] = []
+    for number, example in enumerate(passes, start=1):
+        batch, positions, answers = example.batch.to(device), example.positions.to(device), example.targets.to(device)
+        with ExitStack() as around:
+            if isinstance(objective, DistributedDataParallel) and number < len(passes):
+                around.enter_context(objective.no_sync())  # gradients go over the wire once a step
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+                loss = objective(batch, positions, answers)
+            # Over the ranks, DistributedDataParallel takes the mean of the gradients, and this is a part of a sum.
+            (loss * (ranks.size / targets)).backward()
+        losses.append(loss.detach())
+    return sum(loss.item() for loss in losses)
+
+
+def take_step(
+    objective: nn.Module, optimizer: torch.optim.Optimizer, share: Share, step: int, settings: Settings, ranks: Ranks
+) -> dict[str, Any]:
+    """Take one step of the optimizer; `step` counts from 0. Returns its loss (None if no token was masked), learning
+    rate, length of the gradient, and numbers of tokens.
+
+    Raises FloatingPointError, before the weights are touched, if the loss or the gradient is not a number any more.
+    """
+    targets, tokens = ranks.sum(sum(len(example.targets) for example in share.passes), share.tokens)
+    # Dropout draws from torch's own generator. It is seeded anew for each step, so there is no state to save.
+    torch.manual_seed(random.Random(f"{settings.seed} {step} {ranks.rank}").getrandbits(63))
+    optimizer.zero_grad()
+    loss_sum = accumulate(objective, share.passes, max(1, targets), settings.dtype, ranks)
+    loss = ranks.sum(loss_sum)[0] / max(1, targets)
+    norm = nn.utils.clip_grad_norm_(objective.parameters(), settings.clip).item()
+    rate = settings.rate(step)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(
+            f"step {step + 1}: the loss is {loss}, the length of the gradient {norm}. The weights were not touched, "
+            f"and what was saved before stands. Is a learning rate of {settings.learning_rate} too high?"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return {
+        "loss": loss if targets else None,
+        "learning_rate": rate,
+        "gradient_norm": norm,
+        "masked_tokens": int(targets),
+        "tokens": int(tokens),
+    }
+
+
+@contextmanager
+def wrapped_layers(
+    model: BertForMaskedLM, *, compile: bool = False, checkpoint_activations: bool = False
+) -> Iterator[None]:
+    """In this block the encoder layers are compiled, or keep only their input for the backward pass, as asked. On the
+    CPU dropout takes a quicker form, unless the layers are compiled.
+    """
+    with ExitStack() as around:
+        if not compile and model.embeddings.word.weight.is_cpu:
+            around.enter_context(quick_dropout(model))
+        try:
+            for layer in model.layers:
+                assert isinstance(layer, EncoderLayer)
+                if compile:
+                    # Attention stays outside: its loop over the lengths would make another graph of every batch.
+                    vars(layer.attention)["forward"] = torch.compiler.disable(layer.attention.forward)
+                    vars(layer)["forward"] = torch.compile(layer.forward, dynamic=True)
+                if checkpoint_activations:
+                    vars(layer)["forward"] = partial(recompute, layer.forward, use_reentrant=False)
+            yield
+        finally:
+            for module in model.modules():
+                vars(module).pop("forward", None)

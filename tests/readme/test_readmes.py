@@ -1,0 +1,139 @@
+"""What the READMEs show is what happens: every Python block and every quick command is run, in the order of the page,
+and what is printed is compared with what is shown.
+
+    ```python     runs; the blocks of a page share their names and a folder
+    ```text       after such a block: what it prints
+    ```console    after `$ `, a command that runs; below it, what it prints
+    ```sh         commands that are not run here; each stands in NOT_RUN, with the reason
+
+Numbers may differ by a hundredth, and by what their last digit leaves open: another CPU adds in another order.
+"""
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from minibert.cli import main
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = sorted(
+    path.relative_to(REPOSITORY).as_posix()
+    for path in [REPOSITORY / "README.md", *(REPOSITORY / "minibert").rglob("*.md"), *REPOSITORY.glob("weights/*.md")]
+)
+# How a command that is not run here begins, and why it is not.
+NOT_RUN = {
+    "pip install": "the gate runs it in an environment of its own",
+    "pytest": "it is what runs this",
+    ".ci/": "it is what runs this",
+    "torchrun": "several processes, or machines",
+    "git clone": "the network",
+    "minibert train corpus.txt": "an hour",
+    "minibert bench": "minutes, and a quiet machine",
+    "bash weights/train.sh": "an hour and a half, and the texts",
+    "python weights/build_corpus.py": "the texts are fetched from a package registry",
+}
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+@dataclass
+class Block:
+    page: str
+    line: int
+    kind: str
+    text: str
+
+
+def blocks(page):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield Block(page, text[: match.start()].count("\n") + 1, match[1], match[2])
+
+
+def require_like(printed, shown, where):
+    """Word for word, and numbers nearly."""
+    got, wanted = printed.split(), shown.split()
+    if "…" in wanted:  # what follows is left out on the page
+        wanted = wanted[: wanted.index("…")]
+        got = got[: len(wanted)]
+    assert len(got) == len(wanted), f"{where} prints\n{printed}\nand the page shows\n{shown}"
+    for one, other in zip(got, wanted, strict=True):
+        assert NUMBER.sub("0", one) == NUMBER.sub("0", other), f"{where}: {one!r} is printed, and {other!r} shown"
+        for a, b in zip(NUMBER.findall(one), NUMBER.findall(other), strict=True):
+            digits = len(b.partition("e")[0].partition(".")[2])
+            tolerance = 0.01 * abs(float(b)) + (1.5 * 10**-digits if digits else 0)
+            if abs(float(b)) < 1e-4:  # a difference that is all rounding: its size is meant, not its digits
+                tolerance = 1e-4
+            assert abs(float(a) - float(b)) <= tolerance, f"{where}: {a} is printed, and {b} shown"
+
+
+def commands(block):
+    """(command, what is shown below it) of a console block. A command may go on after a backslash."""
+    for part in re.split(r"^\$ ", block.text.replace("\\\n", ""), flags=re.MULTILINE)[1:]:
+        command, _, shown = part.partition("\n")
+        yield command, shown
+
+
+def run_command(command):
+    """What a line of shell prints. `minibert` runs in this process, which saves the start; all else in a shell."""
+    words = shlex.split(command, comments=True)
+    output = io.StringIO()
+    if words[0] == "minibert" and not set(words) & {"|", "<", ">", "&&", ";"}:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            main(words[1:])
+        return output.getvalue()
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_does_what_it_shows(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, printed, last = {"__name__": "__main__"}, None, None
+    with torch.enable_grad():
+        for block in blocks(page):
+            where = f"{page}:{block.line}"
+            if block.kind == "python":
+                output = io.StringIO()
+                with contextlib.redirect_stdout(output):
+                    exec(compile(block.text, where, "exec"), names)
+                printed, last = output.getvalue(), where
+            elif block.kind == "text":
+                assert printed is not None, f"{where}: there is no Python above that prints this"
+                require_like(printed, block.text, last)
+                printed = None
+            elif block.kind == "console":
+                for command, shown in commands(block):
+                    require_like(run_command(command), shown, f"{where}, {command}")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_is_not_run_has_a_reason(page):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    fences = re.findall(r"^```(\w*)$", text, re.MULTILINE)
+    assert len(fences) % 2 == 0, "a block that does not end"
+    for block in blocks(page):
+        assert block.kind in ("python", "text", "console", "sh", "json"), f"{page}:{block.line}: {block.kind!r}"
+        if block.kind == "sh":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                for command in line.split("&&"):
+                    known = any(command.strip().startswith(name) for name in NOT_RUN)
+                    assert known or "minibert fill-mask" in command, f"{page}:{block.line}: run {command!r}, or say why"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)|src(?:set)?=\"([^\"]+)\"", text):
+        name = "".join(target)
+        if not name.startswith(("http://", "https://")):
+            assert (REPOSITORY / page).parent.joinpath(name).exists(), f"{page} links to {name}, which is not there"
+
+
+def test_the_readme_is_one_screen_and_a_half():
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8")) <= 9000

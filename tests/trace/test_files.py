@@ -1,0 +1,231 @@
+"""Trace files: written, read again, and files that are no traces."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from traced import entry, traced, write_raw
+from twins import MASKS
+
+from minibert import BertConfig, BertForMaskedLM
+from minibert.cli import main
+from minibert.parity import TraceFile, trace
+from minibert.trace.table import INPUTS, expected_names
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_both_models_fill_the_table_alike(mask):
+    a, b, ours = traced(mask)
+    assert a.names == b.names == expected_names(ours.config)
+    for name in a.names:
+        torch.testing.assert_close(a.tensors[name], b.tensors[name], rtol=0, atol=1e-5)
+
+
+def test_a_trace_comes_back_from_its_file(tmp_path):
+    a, _, _ = traced()
+    a.save(tmp_path / "a.safetensors")
+    read = TraceFile(tmp_path / "a.safetensors")
+    assert (read.names, read.config, read.dtype) == (a.names, a.config, torch.float32)
+    assert all(torch.equal(read.read(name), a.tensors[name]) for name in a.names)
+    assert json.loads(read.metadata["settings"])["float32_matmul_precision"] == "highest"
+
+
+@pytest.fixture
+def hostile(tmp_path, capsys):
+    """`hostile(words, …)`: the trace at .path, changed, is refused by both commands with one line that has `words`."""
+    return Hostile(tmp_path, capsys)
+
+
+class Hostile:
+    def __init__(self, folder, capsys):
+        self.given, _, ours = traced(grad=False)
+        self.path, self.good, self.model = (
+            str(folder / name) for name in ("a.safetensors", "good.safetensors", "model")
+        )
+        self.capsys = capsys
+        ours.save_pretrained(self.model)
+        self.given.save(self.path)
+        self.given.save(self.good)
+
+    @property
+    def config(self):
+        return json.loads(self.given.metadata["config"])
+
+    def refused(self, words):
+        commands = [["diff", self.path, self.good], ["diff", self.good, self.path]]
+        for command in [*commands, ["diagnose", self.path, "--model", self.model]]:
+            assert main(command) == 2
+            said = self.capsys.readouterr().err
+            assert re.search(words, said), said
+            assert self.path in said
+            assert said.count("\n") == 1
+
+    def __call__(self, words, changes=None, *, without=(), **metadata):
+        """metadata: values that are replaced, or taken out where they are None."""
+        tensors = {**self.given.tensors, **(changes or {})}
+        said = {key: value for key, value in {**self.given.metadata, **metadata}.items() if value is not None}
+        kept = {name: x for name, x in tensors.items() if name not in without}
+        save_file(kept, self.path, metadata=said)
+        self.refused(words)
+
+
+@pytest.mark.parametrize("cut", [0, 5, 8, 100, -5])
+def test_a_file_that_is_cut_off(hostile, cut):
+    with open(hostile.path, "rb+") as file:
+        file.truncate(cut if cut >= 0 else len(file.read()) + cut)
+    hostile.refused("not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b'{"input_ids": [[1, 2, 3]], "text": "not a trace"}', "not a safetensors file: it starts with"),
+        ((2**60).to_bytes(8, "little") + b"{}", "its header claims 1152921504606846976 bytes"),
+        ((100).to_bytes(8, "little") + b"\xff" * 200, "not a whole safetensors file"),
+    ],
+)
+def test_a_file_that_starts_wrongly(hostile, start, words):
+    with open(hostile.path, "wb") as file:
+        file.write(start)
+    hostile.refused(words)
+
+
+def test_headers_that_claim_too_much(hostile):
+    metadata, config = hostile.given.metadata, hostile.config
+    twice = '{"__metadata__": %s, "logits": %s, "logits": %s}'
+    same = json.dumps(entry((1,)))
+    write_raw(hostile.path, (twice % (json.dumps(metadata), same, same)).encode(), 4)
+    hostile.refused("the key 'logits' stands there 2 times")
+    write_raw(hostile.path, {"logits": entry((2**20, 2**20))}, 4, metadata)  # terabytes, in a small file
+    hostile.refused("not a whole safetensors file")
+    write_raw(hostile.path, {"logits": entry((4,))}, 16, {**metadata, "config": 3})
+    hostile.refused("not a whole safetensors file")
+    write_raw(hostile.path, b" " * (2**24 + 1))
+    hostile.refused("its header has 16777217 bytes, and a trace's has 16777216 at most")
+    hostile("num_hidden_layers 1073741824", config=json.dumps({**config, "num_hidden_layers": 2**30}))
+    # 0.5 GB that agree with the config: one row of 2^27 logits
+    header = {"input_ids": entry((1, 1), 0, "I64"), "logits": entry((1, 1, 2**27), 8)}
+    huge = json.dumps({**config, "vocab_size": 2**27})
+    write_raw(hostile.path, header, 8 + 4 * 2**27, {**metadata, "config": huge})
+    hostile.refused("logits has the shape .1, 1, 134217728.")
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ("logits is I32", {"logits": torch.ones(3, dtype=torch.int32)}),
+        ("input_ids is F32", {"input_ids": torch.ones(3, 11)}),
+        ("input_ids", {"input_ids": torch.ones(3, dtype=torch.int64)}),
+        ("input_ids", {"input_ids": torch.ones(3, 4, 5, dtype=torch.int64)}),
+        ("attention_mask", {"attention_mask": torch.ones(3, 10, dtype=torch.int64)}),
+        ("attention_mask", {"attention_mask": torch.full((3, 11), 7)}),
+        ("labels", {"labels": torch.ones(3, 10, dtype=torch.int64)}),
+        ("logits is empty", {"logits": torch.ones(0, 4)}),
+        ("unknown", {"input_ids": torch.full((3, 11), 10**6)}),
+        ("embeddings.sum has the shape .1, 5000000, 24.", {"input_ids": torch.ones(1, 5000000, dtype=torch.int64)}),
+        ("position", {name: torch.ones(1, 50, dtype=torch.int64) for name in INPUTS}),
+    ],
+)
+def test_tensors_that_do_not_fit(hostile, words, changes):
+    hostile(words, changes)
+
+
+@pytest.mark.parametrize(
+    ("words", "metadata"),
+    [
+        ("format", {"format": "other"}),
+        ("version", {"version": "9"}),
+        *(("config", {"config": text}) for text in ("[1]", "", "{", "[" * 10**5, '{"vocab_size": NaN}')),
+        ("config", {"config": '{"hidden_size": 1e999}'}),
+        ("dtype", {"dtype": "int4"}),
+        ("dtype in its metadata is 'torch.float32', and must be", {"dtype": "torch.float32"}),
+        ("there is no config in its metadata", {"config": None}),
+        ("there is no dtype in its metadata", {"dtype": None}),
+    ],
+    ids=str,
+)
+def test_metadata_that_are_wrong(hostile, words, metadata):
+    hostile(words, **metadata)
+
+
+def test_a_trace_without_input_ids(hostile):
+    hostile("there is no input_ids", without=["input_ids"])
+
+
+def test_what_is_wrong_in_a_readable_trace_is_a_verdict(tmp_path, capsys):
+    a, _, ours = traced(grad=False)
+    a.save(tmp_path / "a.safetensors")
+    ours.save_pretrained(tmp_path / "model")
+    for value, words in (("nan", "NaN or infinity in B"), ("inf", "NaN or infinity in B"), ("1e30", "B is wrong")):
+        tensors = dict(a.tensors)
+        tensors["layers.0.context"] = tensors["layers.0.context"].clone()
+        tensors["layers.0.context"][0, 0, 0] = float(value)
+        tensors["mine"] = torch.ones(0, 3, dtype=torch.int32)  # nobody asked for it, and nobody minds
+        save_file(tensors, tmp_path / "b.safetensors", metadata=a.metadata)
+        files = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+        assert main(["diff", *files, "--model", str(tmp_path / "model")]) == 1
+        out = capsys.readouterr().out
+        assert f"{words}, first at (0, 0, 0)" in out
+        assert "first wrong: layers.0.context. The last good one is layers.0.probabilities" in out
+        assert main(["diff", *files, "--model", str(tmp_path / "model"), "--json"]) == 1
+        json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # strict JSON: no NaN, no Infinity
+    assert main(["diagnose", files[1], "--model", str(tmp_path / "model")]) == 1
+    assert "none of the known faults" in capsys.readouterr().out
+
+
+def test_small_integers_are_ids_too(tmp_path):
+    a, _, _ = traced(grad=False)
+    kinds = dict(zip(INPUTS, (torch.int16, torch.bool, torch.uint8, torch.int32), strict=True))
+    small = {name: a.tensors[name].to(kind) for name, kind in kinds.items()}
+    save_file({**a.tensors, **small}, tmp_path / "a.safetensors", metadata=a.metadata)
+    inputs, _ = TraceFile(tmp_path / "a.safetensors").inputs()
+    for name, got in zip(kinds, inputs, strict=True):
+        assert torch.equal(got, a.tensors[name])
+
+
+def test_a_trace_of_inputs_that_the_model_does_not_take(tmp_path, capsys):
+    a, _, ours = traced(grad=False)
+    small = BertForMaskedLM(replace(ours.config, max_position_embeddings=5))
+    small.save_pretrained(tmp_path / "model")
+    a.save(tmp_path / "a.safetensors")
+    assert main(["diagnose", str(tmp_path / "a.safetensors"), "--model", str(tmp_path / "model")]) == 2
+    assert "--model does not take its inputs" in capsys.readouterr().err
+
+
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
+    """Peak memory of `diff`, in a process of its own: far below the trace, with a model as without."""
+    sizes = dict(vocab_size=64, hidden_size=128, num_hidden_layers=40, num_attention_heads=4, intermediate_size=256)
+    torch.manual_seed(0)
+    ours = BertForMaskedLM(BertConfig(**sizes, max_position_embeddings=64)).eval()
+    ours.save_pretrained(tmp_path / "model")
+    trace(ours, torch.randint(64, (8, 64))).save(tmp_path / "a.safetensors")
+    # and a gradient of 0.5 GB, which is sparse on the disk
+    wide = json.dumps({**sizes, "vocab_size": 2**20})
+    header = {"input_ids": entry((1, 1), 0, "I64"), "labels": entry((1, 1), 8, "I64")}
+    header["gradient.bert.embeddings.word_embeddings.weight"] = entry((2**20, 128), 16)
+    metadata = {"format": "minibert-trace", "version": "1", "dtype": "float32", "config": wide}
+    write_raw(tmp_path / "b.safetensors", header, 16 + 2**29, metadata)
+    code = """
+import resource, sys
+from minibert import BertForMaskedLM
+from minibert.parity import TraceFile, diff
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+a, b = (TraceFile(f"{sys.argv[1]}/{name}.safetensors") for name in "ab")
+before = peak()
+assert diff(a, a).ok and diff(b, b).ok
+alone = peak()
+assert diff(a, a, BertForMaskedLM.from_pretrained(sys.argv[1] + "/model")).ok
+print(alone - before, peak() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    alone, with_model = (int(number) for number in run.stdout.split())
+    trace_size = (tmp_path / "a.safetensors").stat().st_size
+    assert trace_size > 160e6
+    assert alone < 60e6  # some pieces of 2^20 float32, of either side, and what lies between
+    assert with_model < 130e6  # the model in float32 and float64 is 64 MB of that
