@@ -9,10 +9,16 @@ const size = reading.pieces.length;
 const state = {
   mask: 0, // among the followed ones
   token: reading.masks.length ? reading.masks[0] : Math.max(0, reading.added.indexOf(false)),
-  layer: 0,
-  head: 0,
+  ...clearestHead(),
   taken: false, // the heads by what they take, not by where they look
 };
+
+// The page opens with the head that looks at the previous token most clearly: the easiest one to understand.
+function clearestHead() {
+  const share = (head) => head.habits["the previous token"];
+  const best = data.looks.reduce((best, head) => (share(head) > share(best) ? head : best), data.looks[0]);
+  return best ? { layer: best.layer - 1, head: best.head - 1 } : { layer: 0, head: 0 };
+}
 
 // ------------------------------------------------------------------------------------------------------ small helpers
 
@@ -195,7 +201,6 @@ function rankChart(one) {
 function drawGuesses() {
   const one = data.guesses[state.mask];
   if (!one) return body("guesses").replaceChildren(why("guesses"));
-  const first = data.says.guesses[state.mask];
   const most = Math.log(Math.max(2, ...one.steps.map((step) => step.answer.rank)));
   const ranks = one.steps.map((step) => step.answer.rank);
   const settled = ranks.findLastIndex((rank) => rank > 1) + 1;
@@ -204,14 +209,13 @@ function drawGuesses() {
   },
   cell(step.after), number(whole(step.answer.rank)), cell(bar([[1 - Math.log(step.answer.rank) / most, step.answer.rank === 1 ? "asked" : "word"]]), "bars"),
   number(percent(step.answer.probability)),
-  ...step.targets.flatMap((followed) => [number(whole(followed.rank)), number(percent(followed.probability))]),
   ...step.best.map((guess) => make("td", { class: `best ${heat(Math.sqrt(guess.probability))}`, title: percent(guess.probability) },
-    make("bdi", { class: "piece" }, guess.token)))));
-  const heads = [["after", ""], ["rank", "number"], [`of “${one.answer.token}”`, ""], ["its probability", "number"],
-    ...data.targets.flatMap((word) => [[`rank of “${word}”`, "number"], ["its probability", "number"]]),
-    ["the best words there, shaded by √p", "", one.steps[0].best.length]];
+    make("bdi", { class: "piece" }, guess.token))),
+  ...step.targets.flatMap((followed) => [number(whole(followed.rank)), number(percent(followed.probability))])));
+  const heads = [["after", ""], ["rank", "number"], [`of “${one.answer.token}”`, "bars"], ["its p", "number"],
+    ["the best words there, shaded by √p", "", one.steps[0].best.length],
+    ...data.targets.flatMap((word) => [[`“${word}”: rank`, "number"], ["its p", "number"]])];
   body("guesses").replaceChildren(rankChart(one), table(heads, rows));
-  return first;
 }
 
 function drawInfluence() {
@@ -226,7 +230,7 @@ function drawInfluence() {
       number(signed(hidden.nats)), cell(swing(hidden.nats, most), "bars"), make("td", {}, make("bdi", { class: "piece" }, hidden.winner)),
       number(signed(alone.nats)), cell(swing(alone.nats, most), "bars"), make("td", {}, make("bdi", { class: "piece" }, alone.winner)));
   });
-  const heads = [["word", ""], ["hidden", "number"], ["", ""], ["who wins then", ""], ["alone", "number"], ["", ""], ["who wins then", ""]];
+  const heads = [["word", ""], ["hidden", "number"], ["", "bars"], ["who wins then", ""], ["alone", "number"], ["", "bars"], ["who wins then", ""]];
   const whole = table(heads, rows);
   whole.classList.add("high");
   body("influence").replaceChildren(whole);
@@ -235,14 +239,15 @@ function drawInfluence() {
 function drawChanges() {
   if (!data.changes.length) return body("changes").replaceChildren(why("changes"));
   const mixes = data.changes.every((layer) => layer.mixing);
-  const columns = [["mixing", "from others"], ["attention", "attention ÷ input"], ["feed_forward", "feed-forward ÷ input"], ["cosine", "cosine in, out"]];
+  const columns = [["mixing", "from others"], ["attention", "attention"], ["feed_forward", "feed-forward"], ["cosine", "cosine"]];
   const shown = columns.filter(([name]) => name !== "mixing" || mixes);
   const rows = data.changes.map((layer, place) => make("tr", {}, number(String(place + 1)), ...shown.flatMap(([name]) => {
     const pair = [layer[name][state.token], mean(layer[name])];
     const told = pair.map((x) => number(name === "mixing" ? percent(x) : x.toFixed(2)));
     return name === "mixing" ? [cell(bar([[pair[0], "asked"]]), "bars"), ...told] : told;
   })));
-  const heads = [["layer", "number"], ...shown.flatMap(([name, title]) => [[title, "number", name === "mixing" ? 3 : 2]])];
+  const heads = [["layer", "number"], ...shown.flatMap(([name, title]) =>
+    name === "mixing" ? [["", "bars"], [title, "number", 2]] : [[title, "number", 2]])];
   const legend = make("p", { class: "legend" }, "In each pair: ", piece(state.token), `(token ${state.token}) first, then the mean of all tokens`);
   body("changes").replaceChildren(legend, table(heads, rows));
 }
@@ -254,7 +259,7 @@ function drawCost() {
     cell(bar([[part.multiply_adds / most, "word"]]), "bars")));
   const sum = (name) => number(millions(data.cost.reduce((total, part) => total + part[name], 0)));
   rows.push(make("tr", { class: "last" }, cell("all"), cell(""), sum("parameters"), sum("multiply_adds"), cell("")));
-  body("cost").replaceChildren(table([["step", ""], ["reads → gives", ""], ["parameters, M", "number"], ["multiply-adds, M", "number"], ["", ""]], rows));
+  body("cost").replaceChildren(table([["step", ""], ["reads → gives", ""], ["parameters, M", "number"], ["multiply-adds, M", "number"], ["", "bars"]], rows));
 }
 
 // -------------------------------------------------------------------------------------------------- view 4: attention

@@ -110,7 +110,7 @@ def _influence(facts: Facts, number: int) -> str:
         said = f"Hiding no single word makes “{facts.guesses[number].answer.token}” less probable"
     if brings(alone) <= 0:
         return f"{said}; no word alone makes it more probable than no word at all."
-    return f"{said}; {quoted(facts, alone.places)} alone brings the most ({signed(brings(alone))} nats over no word at all)."
+    return f"{said}; {quoted(facts, alone.places)} alone brings the most ({signed(brings(alone))} over no word at all)."
 
 
 def _count(number: int, what: str) -> str:
@@ -118,17 +118,16 @@ def _count(number: int, what: str) -> str:
 
 
 def _heads(facts: Facts) -> str:
-    habits = Counter(head.name for head in facts.looks if head.name)
     previous = with_habit(facts.looks, PREVIOUS)
     if previous:
-        best = previous[0]
-        said = f"{len(previous)} of {len(facts.looks)} heads look at the previous token, layer {best.layer} head "
-        said += (
-            f"{best.head} the most ({percent(best.habits[PREVIOUS])} of its weight): a diagonal one below the middle"
+        best, looks = previous[0], "head looks" if len(previous) == 1 else "heads look"
+        said = (
+            f"{len(previous)} of {len(facts.looks)} {looks} at the previous token, layer {best.layer} head {best.head} "
         )
+        said += f"the most ({percent(best.habits[PREVIOUS])} of its weight): a diagonal just below the middle"
     else:
         said = f"None of the {len(facts.looks)} heads looks mainly at the previous token"
-    common = habits.most_common(1)
+    common = Counter(head.name for head in facts.looks if head.name).most_common(1)
     if common and common[0][0] != PREVIOUS:
         name, count = common[0]
         said += f". {_count(count, 'head')} rest on {name}"
@@ -137,31 +136,22 @@ def _heads(facts: Facts) -> str:
     return f"{said}."
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _changes(facts: Facts, place: int | None) -> str:
     def of(values: list[float]) -> float:
-        return _mean(values) if place is None else values[place]
+        return values[place] if place is not None else sum(values) / len(values)
 
     where = "on average" if place is None else f"at {facts.reading.pieces[place]}"
     if all(layer.mixing is not None for layer in facts.changes):
-        mixing = [of(layer.mixing or []) for layer in facts.changes]
-        most = max(range(len(mixing)), key=lambda number: mixing[number])
-        said = (
-            f"Other tokens count the most in layer {most + 1}: {percent(mixing[most])} of what attention leaves {where}"
-        )
-        said += " comes from them"
+        values = [of(layer.mixing or []) for layer in facts.changes]
+        said = "Other tokens count the most in layer {layer}: {share} of what attention leaves {where} comes from them"
     else:
-        ratios = [of(layer.attention) for layer in facts.changes]
-        most = max(range(len(ratios)), key=lambda number: ratios[number])
-        said = (
-            f"Attention adds the most in layer {most + 1}, {ratios[most]:.2f} times the length of what it reads {where}"
-        )
+        values = [of(layer.attention) for layer in facts.changes]
+        said = "Attention adds the most in layer {layer}: {value:.2f} times the length of what it reads {where}"
+    most = max(range(len(values)), key=lambda number: values[number])
     turns = [of(layer.cosine) for layer in facts.changes]
     turn = min(range(len(turns)), key=lambda number: turns[number])
-    return f"{said}. Layer {turn + 1} turns the vector the furthest (cosine {turns[turn]:.2f})."
+    first = said.format(layer=most + 1, share=percent(values[most]), value=values[most], where=where)
+    return f"{first}. Layer {turn + 1} turns the vector the furthest (cosine {turns[turn]:.2f})."
 
 
 def _cost(facts: Facts) -> str:

@@ -70,7 +70,7 @@ def _guesses(facts: Facts) -> Iterator[str]:
 
 def _influence(facts: Facts) -> Iterator[str]:
     for number, one in enumerate(facts.guesses if facts.influence else []):
-        yield f"  at token {one.position}, for {one.answer.token}: word hidden (nats, who wins), word alone (nats, who wins)"
+        yield f"  at token {one.position}, for {one.answer.token}: hidden (nats, who wins), alone (nats, who wins)"
         order = sorted(facts.influence, key=lambda word: word.hidden[number].nats)
         for word in order[:SHOWN_WORDS]:
             hidden, alone = word.hidden[number], word.alone[number]
