@@ -109,8 +109,8 @@ def require_positions(positions: Tensor, num_tokens: int) -> None:
 
 
 def require_no_dropout(model: nn.Module) -> None:
-    """Raise ValueError if the model is in training mode, in which dropout makes its answers random. (To turn dropout
-    off and on again here would disturb a training that another thread does with this model.)
+    """Raise ValueError if the model is in training mode, in which dropout makes its answers random. (Turning dropout
+    off and on again here would disturb another thread that trains this model.)
     """
     for name, part in model.named_modules():
         if isinstance(part, nn.Dropout) and part.training and part.p > 0:

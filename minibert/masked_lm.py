@@ -120,7 +120,8 @@ class BertForMaskedLM(Bert):
         cls,
         name_or_path: str | PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -130,23 +131,28 @@ class BertForMaskedLM(Bert):
         tells what was read.
 
         name_or_path: a folder; a bundled name ("minibert-uncased"); "bert-base-uncased"; or a hub id
-        ("owner/name"). dtype: of the weights in memory; None is float32 whatever the file holds. revision: of a
-        hub repository. local_files_only: never ask the hub, use what is in its cache. init_missing_head: accept
-        a file that has an encoder and no MLM head; the head's transformation then starts as the identity.
+        ("owner/name"). dtype: of the weights in memory: torch.bfloat16, "bfloat16", …; "auto" is what config.json says,
+        or else what the file holds; None is float32 whatever the file holds. torch_dtype: the same, by its older name.
+        revision: of a hub repository. local_files_only: never ask the hub, use what is in its cache.
+        init_missing_head: accept a file that has an encoder and no MLM head; the head's transformation then starts as
+        the identity.
 
         Raises ValueError for a file that is not exactly this model, FileNotFoundError for one that is not there.
         """
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise ValueError(f"dtype is {dtype!r} and torch_dtype {torch_dtype!r}: give one of the two")
         source = hub.locate(name_or_path, revision=revision, local_files_only=local_files_only)
         config_path, config_values = hub.read_config(source)  # first: no other architecture's weights are downloaded
         with naming(config_path):
             config = BertConfig.from_dict(config_values)
+        found = checkpoint.find_tensors(hub.weight_files(source), config)
         with checkpoint.shapes_only():  # no memory yet: the weights are held once, when they are read
             model = cls(config)
         state, report = checkpoint.read_weights(
-            hub.weight_files(source),
+            found,
             config_values,
             {name: tensor.shape for name, tensor in model.state_dict().items()},
-            dtype=dtype or torch.float32,
+            dtype=torch_dtype if dtype is None else dtype,
             device=device,
             init_missing_head=init_missing_head,
         )

@@ -96,10 +96,10 @@ def mask_and_guess(
         raise ValueError(f"score must be one of {', '.join(SCORES)}, not {score!r}")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
-    draw = {"probability": probability, "recipe": recipe, "seed": seed}
     encoding = _encode(model, tokenizer, text, truncate)
     ids = torch.tensor(encoding.ids)  # (S,)
     own = ids == require_id(tokenizer, "[MASK]")  # (S,)
+    draw = {"probability": probability, "recipe": recipe, "seed": seed}
     if positions is not None:
         _require_nothing_drawn(draw, "positions names the masked tokens")
         masked = _mask_these(ids, _places(positions, encoding), tokenizer)
@@ -111,21 +111,13 @@ def mask_and_guess(
     asked = torch.ones_like(own) if score == "all" else (masked.labels[0] != IGNORE) | own  # (S,)
     places = asked.nonzero().flatten()  # (M,)
     batch = PackedBatch.from_lists(masked.input_ids.tolist(), device=model.embeddings.word.weight.device)
-    if layers:
-        by_layer = model.layer_guesses(batch, places.to(batch.input_ids.device)).cpu()  # (N + 1, M, V)
-        logits = by_layer[-1]  # (M, V)
-    else:
-        by_layer, logits = None, model.predict(batch, places.to(batch.input_ids.device)).cpu()  # (M, V)
+    guess = model.layer_guesses if layers else model.predict
+    logits = guess(batch, places.to(batch.input_ids.device)).cpu()  # (N + 1, M, V), or only the last (M, V)
+    rows = _scored(places.tolist(), encoding, masked, own, logits, tokenizer, top_k)
     known = ~own[places]  # (M,): where the text says which token is the true one
-    loss = masked_lm_loss(logits[known], ids[places][known])
+    loss = masked_lm_loss((logits[-1] if layers else logits)[known], ids[places][known])
     return MaskedText(
-        tokens=encoding.tokens,
-        ids=encoding.ids,
-        input_ids=masked.input_ids[0].tolist(),
-        score=score,
-        scored=_scored(places.tolist(), encoding, masked, own, logits, by_layer, tokenizer, top_k),
-        loss=loss.mean.item(),
-        count=int(loss.count),
+        encoding.tokens, encoding.ids, masked.input_ids[0].tolist(), score, rows, loss.mean.item(), int(loss.count)
     )
 
 
@@ -211,14 +203,14 @@ def _scored(
     masked: MaskedTokens,
     own: Tensor,
     logits: Tensor,
-    by_layer: Tensor | None,
     tokenizer: Tokenizer,
     top_k: int,
 ) -> list[ScoredToken]:
-    """own (S,): where the text has a mask. logits (M, V): of the M places. by_layer (N + 1, M, V), or None."""
+    """own (S,): where the text has a mask. logits: of the M places, (M, V); or of each layer, (N + 1, M, V)."""
+    after = [_guesses(x, tokenizer, 1) for x in logits] if logits.dim() == 3 else None
+    logits = logits[-1] if after else logits  # (M, V)
+    guesses = _guesses(logits, tokenizer, top_k)
     probabilities = logits.float().softmax(-1)  # (M, V)
-    guesses = _guesses(probabilities, tokenizer, top_k)
-    after = None if by_layer is None else [_guesses(x.float().softmax(-1), tokenizer, 1) for x in by_layer]
     rows = []
     for row, place in enumerate(places):
         asked_by_text, true = bool(own[place]), encoding.ids[place]
@@ -238,10 +230,11 @@ def _scored(
     return rows
 
 
-def _guesses(probabilities: Tensor, tokenizer: Tokenizer, top_k: int) -> list[list[Guess]]:
-    """The likeliest tokens for each row of (M, V), the best one first. What is no token of the tokenizer (rows that
-    only fill up the vocabulary) is no answer.
+def _guesses(logits: Tensor, tokenizer: Tokenizer, top_k: int) -> list[list[Guess]]:
+    """The likeliest tokens for each row of (M, V), the best one first. An id that is no token of the tokenizer, and
+    only fills up the vocabulary, is no answer.
     """
+    probabilities = logits.float().softmax(-1)  # (M, V)
     known = torch.tensor(sorted(tokenizer.get_vocab().values()))  # ids
     scores, chosen = probabilities[:, known].topk(min(top_k, len(known)))  # both (M, top_k)
     return [

@@ -15,13 +15,15 @@ LEVELS = """
     atomic files names config_keys loss devices memory
     hub
     config
-    checks checkpoint masking
+    checks checkpoint masking tokenizer_files
     packing tokenizer
     attention
     kernels
     model
     masked_lm
-    fill_mask mlm inference
+    fill_mask mlm inference.fixed inference.onednn inference.cuda_graphs
+    inference.prepare
+    inference.__init__
     __init__
     trace.table
     trace.inputs
@@ -51,7 +53,12 @@ LEVELS = """
     study.__init__
     study.picture
     bench.__init__
+    bench.workloads bench.machine
+    bench.peers
     bench.contenders
+    bench.settings
+    bench.report
+    bench.peak_memory
     bench.run
     commands.__init__ commands.options commands.printing
     commands.*

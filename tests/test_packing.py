@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minibert import BertConfig, BertForMaskedLM, PackedBatch
 from minibert.checks import require_positions
-from minibert.inference import filled_up
+from minibert.inference.onednn import filled_up
 
 LONGEST = 13
 CONFIG = BertConfig(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from minibert.commands.options import add_json, names
+from minibert.commands.options import add_json, add_revision, names
 
 HELP = "Time minibert beside the peers that are installed."
 
@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="a folder, a bundled name, bert-base-uncased, or a hub id")
     which.add_argument("--random", action="store_true", help="BERT-base's sizes with random weights (the default)")
+    add_revision(parser, "--model")
     parser.add_argument("--layers", type=int, metavar="N", help="of the random model, for a quick look (default: 12)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
@@ -36,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from minibert.bench import run as bench_run
     from minibert.bench.contenders import PEERS
+    from minibert.bench.report import table
+    from minibert.bench.run import run as run_bench
+    from minibert.bench.settings import TASKS, Settings
     from minibert.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -45,18 +48,21 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--layers {options.layers} is for the random model, and --model names one: give one of the two"
         )
+    if options.revision is not None and options.model is None:
+        raise ValueError(f"--revision {options.revision} is of a hub model, and no --model was given")
     peers = PEERS if options.peers == "all" else () if options.peers == "none" else names(options.peers)
-    report = bench_run.run(
-        bench_run.Settings(
+    report = run_bench(
+        Settings(
             model=options.model,
+            revision=options.revision,
             layers=12 if options.layers is None else options.layers,
             device=options.device,
             precisions=names(options.dtype),
-            tasks=bench_run.TASKS if options.task == "both" else (options.task,),
+            tasks=TASKS if options.task == "both" else (options.task,),
             shapes=None if options.shapes is None else names(options.shapes),
             rounds=options.rounds,
             peers=peers,
             memory=options.memory,
         )
     )
-    print(report.to_json() if options.json else bench_run.table(report))
+    print(report.to_json() if options.json else table(report))

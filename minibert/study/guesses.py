@@ -7,6 +7,7 @@ Source: nostalgebraist, "interpreting GPT: the logit lens", 2020.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -65,12 +66,16 @@ def guesses(
     token_of: Callable[[int], str],
     top_k: int = 5,
     targets: Sequence[int] = (),
+    words: Tensor | None = None,
 ) -> Guesses:
-    """The steps at one place, from the logits after each of them, (number of steps, V).
+    """The steps at one place, from the logits after each of them, (number of steps, V). words: which ids can be an
+    answer, (V,) bool; all if it is None.
 
     rank of a word = 1 + the number of words with a higher logit
     """
     probabilities = logits.float().softmax(-1)  # (steps, V)
+    if words is not None:
+        logits, probabilities = logits.masked_fill(~words, -torch.inf), probabilities.masked_fill(~words, 0)
     best, chosen = probabilities.topk(min(top_k, probabilities.shape[-1]))  # both (steps, top_k)
     answer = int(chosen[-1, 0])
     followed = [answer, *targets]

@@ -51,6 +51,7 @@ def influence(
     answers: Sequence[int],
     mask_id: int,
     token_of: Callable[[int], str],
+    words: Tensor | None = None,
     watch: Callable[[list[list[int]]], Sequence[list[int]]] = lambda batches: batches,
 ) -> list[Influence]:
     """For each group of places, and for the answer at each position (M of both):
@@ -59,10 +60,11 @@ def influence(
         alone  = log p(answer | the group alone) − log p(answer | no word at all)
 
     "Without" and "no word" mean: the mask token stands there. Added tokens always stay. A word that helps has a
-    negative `hidden` and a positive `alone`. `watch` goes through the batches, and may show how far they are.
+    negative `hidden` and a positive `alone`. words: which ids can win, (V,) bool; all if it is None. `watch` goes
+    through the batches, and may show how far they are.
     """
-    words = {place for group in groups for place in group}
-    nothing = [mask_id if place in words else token for place, token in enumerate(ids)]
+    hideable = {place for group in groups for place in group}
+    nothing = [mask_id if place in hideable else token for place, token in enumerate(ids)]
     rows = [list(ids), nothing]
     for group in groups:
         rows.append([mask_id if place in group else token for place, token in enumerate(ids)])
@@ -70,7 +72,7 @@ def influence(
     size = max(1, TOKENS_AT_ONCE // max(len(ids), 8 * len(positions)))
     values, winners = [], []
     for batch in watch([list(range(len(rows)))[i : i + size] for i in range(0, len(rows), size)]):
-        value, winner = _answers(model, [rows[number] for number in batch], segments, positions, answers)
+        value, winner = _answers(model, [rows[number] for number in batch], segments, positions, answers, words)
         values.append(value)
         winners += winner.tolist()
     log_p = torch.cat(values)  # (rows, M)
@@ -88,6 +90,7 @@ def _answers(
     segments: Sequence[int],
     positions: Sequence[int],
     answers: Sequence[int],
+    words: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """log p of the answers, and the best word, at each position of each row: both (R, M)."""
     device = model.embeddings.word.weight.device
@@ -97,4 +100,7 @@ def _answers(
     with torch.inference_mode():
         log_p = model.predict(batch, places.flatten()).float().log_softmax(-1).unflatten(0, places.shape)  # (R, M, V)
     wanted = torch.tensor(answers, device=device).expand(len(rows), -1)[..., None]  # (R, M, 1)
-    return log_p.gather(-1, wanted)[..., 0].cpu(), log_p.argmax(-1).cpu()
+    values = log_p.gather(-1, wanted)[..., 0].cpu()
+    if words is not None:
+        log_p = log_p.masked_fill(~words.to(device), -torch.inf)
+    return values, log_p.argmax(-1).cpu()

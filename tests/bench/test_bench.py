@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from minibert import BertConfig, BertForMaskedLM
-from minibert.bench import contenders, run
-from minibert.bench.contenders import Absent, Contender, make_workload
+from minibert.bench import contenders, peers, run
+from minibert.bench.report import slower, table
+from minibert.bench.settings import Settings
+from minibert.bench.workloads import Absent, Contender, make_workload
 from minibert.cli import main
 
 CONFIG = BertConfig(
@@ -49,7 +51,7 @@ def bench(folder, capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def report(folder):
     return run.run(
-        run.Settings(
+        Settings(
             model=str(folder), precisions=("float32",), shapes=("2x5", "mixed"), rounds=3, peers=("sdpa", "packed")
         )
     )
@@ -115,7 +117,7 @@ def test_the_shapes_have_the_lengths_they_promise():
 
 
 def test_the_table_is_for_people_and_says_what_is_absent(report):
-    text = run.table(report)
+    text = table(report)
     assert "What this says." in text
     assert "transformers sdpa" in text
     assert "packed" in text
@@ -130,12 +132,12 @@ def test_a_peer_that_is_faster_is_named(report):
     before = peer.median
     try:
         peer.median = ours.median / 2
-        assert run.slower(inference) == [(ours, peer)]
-        assert "Slower than a peer" in run.table(report)
+        assert slower(inference) == [(ours, peer)]
+        assert "Slower than a peer" in table(report)
         peer.precision = "int8"  # a lower precision than ours: no shame
-        assert run.slower(inference) == []
+        assert slower(inference) == []
         peer.precision, peer.median = "float32", ours.median * 2
-        assert run.slower(inference) == []
+        assert slower(inference) == []
     finally:
         peer.precision, peer.median = "float32", before
 
@@ -151,9 +153,9 @@ def test_the_command_prints_one_line_of_json(bench):
 
 
 def test_a_package_that_is_not_installed_is_said(bench, monkeypatch):
-    there = contenders.find_spec
+    there = peers.find_spec
     monkeypatch.setattr(
-        contenders,
+        peers,
         "find_spec",
         lambda name: None if name in ("transformers", "onnxruntime", "openvino") else there(name),
     )
@@ -170,7 +172,7 @@ def test_a_precision_the_processor_has_not_is_said(bench, monkeypatch):
 
 
 def test_changed_weights_are_refused_and_not_timed(bench, monkeypatch):
-    load = contenders._load_transformers
+    load = peers.load_transformers
 
     def spoilt(*arguments):
         model = load(*arguments)
@@ -178,7 +180,7 @@ def test_changed_weights_are_refused_and_not_timed(bench, monkeypatch):
             model.bert.encoder.layer[1].output.dense.bias[0] += 0.1  # to all, LayerNorm would undo it
         return model
 
-    monkeypatch.setattr(contenders, "_load_transformers", spoilt)
+    monkeypatch.setattr(peers, "load_transformers", spoilt)
     out = bench("--shapes", "3x7", "--dtype", "float32", "--peers", "sdpa")
     lines = [line for line in out.splitlines() if "transformers sdpa" in line]
     assert len(lines) == 2, "one for inference, one for training"
@@ -192,7 +194,7 @@ def test_a_peer_that_breaks_is_a_row_and_not_the_end(bench, monkeypatch):
 
         return Contender(f"transformers {name}", precision, no, no)
 
-    monkeypatch.setattr(contenders, "_transformers", broken)
+    monkeypatch.setattr(peers, "build_transformers", broken)
     out = bench("--task", "inference", "--shapes", "1x3", "--dtype", "float32", "--peers", "eager")
     assert "failed: RuntimeError: no such kernel" in out
 
