@@ -158,9 +158,10 @@ def target_ids(tokenizer: Tokenizer, targets: Sequence[str]) -> list[int]:
             pieces = tokenizer.encode(word, add_special_tokens=False)
             unknown = require_id(tokenizer, "[UNK]")
             if len(pieces.ids) != 1 or pieces.ids[0] == unknown:
+                mask = own_token(tokenizer, "[MASK]")
                 raise ValueError(
                     f"the target {word!r} is not one token of the vocabulary: it became "
-                    f"{' '.join(pieces.tokens) or 'nothing'}. A {own_token(tokenizer, '[MASK]')} stands for exactly one token"
+                    f"{' '.join(pieces.tokens) or 'nothing'}. A {mask} stands for exactly one token"
                 )
             token = pieces.ids[0]
         ids.append(token)

@@ -10,7 +10,9 @@ from twins import twins
 
 from minibert.tokenizer import from_vocabulary
 
-WORDS = "paris is the capital of france . , she drank a cup before breakfast un ##believ ##ab ##ly cold tea water".split()
+WORDS = (
+    "paris is the capital of france . , she drank a cup before breakfast un ##believ ##ab ##ly cold tea water".split()
+)
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *(f"word{number}" for number in range(50))]
 SIZES = dict(
     vocab_size=len(VOCABULARY),

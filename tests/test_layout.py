@@ -44,8 +44,8 @@ LEVELS = """
     training.loop
     training.run
     training.__init__
-    study.reading study.sums study.guesses study.words study.maps study.changes study.cost
-    study.heads study.row
+    study.reading study.vocabulary study.sums study.maps study.changes study.cost
+    study.guesses study.words study.heads study.row
     study.facts
     study.says
     study.text study.page study.views

@@ -4,11 +4,13 @@ The head was trained on the last layer. How it reads an earlier state is a view,
 Source: nostalgebraist, "interpreting GPT: the logit lens", 2020.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from minibert.study.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,18 @@ def guesses(
     position: int,
     steps: Sequence[str],
     logits: Tensor,
-    token_of: Callable[[int], str],
+    vocabulary: Vocabulary,
     top_k: int = 5,
     targets: Sequence[int] = (),
-    words: Tensor | None = None,
 ) -> Guesses:
-    """The steps at one place, from the logits after each of them, (number of steps, V). words: which ids can be an
-    answer, (V,) bool; all if it is None.
+    """The steps at one place, from the logits after each of them, (number of steps, V).
 
     rank of a word = 1 + the number of words with a higher logit
     """
     probabilities = logits.float().softmax(-1)  # (steps, V)
-    if words is not None:
-        logits, probabilities = logits.masked_fill(~words, -torch.inf), probabilities.masked_fill(~words, 0)
-    best, chosen = probabilities.topk(min(top_k, probabilities.shape[-1]))  # both (steps, top_k)
+    logits = vocabulary.only_words(logits, -torch.inf)
+    chosen = logits.topk(min(top_k, vocabulary.size)).indices  # (steps, top_k)
+    best = probabilities.gather(-1, chosen)  # (steps, top_k)
     answer = int(chosen[-1, 0])
     followed = [answer, *targets]
     ranks = (1 + (logits[:, None, :] > logits[:, followed, None]).sum(-1)).tolist()  # (steps, 1 + targets)
@@ -84,6 +84,6 @@ def guesses(
     rows = []
     for after, ids, scores, words, places in zip(steps, chosen.tolist(), best.tolist(), values, ranks, strict=True):
         both = [Followed(value, rank) for value, rank in zip(words, places, strict=True)]
-        top = [Guess(token_of(token), token, score) for token, score in zip(ids, scores, strict=True)]
+        top = [Guess(vocabulary.name(token), token, score) for token, score in zip(ids, scores, strict=True)]
         rows.append(Step(after, top, both[0], both[1:]))
     return Guesses(position, rows[-1].best[0], rows)

@@ -8,9 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from tokenizers import Encoding, Tokenizer
-from torch import Tensor
 
 from minibert.config import BertConfig
 from minibert.tokenizer import own_mask, require_id
@@ -49,22 +47,6 @@ def mask_id(tokenizer: Tokenizer) -> int:
     return require_id(tokenizer, "[MASK]")
 
 
-def words_of(tokenizer: Tokenizer, config: BertConfig) -> Tensor | None:
-    """Which of the model's ids are words of the tokenizer, (V,) bool. None if all are. A model may have more rows, to fill
-    up its vocabulary: they are never an answer.
-
-    Raises ValueError if the tokenizer has ids that the model has not.
-    """
-    known = sorted(tokenizer.get_vocab().values())
-    if known[-1] >= config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {known[-1] + 1} tokens and the model {config.vocab_size}: they are not of one checkpoint"
-        )
-    if len(known) == config.vocab_size:
-        return None
-    return torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, torch.tensor(known), True)
-
-
 def read_text(
     tokenizer: Tokenizer, config: BertConfig, text: str, pair: str | None = None, *, truncate: bool = False
 ) -> Reading:
@@ -78,7 +60,6 @@ def read_text(
             raise ValueError(f"the text {one[:60]!r} is not Unicode: it holds half a surrogate pair")
     if pair is not None and config.type_vocab_size < 2:
         raise ValueError(f"this model knows {config.type_vocab_size} segment: it cannot tell a pair of texts apart")
-    words_of(tokenizer, config)  # they belong together
     text = own_mask(tokenizer, text)
     pair = None if pair is None else own_mask(tokenizer, pair)
     encoding = _encode(tokenizer, config.max_position_embeddings, text, pair, truncate)

@@ -15,10 +15,11 @@ from minibert.masked_lm import BertForMaskedLM
 from minibert.study import page, views
 from minibert.study.cost import cost
 from minibert.study.facts import Facts, Model
-from minibert.study.reading import Reading, mask_id, read_ids, read_text, require_same_vocabulary
+from minibert.study.reading import Reading, mask_id, read_ids, read_text
 from minibert.study.row import Row
 from minibert.study.says import says
 from minibert.study.text import to_text
+from minibert.study.vocabulary import Vocabulary
 from minibert.study.words import influence, neighbours
 from minibert.trace.files import Trace
 from minibert.trace.recorder import trace
@@ -76,11 +77,12 @@ def study(
     training mode, and weights that are not finite.
     """
     checks.require_no_dropout(model)
+    vocabulary = Vocabulary(tokenizer, model.config)
     reading = read_text(tokenizer, model.config, text, pair, truncate=truncate)
     given = torch.tensor([reading.ids]), None, torch.tensor([reading.segments])  # no mask: every token is there
     row = Row(trace(model, *given))
     followed = [] if targets is None else target_ids(tokenizer, targets)
-    found = _study(row, reading, model, tokenizer, top_k, followed, name)
+    found = _study(row, reading, model, vocabulary, top_k, followed, name)
     if not found.guesses:
         return found
     watch: Callable[[list[list[int]]], Sequence[list[int]]] = _bar if progress else _quiet
@@ -92,7 +94,7 @@ def study(
         [one.position for one in found.guesses],
         [one.answer.id for one in found.guesses],
         mask_id(tokenizer),
-        _token_of(tokenizer),
+        vocabulary,
         watch,
     )
     left_out = {key: why for key, why in found.left_out.items() if key != "influence"}
@@ -123,22 +125,21 @@ def study_trace(
         mine, theirs = asdict(model.config), asdict(recorded.config)
         key = next(key for key in mine if mine[key] != theirs[key])
         raise ValueError(f"{recorded.name} is of another model: its {key} is {theirs[key]}, the model's {mine[key]}")
-    if tokenizer is not None:
-        require_same_vocabulary(tokenizer, recorded.config)
     if targets is not None and tokenizer is None:
         raise ValueError("words can be followed only where a model's tokenizer is given")
+    vocabulary = Vocabulary(tokenizer, recorded.config)
     chosen = Row(recorded, row)
     reading = read_ids(chosen.ids, chosen.segments, chosen.asked, tokenizer)
     followed = [] if targets is None or tokenizer is None else target_ids(tokenizer, targets)
     title = name or recorded.title
-    return _study(chosen, reading, model, tokenizer, top_k, followed, title)
+    return _study(chosen, reading, model, vocabulary, top_k, followed, title)
 
 
 def _study(
     row: Row,
     reading: Reading,
     model: BertForMaskedLM | None,
-    tokenizer: Tokenizer | None,
+    vocabulary: Vocabulary,
     top_k: int,
     targets: Sequence[int],
     name: str,
@@ -146,19 +147,22 @@ def _study(
     """Everything but the experiments of view 3."""
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
-    config, token_of, left_out = row.config, _token_of(tokenizer), views.left_out(row, reading, model)
+    config, left_out = row.config, views.left_out(row, reading, model)
     with torch.inference_mode():
-        found: dict[str, Any] = {"answers": views.answers(row, reading, model, top_k, token_of)}
+        found: dict[str, Any] = {}
         if "shares" not in left_out and model is not None:
             found["shares"] = views.sum_shares(row, model)
             if not found["shares"]:
                 left_out["shares"] = "the sums in the trace are not those of this model's embeddings"
         if "guesses" not in left_out and model is not None:
-            found["guesses"] = views.layer_guesses(row, reading, model, top_k, targets, token_of)
+            found["guesses"] = views.layer_guesses(row, reading, model, vocabulary, top_k, targets)
         if "attention" not in left_out:
-            found["looks"], found["takes"], found["maps"] = views.heads(row, reading, model)
+            found["looks"], found["takes"], found["maps"] = views.heads(
+                row, reading, None if "takes" in left_out else model
+            )
         if "changes" not in left_out:
             found["changes"] = [views.layer_change(row, number, model) for number in range(config.num_hidden_layers)]
+        found["answers"] = views.answers(row, reading, model, vocabulary, top_k)
     parts_of_cost = cost(config, len(reading.ids), len(reading.masks))
     size = Model(
         name=name,
@@ -169,12 +173,8 @@ def _study(
         vocabulary=config.vocab_size,
         parameters=sum(part.parameters for part in parts_of_cost),
     )
-    words = [token_of(token) for token in targets]
+    words = [vocabulary.name(token) for token in targets]
     return Study(size, reading, words, **found, cost=parts_of_cost, left_out=left_out)
-
-
-def _token_of(tokenizer: Tokenizer | None) -> Callable[[int], str]:
-    return lambda token: (tokenizer.id_to_token(token) if tokenizer is not None else None) or f"#{token}"
 
 
 def _quiet(batches: list[list[int]]) -> list[list[int]]:

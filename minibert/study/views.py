@@ -1,6 +1,6 @@
 """The views' numbers from the tensors of a trace. What they mean, with formulas, is in the rooms of the measures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from minibert.study.maps import Maps, maps
 from minibert.study.reading import Reading
 from minibert.study.row import Row
 from minibert.study.sums import embedding_parts, shares
+from minibert.study.vocabulary import Vocabulary
 
 MOST_MASKS = 32  # that are followed through the layers; what is answered at the others is there all the same
 SAME_SUM = 0.01  # a trace is of this model if its sums differ by less than this share of their largest number
@@ -46,7 +47,7 @@ def left_out(row: Row, reading: Reading, model: BertForMaskedLM | None) -> dict[
 
 
 def answers(
-    row: Row, reading: Reading, model: BertForMaskedLM | None, top_k: int, token_of: Callable[[int], str]
+    row: Row, reading: Reading, model: BertForMaskedLM | None, vocabulary: Vocabulary, top_k: int
 ) -> list[Answer]:
     """The best words at every mask, from the logits of the trace, or from the head on its last states."""
     if not reading.masks:
@@ -58,10 +59,11 @@ def answers(
         logits = model.head(row.read(last)[reading.masks].to(_device(model)), model.embeddings.word.weight)
     else:
         return []
-    best, chosen = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))
+    chosen = vocabulary.only_words(logits, -torch.inf).topk(min(top_k, vocabulary.size)).indices  # (M, top_k)
+    best = logits.softmax(-1).gather(-1, chosen)  # (M, top_k)
     pairs = zip(reading.masks, chosen.tolist(), best.tolist(), strict=True)
     return [
-        Answer(place, [Guess(token_of(token), token, p) for token, p in zip(tokens, scores, strict=True)])
+        Answer(place, [Guess(vocabulary.name(token), token, p) for token, p in zip(tokens, scores, strict=True)])
         for place, tokens, scores in pairs
     ]
 
@@ -81,9 +83,9 @@ def layer_guesses(
     row: Row,
     reading: Reading,
     model: BertForMaskedLM,
+    vocabulary: Vocabulary,
     top_k: int,
     targets: Sequence[int],
-    token_of: Callable[[int], str],
 ) -> list[Guesses]:
     """View 2, at the first MOST_MASKS masks."""
     names = state_names(row.config.num_hidden_layers)
@@ -93,7 +95,7 @@ def layer_guesses(
     for place, of_place in zip(followed, states, strict=True):
         weight = model.embeddings.word.weight
         logits = model.head(of_place.to(weight), weight).cpu()  # (steps, V)
-        found.append(guesses(place, list(names), logits, token_of, top_k, targets))
+        found.append(guesses(place, list(names), logits, vocabulary, top_k, targets))
     return found
 
 
@@ -106,7 +108,7 @@ def heads(row: Row, reading: Reading, model: BertForMaskedLM | None) -> tuple[li
         probabilities = row.read(f"layers.{number}.probabilities")  # (H, S, S)
         weights.append(probabilities)
         looks += attention.habits(probabilities, reading, number)
-        if model is None or not row.has(f"layers.{number}.value"):
+        if model is None:
             continue
         length = _given(row, number, model).norm(dim=-1)  # (H, S)
         lengths.append(length)

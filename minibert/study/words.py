@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
+from minibert.study.vocabulary import Vocabulary
 
 MOST_TOKENS = 8192  # of all the copies of the text in one experiment; above it, neighbouring words go together
 TOKENS_AT_ONCE = 2048
@@ -50,8 +51,7 @@ def influence(
     positions: Sequence[int],
     answers: Sequence[int],
     mask_id: int,
-    token_of: Callable[[int], str],
-    words: Tensor | None = None,
+    vocabulary: Vocabulary,
     watch: Callable[[list[list[int]]], Sequence[list[int]]] = lambda batches: batches,
 ) -> list[Influence]:
     """For each group of places, and for the answer at each position (M of both):
@@ -60,8 +60,7 @@ def influence(
         alone  = log p(answer | the group alone) − log p(answer | no word at all)
 
     "Without" and "no word" mean: the mask token stands there. Added tokens always stay. A word that helps has a
-    negative `hidden` and a positive `alone`. words: which ids can win, (V,) bool; all if it is None. `watch` goes
-    through the batches, and may show how far they are.
+    negative `hidden` and a positive `alone`. `watch` goes through the batches, and may show how far they are.
     """
     hideable = {place for group in groups for place in group}
     nothing = [mask_id if place in hideable else token for place, token in enumerate(ids)]
@@ -72,13 +71,13 @@ def influence(
     size = max(1, TOKENS_AT_ONCE // max(len(ids), 8 * len(positions)))
     values, winners = [], []
     for batch in watch([list(range(len(rows)))[i : i + size] for i in range(0, len(rows), size)]):
-        value, winner = _answers(model, [rows[number] for number in batch], segments, positions, answers, words)
+        value, winner = _answers(model, [rows[number] for number in batch], segments, positions, answers, vocabulary)
         values.append(value)
         winners += winner.tolist()
     log_p = torch.cat(values)  # (rows, M)
     change = log_p[2:] - log_p[:2].repeat(len(groups), 1)  # to the whole text, and to no word, in turn
     changes = [
-        [Change(nats, token_of(token)) for nats, token in zip(one, best, strict=True)]
+        [Change(nats, vocabulary.name(token)) for nats, token in zip(one, best, strict=True)]
         for one, best in zip(change.tolist(), winners[2:], strict=True)
     ]
     return [Influence(group, changes[2 * n], changes[2 * n + 1]) for n, group in enumerate(groups)]
@@ -90,7 +89,7 @@ def _answers(
     segments: Sequence[int],
     positions: Sequence[int],
     answers: Sequence[int],
-    words: Tensor | None,
+    vocabulary: Vocabulary,
 ) -> tuple[Tensor, Tensor]:
     """log p of the answers, and the best word, at each position of each row: both (R, M)."""
     device = model.embeddings.word.weight.device
@@ -100,7 +99,4 @@ def _answers(
     with torch.inference_mode():
         log_p = model.predict(batch, places.flatten()).float().log_softmax(-1).unflatten(0, places.shape)  # (R, M, V)
     wanted = torch.tensor(answers, device=device).expand(len(rows), -1)[..., None]  # (R, M, 1)
-    values = log_p.gather(-1, wanted)[..., 0].cpu()
-    if words is not None:
-        log_p = log_p.masked_fill(~words.to(device), -torch.inf)
-    return values, log_p.argmax(-1).cpu()
+    return log_p.gather(-1, wanted)[..., 0].cpu(), vocabulary.only_words(log_p, -torch.inf).argmax(-1).cpu()

@@ -5,7 +5,8 @@ import torch
 from studied import PAIR, SIZES, TEXT, inputs, pair_of_models, tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from minibert import FillMask
+from minibert import FillMask, PackedBatch
+from minibert.kernels import use_kernel
 from minibert.study import heads, study
 from minibert.study.changes import mixing_ratio
 from minibert.study.cost import cost
@@ -50,7 +51,9 @@ def theirs(models, found):
 def test_what_is_read(found):
     reading = found.reading
     assert [reading.pieces[place] for place in reading.masks] == ["[MASK]", "[MASK]"]
-    unbelievably = [["un", "##believ", "##ab", "##ly"] == [reading.pieces[p] for p in group] for group in reading.groups()]
+    unbelievably = [
+        [reading.pieces[p] for p in group] == ["un", "##believ", "##ab", "##ly"] for group in reading.groups()
+    ]
     assert sum(unbelievably) == 1
     assert not any(place in group for group in reading.groups() for place in reading.masks)
     assert [reading.pieces[p] for p in range(len(reading.ids)) if reading.added[p]] == ["[CLS]", "[SEP]", "[SEP]"]
@@ -143,7 +146,9 @@ def test_the_mixing_ratio_is_that_of_its_definition(models, found, theirs):
         for head in range(SIZES["num_attention_heads"]):
             columns = slice(head * size, (head + 1) * size)
             for token in range(len(x)):
-                part = attentions[1, head, place, token] * (layer.attention.output.weight[:, columns] @ value[token, columns])
+                part = attentions[1, head, place, token] * (
+                    layer.attention.output.weight[:, columns] @ value[token, columns]
+                )
                 if token == place:
                     own += part
                 else:
@@ -197,7 +202,9 @@ def test_many_words_go_in_groups_of_neighbours():
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), [("the previous token", -1), ("the next token", 1), ("itself", 0)], ids=["previous", "next", "itself"]
+    ("name", "share"),
+    [("the previous token", -1), ("the next token", 1), ("itself", 0)],
+    ids=["previous", "next", "itself"],
 )
 def test_a_head_with_a_habit_is_named_by_it(name, share):
     reading = read_text(tokenizer(), pair_of_models()[0].config, "Paris is cold")
@@ -233,18 +240,11 @@ def test_parameters_and_multiply_adds_are_those_of_the_model(models, found):
     parts = cost(models[0].config, len(reading.ids), len(reading.masks))
     assert sum(part.parameters for part in parts) == sum(p.numel() for p in models[0].parameters())
     assert found.model.parameters == sum(part.parameters for part in parts)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        states = models[0].embeddings(batch := _batch(reading))
-        for layer in models[0].layers:
-            states = layer(states, batch)
-        models[0].head(states[reading.masks], models[0].embeddings.word.weight)
+    batch = PackedBatch.from_lists([reading.ids], [reading.segments])
+    models[0].requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, use_kernel("formula"):
+        models[0].predict(batch, torch.tensor(reading.masks))
     assert 2 * sum(part.multiply_adds for part in parts) == counter.get_total_flops()
-
-
-def _batch(reading):
-    from minibert import PackedBatch
-
-    return PackedBatch.from_lists([reading.ids], [reading.segments])
 
 
 def test_the_root_keeps_small_weights():
