@@ -40,16 +40,6 @@ def inputs(reading):
     return dict(input_ids=torch.tensor([reading.ids]), token_type_ids=torch.tensor([reading.segments]))
 
 
-def missing_for_a_browser():
-    """What is not there, or None."""
-    try:
-        import selenium  # noqa: F401
-    except ImportError:
-        return "selenium is not installed"
-    found = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    return next((f"there is no {name} on this machine" for name, path in found.items() if path is None), None)
-
-
 @contextmanager
 def browser(width=1440, height=900, dark=False):
     """Chromium without a screen and without a network, in an empty profile."""

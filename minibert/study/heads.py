@@ -76,7 +76,10 @@ def habits(weights: Tensor, reading: Reading, layer: int) -> list[Head]:
     """
     ordinary = torch.tensor([not added for added in reading.added])  # (S,)
     rows = weights[:, ordinary]  # (H, tokens, S)
-    shares = {name: (rows * pairs[ordinary]).sum(-1).mean(-1).tolist() for name, pairs in targets(reading).items()}
+    pairs = targets(reading)
+    chosen = torch.stack([of_habit[ordinary] for of_habit in pairs.values()]).float()  # (habits, tokens, S)
+    sums = chosen.flatten(1) @ rows.flatten(1).T / len(rows[0])  # (habits, H)
+    shares = dict(zip(pairs, sums.tolist(), strict=True))
     wide = spread(rows).mean(-1).tolist()
     return [
         _head(layer, head, {name: values[head] for name, values in shares.items()}, wide[head])

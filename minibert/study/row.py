@@ -41,7 +41,7 @@ class Row:
             raise ValueError(f"{self.trace.name}: {name} is {shape}, and must be {wanted}")
         x = self.trace.rows(name, self.number, self.number + 1)[0]
         for axis, letter in enumerate(SHAPES[row_of(name)][1:]):
-            if letter == "S":
+            if letter == "S" and len(self.kept) < self.shape[1]:
                 x = x.index_select(axis, self.kept)
         if not bool(x.isfinite().all()):
             raise ValueError(f"{self.trace.name}: {name} holds numbers that are not finite: a weight is broken")

@@ -41,7 +41,7 @@ def left_out(row: Row, reading: Reading, model: BertForMaskedLM | None) -> dict[
     elif any(not row.has(f"layers.{number}.value") for number in layers):
         reasons["takes"] = "the trace has no values"
     reasons["influence"] = "a trace cannot be asked again: study the text with the model"
-    if not reading.masks:
+    if not reading.masks and model is not None:
         reasons["guesses"] = reasons["influence"] = "the text has no mask: nothing is asked"
     return reasons
 
