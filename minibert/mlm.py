@@ -14,11 +14,12 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
+from minibert import checks
 from minibert.loss import IGNORE, masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import MaskedTokens, Outcome, mask_tokens
 from minibert.packing import PackedBatch
-from minibert.tokenizer import count_ids, encode, require_id, special_ids
+from minibert.tokenizer import count_ids, encode, own_mask, require_id, special_ids
 
 RECIPES = ("bert", "plain", "whole-word")
 SCORES = ("masked", "all")
@@ -89,13 +90,14 @@ def mask_and_guess(
     that is too long for the model. layers: also the best guess after each layer, as if it were the last one. top_k:
     how many guesses to give for each token.
 
-    Raises ValueError for a text without a token, one that is too long, a position outside it, a value out of range, and
-    options that do not go together.
+    Raises ValueError for a text without a token, one that is too long, a position outside it, a value out of range,
+    options that do not go together, and a model in training mode.
     """
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, not {score!r}")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
+    checks.require_no_dropout(model)
     encoding = _encode(model, tokenizer, text, truncate)
     ids = torch.tensor(encoding.ids)  # (S,)
     own = ids == require_id(tokenizer, "[MASK]")  # (S,)
@@ -104,7 +106,7 @@ def mask_and_guess(
         _require_nothing_drawn(draw, "positions names the masked tokens")
         masked = _mask_these(ids, _places(positions, encoding), tokenizer)
     elif own.any():
-        _require_nothing_drawn(draw, "the text has a [MASK] of its own, and nothing else is masked")
+        _require_nothing_drawn(draw, "the text has a [MASK] of its own, and no other token is drawn")
         masked = _mask_these(ids, [], tokenizer)
     else:
         masked = _mask_drawn(encoding, tokenizer, 0.15 if probability is None else probability, recipe, seed)
@@ -133,7 +135,9 @@ def _encode(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, truncate: b
     if len(encoding.ids) <= tokenizer.num_special_tokens_to_add(False):
         raise ValueError(f"there is no token to mask in {text!r}: give a text with at least one word")
     mask_id = require_id(tokenizer, "[MASK]")
-    if truncate and (lost := tokenizer.encode(text).ids.count(mask_id) - encoding.ids.count(mask_id)):
+    if truncate and (
+        lost := tokenizer.encode(own_mask(tokenizer, text)).ids.count(mask_id) - encoding.ids.count(mask_id)
+    ):
         raise ValueError(f"{lost} [MASK] in the text would be cut off: the model takes {limit} tokens")
     return encoding
 

@@ -473,7 +473,7 @@ def test_pickle_under_another_name_is_not_opened(folder, tmp_path):
 def test_only_a_pickle(folder, tmp_path):
     (folder / WEIGHTS).unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    refused(folder, r"pytorch_model\.bin is a pickle.*[Cc]onvert.*save_pretrained", FileNotFoundError)
+    refused(folder, r"pytorch_model\.bin is a pickle.*[Cc]onvert.*save_file", FileNotFoundError)
     assert not (tmp_path / "sprung").exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
     assert (tmp_path / "sprung").exists()  # the trap does work

@@ -15,8 +15,20 @@ from minibert.inference.onednn import has_bfloat16
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 
-PEERS = ("eager", "sdpa", "compiled", "packed", "onnxruntime", "onnxruntime-int8", "openvino")
+PEERS = (
+    *("eager", "sdpa", "compiled", "packed"),
+    *("onnxruntime", "onnxruntime-int8", "openvino", "openvino-bfloat16", "openvino-int8"),
+)
 TRAINING_PEERS = ("eager", "sdpa", "compiled")
+# The peers that have one precision, whatever --dtype says.
+PRECISION = {
+    "packed": "bfloat16",
+    "onnxruntime": "float32",
+    "onnxruntime-int8": "int8",
+    "openvino": "float32",
+    "openvino-bfloat16": "bfloat16",
+    "openvino-int8": "int8",
+}
 # What `prepare_for_inference` found to be the fastest here.
 LINEAR_LAYERS = {
     "torch": "linear layers as torch has them: nothing faster was found here",
@@ -45,8 +57,7 @@ def lineup(task: str, names: tuple[str, ...], precisions: tuple[str, ...]) -> li
         return [(name, precision) for precision in precisions for name in rows]
     rows = ["minibert prepared", "minibert plain", *(peer for peer in names if peer in TRAINING_PEERS)]
     pairs = [(name, precision) for precision in precisions for name in rows]
-    fixed = {"packed": "bfloat16", "onnxruntime": "float32", "onnxruntime-int8": "int8", "openvino": "float32"}
-    return pairs + [(name, fixed[name]) for name in names if name in fixed]
+    return pairs + [(name, PRECISION[name]) for name in names if name in PRECISION]
 
 
 def build(name: str, precision: str, task: str, folder: Path, device: str) -> Contender:
@@ -64,7 +75,9 @@ def build(name: str, precision: str, task: str, folder: Path, device: str) -> Co
         return peers.build_transformers(name, precision, dtype, folder, device)
     if device != "cpu":
         raise Absent("only its CPU form is run here")
-    return peers.build_onnxruntime(name, folder) if name.startswith("onnxruntime") else peers.build_openvino(folder)
+    if name.startswith("onnxruntime"):
+        return peers.build_onnxruntime(name, folder)
+    return peers.build_openvino(precision, folder)
 
 
 def _ours(name: str, precision: str, dtype: torch.dtype, folder: Path, device: str) -> Contender:

@@ -31,6 +31,10 @@ class Fixed(nn.Module):
     def compile(self, *arguments: Any, **settings: Any) -> NoReturn:
         raise ValueError(f"{PREPARED} is compiled already, where that pays: compile the one it was made from")
 
+    def _forward_rectangle(self, *arguments: Any, **settings: Any) -> NoReturn:
+        """What the padded call goes through while a program is recorded."""
+        raise ValueError(f"{PREPARED} cannot be recorded: export or trace the one it was made from")
+
     def save_pretrained(self, *arguments: Any, **settings: Any) -> NoReturn:
         raise ValueError(f"{PREPARED} cannot be saved: save the one it was made from")
 

@@ -31,7 +31,12 @@ ONE_BY_ONE = ([0, 0], [1, 1], [1, 1], 1)  # of a convolution: padding, stride, d
 Activation = tuple[str, str]  # oneDNN's name of an activation function, and of its approximation
 NONE: Activation = ("none", "")
 # hidden_act in config.json → the activation that oneDNN computes together with the product
-FUSED: dict[str, Activation] = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "relu": ("relu", "")}
+FUSED: dict[str, Activation] = {
+    "gelu": ("gelu", "none"),
+    "gelu_new": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+}
 
 
 def has_bfloat16() -> bool:

@@ -170,7 +170,8 @@ const why = (view) => make("p", { class: "note" }, `Not here: ${data.left_out[vi
 
 // Rank against step, both for the answer and for the words that are followed. The best rank is at the top.
 function rankChart(one) {
-  const [width, height, left, right, top, bottom] = [640, 190, 44, 96, 12, 26];
+  const room = clamp(body("guesses").clientWidth, 260, 720);
+  const [width, height, left, right, top, bottom] = [room, 190, 44, 84, 12, 26];
   const lines = [[one.answer.token, one.steps.map((step) => step.answer.rank)],
     ...data.targets.map((word, number) => [word, one.steps.map((step) => step.targets[number].rank)])];
   const most = Math.max(10, ...lines.flatMap(([, ranks]) => ranks));
@@ -194,7 +195,7 @@ function rankChart(one) {
     parts.push(draw("polyline", { points: ranks.map((rank, place) => `${x(place)},${y(rank)}`).join(" "), class: `line${kind}` }),
       draw("text", { x: width - right + 8, y: at, class: `label${kind}` }, word));
   });
-  return draw("svg", { class: "chart", viewBox: `0 0 ${width} ${height}`, role: "img",
+  return draw("svg", { class: "chart", width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
     "aria-label": `rank of ${one.answer.token} after each layer` }, ...parts);
 }
 
@@ -370,11 +371,12 @@ function buildAttention(maps) {
   walkable(strip, 1, chooseToken);
   const told = make("p", { class: "told", id: "reads", "aria-live": "polite" });
   const habits = make("dl", { class: "habits" });
-  body("attention").replaceChildren(looks, habits, make("div", { class: "attention" },
+  body("attention").replaceChildren(looks, make("div", { class: "attention" },
     make("div", {}, sheet, make("p", { class: "note told" }, maps.full
       ? "Each small map is scaled to its own maximum. Arrow keys walk from head to head."
       : `This text has ${size} tokens: each map shows the maxima of blocks, ${maps.side} × ${maps.side}. `
-        + `${maps.exact.length ? `Exactly kept are the rows of ${maps.exact.length === 1 ? "the mask" : `${maps.exact.length} masks`}.` : "No row is kept exactly."}`)),
+        + `${maps.exact.length ? `Exactly kept are the rows of ${maps.exact.length === 1 ? "the mask" : `${maps.exact.length} masks`}.` : "No row is kept exactly."}`),
+    make("h3", {}, "What the heads do: layer.head, and the share that goes there"), habits),
     make("div", {}, title, large, scale)),
   make("h3", {}, "The token that reads (choose one), and how much it reads of each"), strip, told);
   large.addEventListener("click", (event) => {
@@ -473,11 +475,11 @@ function drawHabits(list, heads) {
   const rows = names.flatMap((name) => {
     const found = heads.filter((head) => head.name === name).sort((a, b) => b.habits[name] - a.habits[name]);
     if (!found.length) return [];
-    const links = found.slice(0, 12).map((head) => make("button", {
+    const links = found.slice(0, 8).map((head) => make("button", {
       class: head.layer === state.layer + 1 && head.head === state.head + 1 ? "chosen" : "",
       onclick: () => choose({ layer: head.layer - 1, head: head.head - 1 }),
     }, `${head.layer}.${head.head} (${percent(head.habits[name])})`));
-    if (found.length > 12) links.push(make("span", { class: "note" }, `and ${found.length - 12} more`));
+    if (found.length > 8) links.push(make("span", { class: "note" }, `and ${found.length - 8} more`));
     return [make("dt", {}, `${found.length} on ${name}`), make("dd", {}, ...links)];
   });
   const spread = heads.filter((head) => !head.name).length;

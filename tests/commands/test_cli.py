@@ -28,10 +28,22 @@ def test_info_counts_what_transformers_counts(run, hub_model, folder):
     assert re.fullmatch("[0-9a-f]{64}", report["sha256"]["model.safetensors"])
     assert report["initialised"] == report["non_finite"] == []
 
+    tokenizer = result["tokenizer"]
+    assert tokenizer["files"] == [str(folder / "tokenizer.json")]
+
     text = run("info")
     assert f"{budget['total']:,}" in text
     assert report["sha256"]["model.safetensors"] in text
     assert re.search(r"hidden_size +20\n", text)
+    assert text.endswith("".join(f"  {line}\n" for line in (*tokenizer["files"], *tokenizer["notes"])))
+
+
+def test_info_of_a_model_without_a_tokenizer(folder, tmp_path, capsys):
+    BertForMaskedLM.from_pretrained(folder).save_pretrained(tmp_path)
+    assert main(["info", "--model", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("tokenizer\n  there is none\n")
+    assert main(["info", "--json", "--model", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["tokenizer"] is None
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,9 @@ def test_ids_without_a_word_are_no_answer(folder, tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert main(["mlm", TEXT, "--model", str(tmp_path)]) == 0
     with pytest.raises(ValueError, match=f"the tokenizer has {len(VOCAB)} tokens and the model 20"):
-        mask_and_guess(BertForMaskedLM(replace(model.config, vocab_size=20)), tokenizer, TEXT)
+        mask_and_guess(BertForMaskedLM(replace(model.config, vocab_size=20)).eval(), tokenizer, TEXT)
+    with pytest.raises(ValueError, match="training mode"):
+        mask_and_guess(larger.train(), tokenizer, TEXT)
 
 
 @pytest.mark.parametrize("wrong", [{"score": "some"}, {"recipe": "mine"}, {"top_k": 0}, {"positions": [-1]}])

@@ -11,6 +11,7 @@ from twins import CONFIGS, MASKS, SIZES, make_batch, twins
 from minibert import FillMask, PackedBatch
 from minibert.inference import prepare_for_inference
 from minibert.inference.onednn import WAYS, has_bfloat16, working_ways
+from minibert.inference.prepare import _choose_way
 from minibert.kernels import use_kernel
 from minibert.tokenizer import from_vocabulary
 
@@ -134,6 +135,9 @@ def test_ways_that_are_not_there_are_refused():
             with pytest.raises(ValueError, match=f"linear='{linear}' cannot be had in {dtype} on this cpu: .*torch"):
                 prepare_for_inference(ours, dtype, linear=linear)
     assert prepare_for_inference(ours, torch.float64).linear == "torch"
+    with pytest.raises(ValueError, match=r"'product' cannot be had in .* on this cuda: .* auto, torch"):
+        _choose_way("product", torch.bfloat16, torch.device("cuda"))
+    assert _choose_way("auto", torch.bfloat16, torch.device("cuda")) == "torch"
 
 
 def test_many_texts_come_back_in_order(each_way, monkeypatch):
