@@ -164,6 +164,14 @@ def require_no_dropout(model: nn.Module) -> None:
             )
 
 
+def require_vocabulary(tokens: int, config: BertConfig) -> None:
+    """Raise ValueError if a tokenizer has more tokens than the model has embeddings."""
+    if tokens > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens and the model {config.vocab_size}: they are not of one checkpoint"
+        )
+
+
 def _require_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
     if tensor.shape != input_ids.shape:
         raise ValueError(f"{name} is {tuple(tensor.shape)}, but input_ids is {tuple(input_ids.shape)}: give both alike")

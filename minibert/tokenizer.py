@@ -278,32 +278,43 @@ def count_ids(tokenizer: Tokenizer) -> int:
 # ---------------------------------------------------------------------------------------------------------------- texts
 
 
-def encode(tokenizer: Tokenizer, text: str, max_length: int, *, truncate: bool = False) -> Encoding:
-    """The encoding of one text, at most `max_length` tokens with [CLS] and [SEP]. The text may say [MASK] where the
-    tokenizer has another name for it.
+def encode(
+    tokenizer: Tokenizer, text: str, max_length: int, *, pair: str | None = None, truncate: bool = False
+) -> Encoding:
+    """The encoding of one text, or of two sentences (`pair` is the second), at most `max_length` tokens with [CLS] and
+    [SEP]. They may say [MASK] where the tokenizer has another name for it.
 
-    A longer text is cut (before [SEP]) if `truncate` is given, and otherwise a ValueError that gives both numbers.
+    What is longer is cut at the end of the text, or of the second sentence, if `truncate` is given; otherwise it is a
+    ValueError that gives both numbers.
     """
-    special = tokenizer.num_special_tokens_to_add(False)
+    sentences = [text] if pair is None else [text, pair]
+    special = tokenizer.num_special_tokens_to_add(pair is not None)
     if max_length < special:
         raise ValueError(f"a length of {max_length} has no room for the {special} special tokens, [CLS] and [SEP]")
-    try:
-        text.encode()  # bytes on the command line that are no UTF-8 arrive as lone surrogates
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text {text[:60]!r} is not Unicode: {error.reason}") from error
-    encoding = tokenizer.encode(text := own_mask(tokenizer, text))
+    for sentence in sentences:
+        try:
+            sentence.encode()  # bytes on the command line that are no UTF-8 arrive as lone surrogates
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text {sentence[:60]!r} is not Unicode: {error.reason}") from error
+    sentences = [own_mask(tokenizer, sentence) for sentence in sentences]
+    encoding = tokenizer.encode(sentences[0], None if pair is None else sentences[1])
     if len(encoding.ids) <= max_length:
         return encoding
     if not truncate:
         raise ValueError(
             f"the text is {len(encoding.ids)} tokens long and the model takes {max_length}: "
-            "shorten it (truncate=True, and --truncate of fill-mask and mlm, cut it)"
+            "shorten it (truncate=True, or --truncate of a command, cuts it)"
         )
-    body = tokenizer.encode(
-        text, add_special_tokens=False
-    )  # not enable_truncation: it would stay on the caller's tokenizer
-    body.truncate(max_length - special)
-    return tokenizer.post_process(body)
+    # Not enable_truncation: it would stay on the caller's tokenizer.
+    bodies = [tokenizer.encode(sentence, add_special_tokens=False) for sentence in sentences]
+    room = max_length - special - sum(len(body.ids) for body in bodies[:-1])
+    if pair is not None and room < 1:
+        raise ValueError(
+            f"the first sentence is {len(bodies[0].ids) + special} tokens long with the special ones, and the model "
+            f"takes {max_length}: shorten it, for only the second one is cut, and nothing would be left of that"
+        )
+    bodies[-1].truncate(room)
+    return tokenizer.post_process(bodies[0], None if pair is None else bodies[1])
 
 
 def own_mask(tokenizer: Tokenizer, text: str) -> str:
