@@ -10,8 +10,8 @@ import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from minibert import atomic
 from minibert.config import BertConfig
@@ -307,27 +306,6 @@ def _read_tensor(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """Within this block modules have shapes, but no memory and no initial values."""
-    with torch.device("meta"), _NoInitialValues():
-        yield
-
-
-class _NoInitialValues(TorchFunctionMode):
-    """Leaves out what would fill a tensor. It would change nothing on the meta device, but torch does some of it there
-    in Python, and imports sympy and torch.compile for that: a second, and twice the memory of the bundled weights.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        # Which of torch.nn.init's functions come here whole, and which as the steps that they take, depends on torch.
-        if in_place or getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:

@@ -9,12 +9,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from minibert import checks
+from minibert.batching import BATCH_TOKENS, batches_by_length
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 from minibert.tokenizer import encode, own_mask, own_token, require_id
 
 WINDOW = 1024  # texts that are sorted by length together
-BATCH_TOKENS = 4096  # tokens that are computed together
 
 
 class FillMask:
@@ -31,11 +31,7 @@ class FillMask:
         self.mask_id = require_id(tokenizer, "[MASK]")
         self._mask, self._padding = own_token(tokenizer, "[MASK]"), own_token(tokenizer, "[PAD]")
         words = sorted(tokenizer.get_vocab().values())
-        if words[-1] >= model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {words[-1] + 1} tokens and the model {model.config.vocab_size}: "
-                "they are not of one checkpoint"
-            )
+        checks.require_vocabulary(words[-1] + 1, model.config)
         # A model may have more rows, to fill up its vocabulary: they are no words, and no answers.
         self._words = None if len(words) == model.config.vocab_size else torch.tensor(words)
 
@@ -78,7 +74,7 @@ class FillMask:
         remaining = iter(texts)
         while window := [self._encode(text, truncate) for text in islice(remaining, WINDOW)]:
             answers: dict[int, list[Any]] = {}
-            for numbers in _batches_by_length(window):
+            for numbers in batches_by_length([len(row) for row in window], BATCH_TOKENS):
                 rows = [window[number] for number in numbers]
                 answers.update(zip(numbers, self._answer_batch(rows, top_k, target_ids), strict=True))
             for number in range(len(window)):
@@ -149,17 +145,3 @@ class FillMask:
                 token = pieces.ids[0]
             ids.append(token)
         return list(dict.fromkeys(ids))
-
-
-def _batches_by_length(rows: list[list[int]]) -> Iterator[list[int]]:
-    """The numbers of the rows, the short ones first, in groups of at most BATCH_TOKENS tokens."""
-    group: list[int] = []
-    tokens = 0
-    for number in sorted(range(len(rows)), key=lambda number: len(rows[number])):
-        if group and tokens + len(rows[number]) > BATCH_TOKENS:
-            yield group
-            group, tokens = [], 0
-        group.append(number)
-        tokens += len(rows[number])
-    if group:
-        yield group

@@ -21,6 +21,7 @@ from minibert.loss import masked_lm_loss
 from minibert.model import Bert, EncoderLayer
 from minibert.output import MaskedLMOutput
 from minibert.packing import PackedBatch
+from minibert.shapes import shapes_only
 from minibert.tracing import Rectangle, being_traced, rectangle
 
 
@@ -181,7 +182,7 @@ class BertForMaskedLM(Bert):
         with naming(config_path):
             config = BertConfig.from_dict(config_values)
         found = checkpoint.find_tensors(hub.weight_files(source), config)
-        with checkpoint.shapes_only():  # no memory yet: the weights are held once, when they are read
+        with shapes_only():  # no memory yet: the weights are held once, when they are read
             model = cls(config)
         state, report = checkpoint.read_weights(
             found,

@@ -53,7 +53,7 @@ class PackedBatch:
     ) -> "PackedBatch":
         """Keep the tokens whose attention_mask is 1, wherever they stand (padding left, right, or holes between).
 
-        input_ids (B, S) integers; attention_mask (B, S) of 0 and 1, or bool (default: all 1); token_type_ids
+        input_ids (B, S) integers; attention_mask (B, S) of 0 and 1 in any dtype (default: all 1); token_type_ids
         (B, S) (default: all 0); position_ids (B, S) or (1, S) (default: the column, counted from 0 whatever the
         mask says, so that a left-padded row starts late: the same as transformers). Raises ValueError for other
         shapes or types.
