@@ -6,11 +6,12 @@ or with an error that names the file and the tensor. It opens safetensors files 
 
 import json
 import os
+import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from minibert import atomic
-from minibert.config import BertConfig, defaulted_keys
-from minibert.config_keys import ignored_keys
+from minibert.config import BertConfig
+from minibert.config_keys import defaulted_keys, ignored_keys, unknown_keys
 from minibert.files import looks_like, naming, parse_json, read_json, sha256
 from minibert.hub import CONFIG, NEXT, WEIGHTS, WeightFiles
-from minibert.names import HEAD, Spelling, hub_names, read_names, several
+from minibert.names import HEAD, Spelling, hub_names, nearest, read_names, several
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -41,12 +41,15 @@ class LoadReport:
     file_dtypes: dict[str, int]  # dtype as the file names it → how many tensors
     dtype: str  # of the weights in memory
     loaded: tuple[str, ...]
-    renamed: dict[str, str] = field(default_factory=dict)  # older spelling in the file → the name it stands for
+    commit: str | None = None  # of a hub repository
+    prefix: str = ""  # what stands before every name in the file
+    renamed: dict[str, str] = field(default_factory=dict)  # other spelling in the file → the name it stands for
     tied: dict[str, str] = field(default_factory=dict)  # second copy → the tensor it equals
     ignored: dict[str, str] = field(default_factory=dict)  # name → why it is not needed
     initialised: tuple[str, ...] = ()  # our names, with init_missing_head=True
     non_finite: tuple[str, ...] = ()  # our names of tensors with a NaN or an infinity in them
-    ignored_config_keys: tuple[str, ...] = ()  # in config.json, and without effect
+    ignored_config_keys: tuple[str, ...] = ()  # in config.json, and known to have no effect
+    unknown_config_keys: tuple[str, ...] = ()  # in config.json, and nobody's BERT reads them
     defaulted_config_keys: tuple[str, ...] = ()  # not in config.json: BertConfig's defaults hold
     stamps: tuple[tuple[int, int], ...] = field(default=(), repr=False)
 
@@ -66,12 +69,48 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+@dataclass(frozen=True)
+class FoundTensors:
+    """The tensors in the files of a checkpoint, before any is read."""
+
+    files: WeightFiles
+    entries: dict[str, tuple[Path, dict[str, Any]]]  # name → its file, and its dtype and shape there
+    spelling: Spelling
+
+
+def find_tensors(files: WeightFiles, config: BertConfig) -> FoundTensors:
+    """Read the heads of the files, and what the names in them mean.
+
+    Raises ValueError for a file that is not whole, for tensors that are twice there or not where the index says, and
+    for fewer layers than `config` has.
+    """
+    entries = _read_headers(files)
+    with naming(files.where):
+        spelling = read_names(entries)
+        # Before the model is made: a config.json may say a billion.
+        matches = (re.match(r"bert\.encoder\.layer\.(\d{1,9})\.", name) for name in spelling.spelled)
+        layers = {int(match[1]) for match in matches if match}
+        if layers and config.num_hidden_layers > max(layers) + 1:
+            raise ValueError(
+                f"layer {max(layers) + 1} is missing (num_hidden_layers in {CONFIG} is {config.num_hidden_layers}, "
+                "counted from 0)"
+            )
+        if not layers and entries:
+            first = ", ".join([*entries][:3])
+            like = nearest(expected := "bert.encoder.layer.0.attention.self.query.weight", entries)
+            raise ValueError(
+                f"no tensor in it is one of a layer of BERT. The names in the file look like {first}"
+                + (f"; the nearest to {expected} is {like}" if like else "")
+            )
+    return FoundTensors(files, entries, spelling)
+
+
 def read_weights(
-    files: WeightFiles,
+    found: FoundTensors,
     config_values: Mapping[str, Any],
     shapes: Mapping[str, torch.Size],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     init_missing_head: bool = False,
 ) -> tuple[dict[str, Tensor], LoadReport]:
@@ -81,27 +120,28 @@ def read_weights(
     Raises ValueError, naming file and tensor, unless the checkpoint holds these tensors, in these shapes, and
     nothing else but the leftovers in `names.IGNORED` and equal copies of tied tensors.
     """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type such as torch.float32, not {dtype!r}")
-    entries = _read_headers(files)
-    with naming(files.where):
-        spelling = read_names(entries)
+    files, entries, spelling = found.files, found.entries, found.spelling
+    dtype = as_dtype(dtype, config_values, [entry["dtype"] for _, entry in entries.values()])
     report = LoadReport(
         name=files.name,
         files=files.paths,
         file_dtypes=dict(Counter(entry["dtype"] for _, entry in entries.values())),
         dtype=str(dtype).removeprefix("torch."),
         loaded=(),
+        commit=files.commit,
+        prefix=spelling.prefix,
         renamed=spelling.renamed,
         tied=spelling.tied,
         ignored=spelling.ignored,
         ignored_config_keys=tuple(ignored_keys(config_values)),
+        unknown_config_keys=tuple(unknown_keys(config_values)),
         defaulted_config_keys=tuple(defaulted_keys(config_values)),
         stamps=tuple(_stamp(path) for path in files.paths),
     )
     spelled = spelling.spelled
     with naming(files.where):
-        report.initialised = _require_the_wanted(shapes, spelled, config_values, init_missing_head)
+        report.initialised = _require_the_wanted(shapes, spelling, config_values, init_missing_head)
+        _require_shapes(shapes, spelled, entries)
         _require_equal_copies(entries, spelling)
     state: dict[str, Tensor] = {}
     for ours, shape in shapes.items():
@@ -109,12 +149,35 @@ def read_weights(
             state[ours] = _initial(ours, shape, dtype, device)
         else:
             state[ours] = torch.empty(shape, dtype=dtype, device=device)
-            _fill(state[ours], [(spelled[hub], *entries[spelled[hub]]) for hub in hub_names(ours)])
+            _fill(state[ours], [(spelled[hub], entries[spelled[hub]][0]) for hub in hub_names(ours)])
     report.loaded = tuple(sorted(spelled[hub] for ours in shapes for hub in hub_names(ours) if hub in spelled))
     report.non_finite = tuple(name for name, tensor in state.items() if _has_non_finite(tensor))
     if report.non_finite:
         warnings.warn(f"{files.where}: NaN or infinite weights in {', '.join(report.non_finite)}", stacklevel=3)
+    if report.unknown_config_keys:
+        said = ", ".join(map(repr, report.unknown_config_keys))
+        path = files.paths[0].parent / CONFIG
+        warnings.warn(f"{path}: as far as minibert knows, no BERT reads {said}: without effect here", stacklevel=3)
     return state, report
+
+
+def as_dtype(dtype: torch.dtype | str | None, config_values: Mapping[str, Any], stored: list[str]) -> torch.dtype:
+    """What a caller means: a dtype, its name ("bfloat16"), or "auto", which is the one that config.json names or else
+    the one that the tensors are stored in. None is float32. Raises ValueError for what is no floating-point type.
+    """
+    names = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
+    if dtype == "auto":
+        said = config_values.get("dtype") or config_values.get("torch_dtype")
+        floats = [name for name in stored if name in DTYPES]
+        if isinstance(said, str) and said.removeprefix("torch.") in names:
+            return names[said.removeprefix("torch.")]
+        return DTYPES[Counter(floats).most_common(1)[0][0]] if floats else torch.float32
+    found = torch.float32 if dtype is None else names.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f'dtype must be a floating-point type such as torch.float32, its name, or "auto", not {dtype!r}'
+        )
+    return found
 
 
 def _read_headers(files: WeightFiles) -> dict[str, tuple[Path, dict[str, Any]]]:
@@ -137,13 +200,14 @@ def _read_headers(files: WeightFiles) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 def _require_the_wanted(
     shapes: Mapping[str, torch.Size],
-    spelled: Mapping[str, str],
+    spelling: Spelling,
     config_values: Mapping[str, Any],
     init_missing_head: bool,
 ) -> tuple[str, ...]:
     """Raise ValueError for a tensor too few or too many. Returns our names of those of a missing head, if that is
     allowed.
     """
+    spelled = spelling.spelled
     wanted = {hub: ours for ours in shapes for hub in hub_names(ours)}
     absent = [hub for hub in wanted if hub not in spelled]
     extra = [spelled[hub] for hub in spelled if hub not in wanted]
@@ -155,15 +219,26 @@ def _require_the_wanted(
         return f" (num_hidden_layers in {CONFIG} is {layers})" if any(".layer." in name for name in names) else ""
 
     if no_head and not init_missing_head:
+        others = [name for name, reason in spelling.ignored.items() if reason.startswith("another task")]
+        what = f"an encoder with another task's head ({', '.join(others[:3])})" if others else "an encoder"
         raise ValueError(
-            f"this is an encoder without the masked-language-model head ({len(absent)} tensors, {HEAD}*). "
+            f"this is {what}, without the masked-language-model head ({len(absent)} tensors, {HEAD}*). "
             "Name a checkpoint that has one, or start with an untrained one: `minibert train` does, and in Python "
             "from_pretrained(…, init_missing_head=True)"
         )
     if absent and not no_head:
-        raise ValueError(f"{several('tensor', absent)} missing{hint(absent)}")
+        look = f". The names in the file look like {', '.join(extra[:3])}" if extra else ""
+        like = nearest(absent[0], extra)
+        raise ValueError(
+            f"{several('tensor', absent)} missing{hint(absent)}{look}"
+            + (f"; the nearest to {absent[0]} is {like}" if like else "")
+        )
     if extra:
-        raise ValueError(f"{several('tensor', extra)} not expected{hint(extra)}")
+        like = nearest(extra[0], wanted)
+        raise ValueError(
+            f"{several('tensor', extra)} not expected{hint(extra)}"
+            + (f". The nearest name that is expected is {like}" if like else "")
+        )
     return tuple(sorted({wanted[hub] for hub in absent}))
 
 
@@ -179,17 +254,29 @@ def _require_equal_copies(entries: Mapping[str, tuple[Path, Any]], spelling: Spe
             raise ValueError(f"{copy} and {first} must be the same tensor, but they differ")
 
 
-def _fill(target: Tensor, parts: list[tuple[str, Path, dict[str, Any]]]) -> None:
-    """Copy the parts (name in the file, file, dtype and shape) into `target`, one under the other."""
-    shape = [target.shape[0] // len(parts), *target.shape[1:]]
-    for (name, path, entry), part in zip(parts, target.chunk(len(parts)), strict=True):
-        if entry["shape"] != shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(entry['shape'])}, and {CONFIG} asks for {tuple(shape)}: "
-                "one of the two files belongs to another model"
-            )
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+def _require_shapes(
+    shapes: Mapping[str, torch.Size],
+    spelled: Mapping[str, str],
+    entries: Mapping[str, tuple[Path, dict[str, Any]]],
+) -> None:
+    """Raise ValueError for a tensor of another shape, or of whole numbers, before there is memory for any."""
+    for ours, shape in shapes.items():
+        hubs = hub_names(ours)
+        wanted = [shape[0] // len(hubs), *shape[1:]]
+        for name in (spelled[hub] for hub in hubs if hub in spelled):
+            path, entry = entries[name]
+            if entry["shape"] != wanted:
+                raise ValueError(
+                    f"{path}: {name} has shape {tuple(entry['shape'])}, and {CONFIG} asks for {tuple(wanted)}: "
+                    "one of the two files belongs to another model"
+                )
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+
+
+def _fill(target: Tensor, parts: list[tuple[str, Path]]) -> None:
+    """Copy the parts (name in the file, file) into `target`, one under the other."""
+    for (name, path), part in zip(parts, target.chunk(len(parts)), strict=True):
         part.copy_(_read_tensor(path, name))
 
 
@@ -232,27 +319,6 @@ def _read_tensor(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """Within this block modules have shapes, but no memory and no initial values."""
-    with torch.device("meta"), _NoInitialValues():
-        yield
-
-
-class _NoInitialValues(TorchFunctionMode):
-    """Leaves out what would fill a tensor. It would change nothing on the meta device, but torch does some of it there
-    in Python, and imports sympy and torch.compile for that: a second, and twice the memory of the bundled weights.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        # Which of torch.nn.init's functions come here whole, and which as the steps that they take, depends on torch.
-        if in_place or getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:

@@ -3,6 +3,9 @@
 The rest of the package can then take its input for granted.
 """
 
+from collections.abc import Mapping
+from difflib import get_close_matches
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,39 @@ from minibert.config import BertConfig
 from minibert.loss import IGNORE
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+TAKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
+# What transformers' tokenizers give, and what no model reads.
+FROM_TOKENIZERS = ("special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
+# What transformers' call takes and this one does not, and what does the same here.
+INSTEAD = {
+    "inputs_embeds": "put the vectors there with a forward hook on model.embeddings.word",
+    "head_mask": "set the head's columns in layers[N].attention.output.weight to 0",
+    "encoder_hidden_states": "that is for decoders, and BERT is an encoder",
+    "encoder_attention_mask": "that is for decoders, and BERT is an encoder",
+    "past_key_values": "that is for decoders, and BERT is an encoder",
+    "use_cache": "that is for decoders, and BERT is an encoder",
+    "next_sentence_label": "that is of the next-sentence head, which this model does not have",
+}
+
+
+def refuse_others(others: Mapping[str, object]) -> None:
+    """Raise TypeError, as Python does, for an argument that the padded call does not have, and say what to use."""
+    for name, value in others.items():
+        if name not in FROM_TOKENIZERS and not (name in INSTEAD and value is None):
+            like = get_close_matches(name, TAKEN, 1)
+            hint = INSTEAD.get(name) or (f"did you mean {like[0]}?" if like else "its docstring lists what it takes")
+            raise TypeError(f"the model takes no argument {name!r}: {hint}")
+
+
+def require_tensors(**given: object) -> None:
+    """Raise TypeError for what is no tensor, such as a list or a NumPy array. None is what was left out."""
+    for name, value in given.items():
+        if value is None and name == "input_ids":
+            raise TypeError("input_ids is missing: give the ids of the tokens, a tensor (batch, length)")
+        if value is not None and not isinstance(value, Tensor):
+            kind = type(value).__name__
+            how = "torch.from_numpy(…)" if kind == "ndarray" else "torch.tensor(…)"
+            raise TypeError(f"{name} must be a tensor, not {kind}: {how} makes one")
 
 
 def padded_inputs(
@@ -21,17 +57,24 @@ def padded_inputs(
     """The mask as bool (or None, if nothing is padding), the token types and the positions, each (B, S), with nothing
     else left out. `PackedBatch.from_padded` says what each may be. Raises ValueError for other shapes or types.
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise ValueError(
+            "torch.jit.trace would make constants of the lengths in this one batch, and the program would be wrong for "
+            "the next: trace the padded call, model(input_ids, attention_mask), and no PackedBatch"
+        )
+    require_tensors(
+        input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids
+    )
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be (batch, length), not {tuple(input_ids.shape)}: add the batch dimension")
     _require_integers("input_ids", input_ids)
     if attention_mask is not None:
         _require_shape("attention_mask", attention_mask, input_ids)
         if attention_mask.dtype != torch.bool:
-            _require_integers("attention_mask", attention_mask)
             if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
                 raise ValueError(
                     "attention_mask may hold only 0 (padding) and 1 (token), but it ranges from "
-                    f"{int(attention_mask.min())} to {int(attention_mask.max())}"
+                    f"{attention_mask.min().item()} to {attention_mask.max().item()}"
                 )
             attention_mask = attention_mask.bool()
     if token_type_ids is None:
@@ -98,6 +141,7 @@ def require_positions(positions: Tensor, num_tokens: int) -> None:
     """Raise ValueError unless `positions` is (M,) whole numbers between 0 and T − 1. On a GPU the range is left to the
     indexing itself, since asking would stall the queue.
     """
+    require_tensors(positions=positions)
     if positions.dim() != 1 or positions.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"positions must be (M,) whole numbers, not {tuple(positions.shape)} {positions.dtype}")
     if positions.is_cpu and positions.numel():
@@ -109,8 +153,8 @@ def require_positions(positions: Tensor, num_tokens: int) -> None:
 
 
 def require_no_dropout(model: nn.Module) -> None:
-    """Raise ValueError if the model is in training mode, in which dropout makes its answers random. (To turn dropout
-    off and on again here would disturb a training that another thread does with this model.)
+    """Raise ValueError if the model is in training mode, in which dropout makes its answers random. (Turning dropout
+    off and on again here would disturb another thread that trains this model.)
     """
     for name, part in model.named_modules():
         if isinstance(part, nn.Dropout) and part.training and part.p > 0:
@@ -120,6 +164,14 @@ def require_no_dropout(model: nn.Module) -> None:
             )
 
 
+def require_vocabulary(tokens: int, config: BertConfig) -> None:
+    """Raise ValueError if a tokenizer has more tokens than the model has embeddings."""
+    if tokens > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens and the model {config.vocab_size}: they are not of one checkpoint"
+        )
+
+
 def _require_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
     if tensor.shape != input_ids.shape:
         raise ValueError(f"{name} is {tuple(tensor.shape)}, but input_ids is {tuple(input_ids.shape)}: give both alike")
@@ -127,5 +179,4 @@ def _require_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
 
 def _require_integers(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in INTEGERS:
-        allowed = "integers, or bool" if name == "attention_mask" else "integers"
-        raise ValueError(f"{name} must hold {allowed}, not {tensor.dtype}")
+        raise ValueError(f"{name} must hold integers, not {tensor.dtype}")

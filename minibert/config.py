@@ -4,16 +4,16 @@ Source: google-research/bert, modeling.py, BertConfig; the key names are the hub
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from minibert.config_keys import SIZES, own_values
 from minibert.files import naming, read_json
 from minibert.hub import locate, read_config
 
-HIDDEN_ACTS = ("gelu", "gelu_new", "relu")
+HIDDEN_ACTS = ("gelu", "gelu_new", "relu", "silu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,8 @@ class BertConfig:
 
     Raises ValueError, naming the key and its value, for anything that is not a BERT this package can compute.
     """
+
+    model_type: ClassVar[str] = "bert"
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -69,9 +71,9 @@ class BertConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BertConfig":
         """The configuration in a parsed config.json. Keys that change nothing are skipped, and all but `SIZES` may be
-        missing. A key that makes it another model, or that nobody here knows, or a missing size, is a ValueError.
+        missing. A key that makes it another model, or a missing size, is a ValueError. See config_keys.py.
         """
-        return cls(**own_values(values, [field.name for field in fields(cls)]))
+        return cls(**own_values(values))
 
     @classmethod
     def from_json_file(cls, path: str | PathLike[str]) -> "BertConfig":
@@ -92,13 +94,8 @@ class BertConfig:
         """What save_pretrained writes to config.json: every key here, and those that say it is a BERT."""
         return {
             "architectures": ["BertForMaskedLM"],
-            "model_type": "bert",
+            "model_type": self.model_type,
             "position_embedding_type": "absolute",
             "tie_word_embeddings": True,
             **asdict(self),
         }
-
-
-def defaulted_keys(values: Mapping[str, Any]) -> list[str]:
-    """The keys of BertConfig that a parsed config.json leaves to their default."""
-    return [field.name for field in fields(BertConfig) if field.name not in values]

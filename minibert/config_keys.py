@@ -1,10 +1,31 @@
-"""The keys of config.json: which change what the model computes, which do not, and which must be there."""
+"""The keys of config.json, and what each means for the masked language model.
 
-from collections.abc import Iterable, Mapping
+A config.json in the wild has more keys than BERT: those of other tasks, of text generation, of the program that trained
+it, of somebody's own. Here stands which of them BERT is made of, which would make another model of it, and which change
+nothing. What is in no list changes nothing in anybody's BERT that we know; the reader of a checkpoint says so.
+"""
+
+import re
+from collections.abc import Mapping
 from typing import Any
 
 # Without these nobody can say which model it is: the number of heads, for one, shows in no tensor's shape.
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# The fields of BertConfig.
+OWN_KEYS = (
+    *SIZES,
+    *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings"),
+    *("type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id"),
+)
+# Other names of an activation function, in transformers. gelu_fast differs from gelu_new by 1e-12.
+ACTIVATION_NAMES = {
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "swish": "silu",
+}
 
 # Keys that would change what the model computes. Only the value given here is BERT as the paper has it.
 FIXED_KEYS: dict[str, Any] = {
@@ -16,6 +37,25 @@ FIXED_KEYS: dict[str, Any] = {
     "tie_word_embeddings": True,
     "pruned_heads": {},
 }
+# Of these, null means the value above.
+NULL_IS_FIXED = FIXED_KEYS.keys() - {"model_type", "tie_word_embeddings"}
+
+# Keys of models that call themselves BERT and compute something else, often without a tensor that would show it. With a
+# value that switches it off (null, false, 0, nothing in it) they change nothing.
+OTHER_MODELS = re.compile(
+    r"""quantization_config | compression_config                        # weights that are stored as whole numbers
+    | rope_.* | rotary_.* | use_rotary.* | .*alibi.* | relative_attention.* | max_relative_positions  # positions
+    | pre_?norm | norm_first | normalize_before | layer_norm_first | use_pre_layer_norm | use_rms_?norm | norm_type
+    | feed_forward_type | use_glu.* | .*swiglu.* | hidden_mlp_type | mlp_type
+    | layer_types | mlp_layer_types | per_layer_config | sliding_window | attention_window
+    | attention_type | num_random_blocks | num_key_value_heads | num_kv_heads
+    | embed_scale | scale_embedding | embedding_multiplier | residual_multiplier | logits_scaling | logit_scale
+    | .*softcapping | attention_scale | softmax_scale | qk_norm | qk_layernorm
+    | num_hidden_groups | inner_group_num | share_layers | share_.*_layers   # ALBERT: one layer, many times
+    | use_bottleneck | true_hidden_size | num_feedforward_networks           # MobileBERT
+    | pre_seq_len | prefix_projection | num_experts | num_local_experts | moe_.*""",
+    re.VERBOSE,
+)
 
 # Keys that real config.json files carry and that change no number of the masked language model: bookkeeping,
 # other tasks' heads, the pooler, and text generation. They are accepted and listed in the load report.
@@ -32,35 +72,53 @@ HARMLESS_KEYS = frozenset(
     diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens attn_implementation _attn_implementation _attn_implementation_autoset language
+    assistant_confidence_threshold assistant_lookbehind encoder_repetition_penalty epsilon_cutoff eta_cutoff
+    num_assistant_tokens num_assistant_tokens_schedule target_lookbehind
+    tie_encoder_decoder is_composition _commit_hash
+    begin_suppress_tokens attn_implementation _attn_implementation _attn_implementation_autoset
+    experts_implementation _experts_implementation language
     """.split()
 )
 
 
-def own_values(values: Mapping[str, Any], own: Iterable[str]) -> dict[str, Any]:
-    """Of a parsed config.json, the keys in `own`, which the caller understands.
+def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a parsed config.json, the keys in `OWN_KEYS`.
 
-    Raises ValueError, naming the key and its value, for a key that makes it another model or that nobody here knows,
-    and for a missing size.
+    Raises ValueError, naming the key and its value, for a key that makes it another model, and for a missing size.
     """
-    own = set(own)
-    for key, wanted in FIXED_KEYS.items():  # first: of another architecture nobody asks about single keys
-        if values.get(key, wanted) != wanted:
+    for key, wanted in FIXED_KEYS.items():  # first: another architecture is named before its keys
+        value = values.get(key, wanted)
+        if value != wanted and not (value is None and key in NULL_IS_FIXED):
             raise ValueError(
-                f"{key} is {values[key]!r}, and minibert computes only {wanted!r}: "
-                "this checkpoint is another architecture"
+                f"{key} is {value!r}, and minibert computes only {wanted!r}: this checkpoint is another architecture"
             )
     for key, value in values.items():
-        if key not in own and key not in HARMLESS_KEYS and key not in FIXED_KEYS:
+        if OTHER_MODELS.fullmatch(key) and value and key not in OWN_KEYS:
             raise ValueError(
-                f"unknown key {key!r} (value {value!r}): it may change what the model computes. "
-                "If you know that it does not, take it out of config.json"
+                f"{key} is {value!r}: this is not the BERT of the paper, and minibert computes only that. If you know "
+                "that the key changes nothing here, take it out of config.json"
             )
+    own_code = values.get("auto_map")
+    if isinstance(own_code, dict) and (models := [key for key in own_code if key.startswith("AutoModel")]):
+        raise ValueError(f"auto_map has {models[0]!r}: the model is computed by code that comes with the checkpoint")
     if missing := [key for key in SIZES if key not in values]:
         raise ValueError(f"there is no {missing[0]}: without it nobody can say which model this is")
-    return {key: value for key, value in values.items() if key in own}
+    own = {key: values[key] for key in OWN_KEYS if key in values}
+    if isinstance(own.get("hidden_act"), str):
+        own["hidden_act"] = ACTIVATION_NAMES.get(own["hidden_act"], own["hidden_act"])
+    return own
 
 
 def ignored_keys(values: Mapping[str, Any]) -> list[str]:
-    """The keys of a parsed config.json that are accepted without being used."""
-    return sorted(set(values) & HARMLESS_KEYS)
+    """The keys of a parsed config.json that are known to change nothing."""
+    return sorted(values.keys() & HARMLESS_KEYS)
+
+
+def unknown_keys(values: Mapping[str, Any]) -> list[str]:
+    """The keys of a parsed config.json that nobody's BERT reads, as far as we know."""
+    return sorted(values.keys() - HARMLESS_KEYS - FIXED_KEYS.keys() - set(OWN_KEYS))
+
+
+def defaulted_keys(values: Mapping[str, Any]) -> list[str]:
+    """The keys of BertConfig that a parsed config.json leaves to their default."""
+    return [key for key in OWN_KEYS if key not in values]

@@ -5,7 +5,9 @@ Nothing here reads a tensor or needs torch: a tokenizer finds its file without t
 
 import os
 import re
-from dataclasses import dataclass
+import shlex
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,20 @@ from minibert.files import read_json, sha256
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 NEXT = ".config.json.next"  # see checkpoint._replace_model
 BUNDLED = (Path(__file__).parent / "weights", Path(__file__).parent.parent / "weights")  # in the wheel, in a checkout
-ALIASES = {"bert-base-uncased": "google-bert/bert-base-uncased"}
+# Google's BERTs had no owner in their names once, and many programs still call them so.
+SHORT_NAMES = {
+    name: f"google-bert/{name}"
+    for name in """
+    bert-base-uncased bert-base-cased bert-large-uncased bert-large-cased
+    bert-base-multilingual-uncased bert-base-multilingual-cased bert-base-chinese bert-base-german-cased
+    bert-base-german-dbmdz-cased bert-base-german-dbmdz-uncased bert-base-cased-finetuned-mrpc
+    bert-large-uncased-whole-word-masking bert-large-uncased-whole-word-masking-finetuned-squad
+    bert-large-cased-whole-word-masking bert-large-cased-whole-word-masking-finetuned-squad
+    """.split()
+}
+# Names that end like this are those of files, and no reason to ask the network.
+FILES = re.compile(r".*\.(bin|json|safetensors|txt|pt|pth|ckpt|h5|onnx|msgpack|model|gz|zip|tar)")
+ASK_SECONDS = 5  # for the one question to the hub whether it is there
 # A hub repository can change its files at any time; this one is pinned to what minibert was tested with.
 PINNED_REVISION = {"google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594"}
 PINNED_SHA256 = {
@@ -29,13 +44,14 @@ PINNED_SHA256 = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where the files of one checkpoint are: a folder, or a repository on the hub."""
+    """Where the files of one checkpoint are: a folder, or one commit of a repository on the hub."""
 
-    name: str
+    name: str  # as it was given
     folder: Path | None = None
     repo_id: str = ""
     revision: str | None = None
-    local_files_only: bool = False
+    commit: str | None = None  # the one that the revision is
+    only_cached: str = ""  # why the hub is not asked; "" if it is
 
     def file(self, filename: str) -> Path | None:
         """The path of one file, downloaded into the hub's ordinary cache if need be; None if the checkpoint has
@@ -54,22 +70,18 @@ class Source:
 
     @property
     def only_cache(self) -> str:
-        """What to add to "there is no …" if the hub may not be asked; "" otherwise."""
-        if self.folder is not None:
-            return ""
-        from huggingface_hub import constants
-
-        offline = "local_files_only" if self.local_files_only else "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
-        return f" in the local cache, and because of {offline} the hub was not asked" if offline else ""
+        """What to add to "there is no …" if the hub is not asked; "" otherwise."""
+        return f" in the local cache, and {self.only_cached}" if self.only_cached else ""
 
 
 def locate(
     name_or_path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Source:
-    """What a name means: an existing folder, else a bundled checkpoint, else "bert-base-uncased", else
-    "owner/name" on the hub.
+    """What a name means: an existing folder, else a bundled checkpoint, else one of Google's short names such as
+    "bert-base-uncased", else "owner/name" on the hub.
 
-    Raises FileNotFoundError if it is none of them, ValueError for a revision of something that is not on the hub.
+    Raises FileNotFoundError if it is none of them, ValueError for a revision of something that is not on the hub, and
+    ConnectionError if the hub does not answer and nothing is in its cache.
     """
     name = os.fspath(name_or_path)
     folders = [Path(name), *(parent / name for parent in BUNDLED)] if name else []
@@ -78,18 +90,110 @@ def locate(
             if revision is not None:
                 raise ValueError(f"revision {revision!r} was given, but {name} is a folder: revisions are the hub's")
             return Source(name, folder=folder)
-    repo_id = ALIASES.get(name, name)
-    # "models/bert" beside an existing folder "models" is a mistyped path, and no reason to ask the network.
-    is_path = not isinstance(name_or_path, str) or ("/" in name and Path(name).parent.is_dir())
+    repo_id = SHORT_NAMES.get(name, name)
+    # "models/bert" beside an existing folder "models" is a mistyped path, and so is "bert/model.bin".
+    is_path = not isinstance(name_or_path, str) or ("/" in name and Path(name).parent.is_dir()) or FILES.fullmatch(name)
     if not is_path and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
-        return Source(name, None, repo_id, revision or PINNED_REVISION.get(repo_id), local_files_only)
+        return _on_hub(Source(name, None, repo_id), revision, local_files_only)
     bundled = sorted({folder.parent.name for parent in BUNDLED for folder in parent.glob(f"*/{CONFIG}")})
     what = "is a file" if Path(name).is_file() else "is no folder"
     raise FileNotFoundError(
         f"{name!r} {what}. A model is a folder with {CONFIG} and {WEIGHTS}; a bundled name "
-        f"({', '.join(bundled) or 'none is installed'}); {', '.join(ALIASES)}; "
+        f"({', '.join(bundled) or 'none is installed'}); bert-base-uncased, or another of Google's; "
         "or a hub id such as google-bert/bert-base-cased"
     )
+
+
+# ------------------------------------------------------------------------------------------------------------- the hub
+
+
+def _on_hub(source: Source, revision: str | None, local_files_only: bool) -> Source:
+    """The source with the commit that is meant, so that all of its files are of one.
+
+    It is asked for once. A pinned commit that is in the cache needs no question. If the hub does not answer, what is in
+    the cache is taken, under the names under which transformers looks for it.
+    """
+    from huggingface_hub import constants
+
+    pinned = PINNED_REVISION.get(source.repo_id)
+    wanted = replace(source, revision=revision or pinned)
+    offline = "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
+    if offline:
+        why = f"because of {offline} the hub was not asked"
+        return _in_cache(wanted, revision, why) or replace(wanted, only_cached=why)
+    if not revision and pinned and _cached_commit(wanted.repo_id, pinned):
+        return replace(wanted, commit=pinned)
+    try:
+        return replace(wanted, commit=_ask_for_commit(wanted))
+    except ConnectionError as error:
+        if cached := _in_cache(wanted, revision, "the hub cannot be reached"):
+            return cached
+        raise ConnectionError(
+            f"{error}. Without a connection: give a folder, or a bundled name; or load it once where there is one, and "
+            "copy the cache (HF_HOME)"
+        ) from error
+
+
+def _ask_for_commit(source: Source) -> str:
+    """The commit that a revision is now. Raises FileNotFoundError if the hub has no such repository or revision, and
+    ConnectionError if it does not answer in ASK_SECONDS.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    url = huggingface_hub.hf_hub_url(source.repo_id, CONFIG, revision=source.revision)
+    try:
+        commit = huggingface_hub.get_hf_file_metadata(url, timeout=ASK_SECONDS).commit_hash
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source.name}: the hub has no revision {source.revision!r} of {source.repo_id}"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source.name}: the hub has no repository {source.repo_id}, or it is private and you are not logged in"
+        ) from error
+    except errors.EntryNotFoundError as error:  # no config.json, perhaps a repository of tokenizers
+        response = getattr(error, "response", None)
+        commit = None if response is None else response.headers.get("X-Repo-Commit")
+    except errors.HFValidationError:  # no possible name of a repository
+        raise
+    except Exception as error:  # also those of the HTTP library, which depends on huggingface_hub's version
+        raise ConnectionError(
+            f"{source.name}: {CONFIG} could not be asked for, the hub cannot be reached: {error}"
+        ) from error
+    if not commit:
+        raise ConnectionError(f"{source.name}: {CONFIG}: the answer does not come from the hub: it names no commit")
+    return str(commit)
+
+
+def _in_cache(source: Source, revision: str | None, why: str) -> Source | None:
+    """What the cache has: the wanted revision; or, if the user has named none, what is there under the short name too,
+    or at another commit than the pinned one, with a warning.
+    """
+    names = [source.repo_id, *([source.name] if source.name in SHORT_NAMES else [])]
+    revisions = [source.revision] if revision or not source.revision else [source.revision, None]
+    for wanted in revisions:
+        for repo_id in names:
+            if commit := _cached_commit(repo_id, wanted):
+                if wanted != source.revision:
+                    warnings.warn(
+                        f"{source.name}: the cache has commit {commit}, which is read; minibert was tested with "
+                        f"{source.revision}",
+                        stacklevel=2,
+                    )
+                return replace(source, repo_id=repo_id, revision=commit, commit=commit, only_cached=why)
+    return None
+
+
+def _cached_commit(repo_id: str, revision: str | None) -> str | None:
+    """The commit of a revision (None: the main one), if any file of it is in the cache."""
+    import huggingface_hub
+
+    for filename in (CONFIG, WEIGHTS, "tokenizer.json", "vocab.txt"):
+        path = huggingface_hub.try_to_load_from_cache(repo_id, filename, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent.name
+    return None
 
 
 def _download(source: Source, filename: str) -> Path | None:
@@ -99,12 +203,12 @@ def _download(source: Source, filename: str) -> Path | None:
     try:
         path = Path(
             huggingface_hub.hf_hub_download(
-                source.repo_id, filename, revision=source.revision, local_files_only=source.local_files_only
+                source.repo_id, filename, revision=source.revision, local_files_only=bool(source.only_cached)
             )
         )
     except errors.LocalEntryNotFoundError as error:
         known = huggingface_hub.try_to_load_from_cache(source.repo_id, filename, revision=source.revision)
-        if source.only_cache or known is huggingface_hub._CACHED_NO_EXIST:  # the hub has said before that it has none
+        if source.only_cached or known is huggingface_hub._CACHED_NO_EXIST:  # the hub has said before that it has none
             return None
         raise ConnectionError(
             f"{source.name}: {filename} is not in the local cache and the hub cannot be reached: "
@@ -112,27 +216,22 @@ def _download(source: Source, filename: str) -> Path | None:
         ) from error
     except errors.EntryNotFoundError:
         return None
-    except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(
-            f"{source.name}: the hub has no revision {source.revision!r} of {source.repo_id}"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{source.name}: the hub has no repository {source.repo_id}, or it is private and you are not logged in"
-        ) from error
-    except errors.HFValidationError:  # no possible name of a repository
-        raise
     except Exception as error:  # also those of the HTTP library, which depends on huggingface_hub's version
         raise ConnectionError(f"{source.name}: {filename} could not be downloaded: {error}") from error
-    expected = PINNED_SHA256.get((source.revision or "", filename))
+    if source.commit and path.parent.name != source.commit:
+        raise ConnectionError(f"{source.name}: the hub has just got another commit of it: load it again")
+    expected = PINNED_SHA256.get((source.commit or "", filename))
     if expected and (found := sha256(path)) != expected:
+        said = f"{path}: SHA-256 is {found}, but {source.name} at {source.commit} has {expected}: "
+        if source.only_cached:
+            raise ValueError(f"{said}this file of the cache has changed; load it again where the hub can be reached")
         path.resolve().unlink()  # the cached bytes, so that the next try downloads them again
         path.unlink(missing_ok=True)  # and the link to them
-        raise ValueError(
-            f"{path}: SHA-256 is {found}, but {source.name} at {source.revision} has {expected}: "
-            "the download came back wrong and was deleted; try again"
-        )
+        raise ValueError(f"{said}the download came back wrong and was deleted; try again")
     return path
+
+
+# ------------------------------------------------------------------------------------------------- the files of a model
 
 
 def read_config(source: Source) -> tuple[Path, dict[str, Any]]:
@@ -153,6 +252,7 @@ class WeightFiles:
 
     name: str  # of the checkpoint, as it was given
     paths: tuple[Path, ...]
+    commit: str | None = None  # of a hub repository
     index: Path | None = None  # if there are several: the file that says which tensor is in which
 
     @property
@@ -165,7 +265,7 @@ def weight_files(source: Source) -> WeightFiles:
     """Raises FileNotFoundError if there is none, ValueError for an index that is no index."""
     single = source.file(WEIGHTS)
     if single is not None:
-        return WeightFiles(source.name, (single,))
+        return WeightFiles(source.name, (single,), source.commit)
     index = source.file(INDEX)
     if index is None:
         raise FileNotFoundError(_no_weights(source))
@@ -175,17 +275,38 @@ def weight_files(source: Source) -> WeightFiles:
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
             raise ValueError(f"{index}: the shard {name!r} is not a plain file name: shards stand beside their index")
-    return WeightFiles(source.name, tuple(source.require(name) for name in sorted(set(weight_map.values()))), index)
+    paths = tuple(source.require(name) for name in sorted(set(weight_map.values())))
+    return WeightFiles(source.name, paths, source.commit, index)
 
 
 def _no_weights(source: Source) -> str:
-    if source.folder is not None and not (source.folder / "pytorch_model.bin").exists():
+    if source.folder is not None and not list(source.folder.glob("pytorch_model*.bin")):
         return f"{source.folder / WEIGHTS}: there is no such file, and no {INDEX}"
     if source.only_cache:
         return f"{source.name}: there is no {WEIGHTS}{source.only_cache}"
     return (
         f"{source.name}: there is no {WEIGHTS}. A pytorch_model.bin is a pickle, which can run any program when "
-        "it is opened, so minibert does not open it. Convert it where you trust it: "
-        'python -c "from transformers import '
-        f"AutoModelForMaskedLM as M; M.from_pretrained({source.name!r}).save_pretrained('converted')\""
+        "it is opened, so minibert does not open it. Convert it where you trust it, and then load "
+        f"{'the same folder' if source.folder else 'the folder converted'}: {conversion(source)}"
     )
+
+
+def conversion(source: Source) -> str:
+    """A shell command that makes a model.safetensors of the pytorch_model.bin of a folder, beside it; or of a hub
+    repository, in a new folder `converted` with its configuration and its tokenizer.
+    """
+    folder = str(source.folder) if source.folder else "converted"
+    fetch = ""
+    if source.folder is None:
+        wanted = ["*.json", "*.txt", "pytorch_model*.bin"]
+        fetch = (
+            f"from huggingface_hub import snapshot_download as get; get({source.repo_id!r}, "
+            f"revision={source.commit!r}, local_dir='converted', allow_patterns={wanted}); "
+        )
+    program = (
+        f"{fetch}import glob, torch; from safetensors.torch import save_file; t = {{}}; d = {folder!r}; "
+        "[t.update(torch.load(f, map_location='cpu', weights_only=True)) "
+        "for f in glob.glob(glob.escape(d) + '/pytorch_model*.bin')]; "
+        f"save_file({{k: v.clone().contiguous() for k, v in t.items()}}, d + '/{WEIGHTS}', metadata={{'format': 'pt'}})"
+    )
+    return f"python -c {shlex.quote(program)}"

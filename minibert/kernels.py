@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minibert.attention import equation_1, formula, to_rows, to_tokens
 from minibert.packing import PackedBatch
+from minibert.tracing import Rectangle, attend
 
 KERNELS = ("formula", "sdpa", "sequences", "varlen")
 QUERIES = 128  # at a time, where scores are written out: so they stay in the cache, and memory does not grow with S²
@@ -22,10 +23,14 @@ _forced: ContextVar[str | None] = ContextVar("_forced", default=None)  # each th
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout: nn.Dropout | None = None
+    query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch | Rectangle, dropout: nn.Dropout | None = None
 ) -> Tensor:
-    """The context of every token, (T, H, K). dropout: of the attention weights; it acts in training mode only."""
+    """The context of every token, (T, H, K). dropout: of the attention weights; it acts in training mode only. While a
+    program is recorded, the batch is a Rectangle, and everything is (B, S, H, K).
+    """
     dropout = dropout if dropout is not None and dropout.training and dropout.p > 0 else None
+    if isinstance(batch, Rectangle):
+        return attend(query, key, value, batch, dropout)
     kernel = choose_kernel(query, batch, dropout is not None)
     if kernel == "formula":
         return formula(query, key, value, batch, dropout)[0]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minibert.tracing import being_traced
+
 IGNORE = -100  # the label that means "nothing was asked here", in torch's cross_entropy and everywhere else
 
 
@@ -32,6 +34,9 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> MaskedLMLoss:
     and still has a graph, where a plain mean would be NaN. Raises ValueError for a target that is neither an id
     nor −100.
     """
+    for name, given in (("logits", logits), ("targets", targets)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(given).__name__}: torch.tensor(…) makes one")
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, not {tuple(targets.shape)}"
@@ -42,7 +47,7 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> MaskedLMLoss:
     vocab_size = logits.shape[-1]
     asked = targets != IGNORE
     out_of_range = asked & ((targets < 0) | (targets >= vocab_size))
-    if bool(out_of_range.any()):
+    if not being_traced() and bool(out_of_range.any()):
         raise ValueError(
             f"label {int(targets[out_of_range][0])} is not an id below {vocab_size}. "
             f"Give {IGNORE} where nothing is asked: that, and no other value, leaves a position out of the loss"

@@ -5,41 +5,24 @@ BertForMaskedLM.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from minibert import checkpoint, checks, hub
-from minibert.attention import formula
+from minibert.attention import equation_1, formula
 from minibert.checkpoint import LoadReport
 from minibert.config import BertConfig
 from minibert.files import naming
 from minibert.loss import masked_lm_loss
 from minibert.model import Bert, EncoderLayer
+from minibert.output import MaskedLMOutput
 from minibert.packing import PackedBatch
-
-
-@dataclass(frozen=True)
-class MaskedLMOutput:
-    """loss: a scalar, or None without labels. logits: (B, S, V), zeros where the attention mask is 0.
-
-    `out.logits`, `out["logits"]` and `out.keys()` work as in transformers; numbers as in `out[0]` do not.
-    """
-
-    loss: Tensor | None
-    logits: Tensor
-
-    def keys(self) -> tuple[str, ...]:
-        return ("logits",) if self.loss is None else ("loss", "logits")
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self.keys():
-            raise KeyError(f"there is no {key!r}, only {', '.join(self.keys())}")
-        value: Tensor = getattr(self, key)
-        return value
+from minibert.shapes import shapes_only
+from minibert.tracing import Rectangle, being_traced, rectangle
 
 
 class BertForMaskedLM(Bert):
@@ -59,20 +42,73 @@ class BertForMaskedLM(Bert):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        return_dict: bool = True,
+        **others: object,
     ) -> MaskedLMOutput:
-        """Padded in, padded out. All arguments are (B, S); see `PackedBatch.from_padded` for what each may be
-        left out for.
+        """Padded in, padded out. All tensors are (B, S); see `PackedBatch.from_padded` for what each may be left out
+        for. What a tokenizer of transformers gives beside them (special_tokens_mask, …) may be passed on, and is not
+        read; any other name is an error.
 
-        labels are ids where a prediction is scored and −100 elsewhere; the loss is the mean over the scored
-        positions. Raises ValueError for wrong shapes, dtypes, ids, or a label where the attention mask is 0.
+        labels are ids where a prediction is scored and −100 elsewhere; the loss is the mean over the scored positions.
+        output_hidden_states: N + 1 of (B, S, D). output_attentions: N of (B, H, S, S), by the formula, without dropout.
+        return_dict=False: a tuple of what is not None.
+
+        Raises ValueError for wrong shapes, dtypes, ids, or a label where the attention mask is 0.
         """
-        batch = PackedBatch.from_padded(input_ids, attention_mask, token_type_ids, position_ids)
-        logits = self.head(self.encode(batch), self.embeddings.word.weight)  # (T, V)
-        loss = None
-        if labels is not None:
-            checks.require_labels(labels, attention_mask, input_ids)
-            loss = masked_lm_loss(logits, batch.pack(labels)).mean
-        return MaskedLMOutput(loss, batch.unpack(logits))
+        checks.refuse_others(others)
+        checks.require_tensors(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            labels=labels,
+        )
+        if being_traced():
+            output = self._forward_rectangle(
+                rectangle(input_ids, attention_mask, token_type_ids, position_ids), labels, output_hidden_states
+            )
+            if output_attentions:
+                raise ValueError("attention maps cannot be had from a program that is recorded: leave them out")
+        else:
+            batch = PackedBatch.from_padded(input_ids, attention_mask, token_type_ids, position_ids)
+            states = self.hidden_states(batch) if output_hidden_states or output_attentions else [self.encode(batch)]
+            logits = self.head(states[-1], self.embeddings.word.weight)  # (T, V)
+            loss = None
+            if labels is not None:
+                checks.require_labels(labels, attention_mask, input_ids)
+                loss = masked_lm_loss(logits, batch.pack(labels)).mean
+            output = MaskedLMOutput(
+                loss,
+                batch.unpack(logits),
+                tuple(batch.unpack(x) for x in states) if output_hidden_states else None,
+                tuple(self._padded_maps(states, batch)) if output_attentions else None,
+            )
+        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _forward_rectangle(self, batch: Rectangle, labels: Tensor | None, with_states: bool) -> MaskedLMOutput:
+        """The padded call as it can be recorded (tracing.py)."""
+        states = [self.embeddings(batch)]  # (B, S, D)
+        for layer in self.layers:
+            states.append(layer(states[-1], batch))  # (B, S, D)
+        seen = batch.attention_mask[..., None]
+        logits = self.head(states[-1], self.embeddings.word.weight)  # (B, S, V)
+        loss = None if labels is None else masked_lm_loss(logits, labels).mean
+        return MaskedLMOutput(loss, logits * seen, tuple(x * seen for x in states) if with_states else None)
+
+    def _padded_maps(self, states: Sequence[Tensor], batch: PackedBatch) -> Iterator[Tensor]:
+        """The attention probabilities of each layer, (B, H, S, S), S being the padded length."""
+        seen = batch.unpack(torch.ones_like(batch.input_ids)).bool()  # (B, S)
+        for layer, x in zip(self.layers, states, strict=False):  # x: what this layer reads, (T, D)
+            assert isinstance(layer, EncoderLayer)
+            q, k, v = (batch.unpack(part).transpose(1, 2) for part in layer.attention.split_heads(x))  # (B, H, S, K)
+            probabilities = equation_1(q, k, v, seen[:, None, None, :])[1]
+            yield probabilities * seen[:, None, :, None] * seen[:, None, None, :]
 
     def hidden_states(self, batch: PackedBatch) -> list[Tensor]:
         """What the embeddings give and what each layer gives, N + 1 of (T, D). The last is `encode(batch)`."""
@@ -120,7 +156,8 @@ class BertForMaskedLM(Bert):
         cls,
         name_or_path: str | PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -130,23 +167,28 @@ class BertForMaskedLM(Bert):
         tells what was read.
 
         name_or_path: a folder; a bundled name ("minibert-uncased"); "bert-base-uncased"; or a hub id
-        ("owner/name"). dtype: of the weights in memory; None is float32 whatever the file holds. revision: of a
-        hub repository. local_files_only: never ask the hub, use what is in its cache. init_missing_head: accept
-        a file that has an encoder and no MLM head; the head's transformation then starts as the identity.
+        ("owner/name"). dtype: of the weights in memory: torch.bfloat16, "bfloat16", …; "auto" is what config.json says,
+        or else what the file holds; None is float32 whatever the file holds. torch_dtype: the same, by its older name.
+        revision: of a hub repository. local_files_only: never ask the hub, use what is in its cache.
+        init_missing_head: accept a file that has an encoder and no MLM head; the head's transformation then starts as
+        the identity.
 
         Raises ValueError for a file that is not exactly this model, FileNotFoundError for one that is not there.
         """
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise ValueError(f"dtype is {dtype!r} and torch_dtype {torch_dtype!r}: give one of the two")
         source = hub.locate(name_or_path, revision=revision, local_files_only=local_files_only)
         config_path, config_values = hub.read_config(source)  # first: no other architecture's weights are downloaded
         with naming(config_path):
             config = BertConfig.from_dict(config_values)
-        with checkpoint.shapes_only():  # no memory yet: the weights are held once, when they are read
+        found = checkpoint.find_tensors(hub.weight_files(source), config)
+        with shapes_only():  # no memory yet: the weights are held once, when they are read
             model = cls(config)
         state, report = checkpoint.read_weights(
-            hub.weight_files(source),
+            found,
             config_values,
             {name: tensor.shape for name, tensor in model.state_dict().items()},
-            dtype=dtype or torch.float32,
+            dtype=torch_dtype if dtype is None else dtype,
             device=device,
             init_missing_head=init_missing_head,
         )

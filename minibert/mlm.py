@@ -14,11 +14,12 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
+from minibert import checks
 from minibert.loss import IGNORE, masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import MaskedTokens, Outcome, mask_tokens
 from minibert.packing import PackedBatch
-from minibert.tokenizer import count_ids, encode, require_id, special_ids
+from minibert.tokenizer import count_ids, encode, own_mask, require_id, special_ids
 
 RECIPES = ("bert", "plain", "whole-word")
 SCORES = ("masked", "all")
@@ -89,43 +90,36 @@ def mask_and_guess(
     that is too long for the model. layers: also the best guess after each layer, as if it were the last one. top_k:
     how many guesses to give for each token.
 
-    Raises ValueError for a text without a token, one that is too long, a position outside it, a value out of range, and
-    options that do not go together.
+    Raises ValueError for a text without a token, one that is too long, a position outside it, a value out of range,
+    options that do not go together, and a model in training mode.
     """
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, not {score!r}")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
-    draw = {"probability": probability, "recipe": recipe, "seed": seed}
+    checks.require_no_dropout(model)
     encoding = _encode(model, tokenizer, text, truncate)
     ids = torch.tensor(encoding.ids)  # (S,)
     own = ids == require_id(tokenizer, "[MASK]")  # (S,)
+    draw = {"probability": probability, "recipe": recipe, "seed": seed}
     if positions is not None:
         _require_nothing_drawn(draw, "positions names the masked tokens")
         masked = _mask_these(ids, _places(positions, encoding), tokenizer)
     elif own.any():
-        _require_nothing_drawn(draw, "the text has a [MASK] of its own, and nothing else is masked")
+        _require_nothing_drawn(draw, "the text has a [MASK] of its own, and no other token is drawn")
         masked = _mask_these(ids, [], tokenizer)
     else:
         masked = _mask_drawn(encoding, tokenizer, 0.15 if probability is None else probability, recipe, seed)
     asked = torch.ones_like(own) if score == "all" else (masked.labels[0] != IGNORE) | own  # (S,)
     places = asked.nonzero().flatten()  # (M,)
     batch = PackedBatch.from_lists(masked.input_ids.tolist(), device=model.embeddings.word.weight.device)
-    if layers:
-        by_layer = model.layer_guesses(batch, places.to(batch.input_ids.device)).cpu()  # (N + 1, M, V)
-        logits = by_layer[-1]  # (M, V)
-    else:
-        by_layer, logits = None, model.predict(batch, places.to(batch.input_ids.device)).cpu()  # (M, V)
+    guess = model.layer_guesses if layers else model.predict
+    logits = guess(batch, places.to(batch.input_ids.device)).cpu()  # (N + 1, M, V), or only the last (M, V)
+    rows = _scored(places.tolist(), encoding, masked, own, logits, tokenizer, top_k)
     known = ~own[places]  # (M,): where the text says which token is the true one
-    loss = masked_lm_loss(logits[known], ids[places][known])
+    loss = masked_lm_loss((logits[-1] if layers else logits)[known], ids[places][known])
     return MaskedText(
-        tokens=encoding.tokens,
-        ids=encoding.ids,
-        input_ids=masked.input_ids[0].tolist(),
-        score=score,
-        scored=_scored(places.tolist(), encoding, masked, own, logits, by_layer, tokenizer, top_k),
-        loss=loss.mean.item(),
-        count=int(loss.count),
+        encoding.tokens, encoding.ids, masked.input_ids[0].tolist(), score, rows, loss.mean.item(), int(loss.count)
     )
 
 
@@ -141,7 +135,9 @@ def _encode(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, truncate: b
     if len(encoding.ids) <= tokenizer.num_special_tokens_to_add(False):
         raise ValueError(f"there is no token to mask in {text!r}: give a text with at least one word")
     mask_id = require_id(tokenizer, "[MASK]")
-    if truncate and (lost := tokenizer.encode(text).ids.count(mask_id) - encoding.ids.count(mask_id)):
+    if truncate and (
+        lost := tokenizer.encode(own_mask(tokenizer, text)).ids.count(mask_id) - encoding.ids.count(mask_id)
+    ):
         raise ValueError(f"{lost} [MASK] in the text would be cut off: the model takes {limit} tokens")
     return encoding
 
@@ -211,14 +207,14 @@ def _scored(
     masked: MaskedTokens,
     own: Tensor,
     logits: Tensor,
-    by_layer: Tensor | None,
     tokenizer: Tokenizer,
     top_k: int,
 ) -> list[ScoredToken]:
-    """own (S,): where the text has a mask. logits (M, V): of the M places. by_layer (N + 1, M, V), or None."""
+    """own (S,): where the text has a mask. logits: of the M places, (M, V); or of each layer, (N + 1, M, V)."""
+    after = [_guesses(x, tokenizer, 1) for x in logits] if logits.dim() == 3 else None
+    logits = logits[-1] if after else logits  # (M, V)
+    guesses = _guesses(logits, tokenizer, top_k)
     probabilities = logits.float().softmax(-1)  # (M, V)
-    guesses = _guesses(probabilities, tokenizer, top_k)
-    after = None if by_layer is None else [_guesses(x.float().softmax(-1), tokenizer, 1) for x in by_layer]
     rows = []
     for row, place in enumerate(places):
         asked_by_text, true = bool(own[place]), encoding.ids[place]
@@ -238,10 +234,11 @@ def _scored(
     return rows
 
 
-def _guesses(probabilities: Tensor, tokenizer: Tokenizer, top_k: int) -> list[list[Guess]]:
-    """The likeliest tokens for each row of (M, V), the best one first. What is no token of the tokenizer (rows that
-    only fill up the vocabulary) is no answer.
+def _guesses(logits: Tensor, tokenizer: Tokenizer, top_k: int) -> list[list[Guess]]:
+    """The likeliest tokens for each row of (M, V), the best one first. An id that is no token of the tokenizer, and
+    only fills up the vocabulary, is no answer.
     """
+    probabilities = logits.float().softmax(-1)  # (M, V)
     known = torch.tensor(sorted(tokenizer.get_vocab().values()))  # ids
     scores, chosen = probabilities[:, known].topk(min(top_k, len(known)))  # both (M, top_k)
     return [

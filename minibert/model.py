@@ -34,6 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # x Φ(x), with the exact erf: what "gelu" means in the hub's config.json files
     "gelu_new": partial(F.gelu, approximate="tanh"),  # the tanh approximation: gelu() in google-research/bert
     "relu": F.relu,
+    "silu": F.silu,
 }
 
 

@@ -7,6 +7,7 @@ it. What else is found in BERT checkpoints, and what of it is no part of a maske
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 # The name table: our module, and the module (or the three modules) of the hub's BERT checkpoints. N is a
 # layer's number. Loading, saving and layer-by-layer parity all read it.
@@ -36,9 +37,12 @@ TABLE = dict(NAMES)
 
 # Tensors that BERT checkpoints carry and a masked language model has no use for.
 IGNORED = (
-    (re.compile(r"(bert\.)?embeddings\.position_ids"), "a constant: 0, 1, 2, …"),
-    (re.compile(r"(bert\.)?pooler\.dense\.(weight|bias)"), "the pooler serves sentence classification"),
+    (re.compile(r"bert\.embeddings\.(position|token_type)_ids"), "a constant, which the model makes itself"),
+    (re.compile(r"bert\.pooler\.dense\.(weight|bias)"), "the pooler serves sentence classification"),
     (re.compile(r"cls\.seq_relationship\.(weight|bias)"), "the next-sentence head"),
+    (re.compile(r"classifier\..+"), "another task's head: classification of texts, tokens or choices"),
+    (re.compile(r"qa_outputs\..+"), "another task's head: question answering"),
+    (re.compile(r"(crf|score)\..+"), "another task's head: tagging or scoring"),
 )
 # Second copies of a tensor that the model holds once.
 TIED = {
@@ -46,6 +50,14 @@ TIED = {
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
 HEAD = "cls.predictions."
+
+# What wrappers put into the names of the modules that they wrap: torch.compile, FSDP, activation checkpointing.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Where a name of the hub begins, behind whatever a program has put before all of them.
+BEGINS = re.compile(
+    r"(?<![^.])((bert\.)?(embeddings\.\w+_embeddings\.|embeddings\.LayerNorm\.|encoder\.layer\.\d+\.)|cls\.predictions\.)"
+)
+ADAPTERS = re.compile(r"\.(lora_\w+|modules_to_save|ia3_\w+)\.|^prompt_encoder\.")
 
 
 def hub_names(name: str) -> list[str]:
@@ -60,38 +72,72 @@ def hub_names(name: str) -> list[str]:
 class Spelling:
     """How the names in a file stand for the hub's names."""
 
+    prefix: str = ""  # what stands before every name
     spelled: dict[str, str] = field(default_factory=dict)  # the hub's name → the name in the file
-    renamed: dict[str, str] = field(default_factory=dict)  # older spelling in the file → the name it stands for
-    tied: dict[str, str] = field(default_factory=dict)  # second copy → the tensor it equals
+    renamed: dict[str, str] = field(default_factory=dict)  # another spelling in the file → the name it stands for
+    tied: dict[str, str] = field(default_factory=dict)  # second copy in the file → the tensor it equals
     ignored: dict[str, str] = field(default_factory=dict)  # name in the file → why it is not needed
 
 
 def read_names(keys: Iterable[str]) -> Spelling:
-    """What the names in a file stand for. Raises ValueError if two of them stand for one tensor."""
-    found = set(keys := list(keys))
-    result = Spelling()
-    for key in keys:
-        if reason := next((why for pattern, why in IGNORED if pattern.fullmatch(key)), None):
+    """What the names in a file stand for.
+
+    Raises ValueError if two of them stand for one tensor, and for adapters that are not merged into the weights.
+    """
+    keys = list(keys)
+    if adapters := [key for key in keys if ADAPTERS.search(key)]:
+        raise ValueError(
+            f"{several('tensor', adapters)} of an adapter, which changes the weights beside it. Merge it first, with "
+            "the library that wrote it (in PEFT: model.merge_and_unload().save_pretrained(…))"
+        )
+    result = Spelling(prefix=common_prefix(keys))
+    bare = {key: _bare(key, result.prefix) for key in keys}
+    names = {key: hub_spelling(name) for key, name in bare.items()}
+    present = set(names.values())
+    for key, name in names.items():
+        if reason := next((why for pattern, why in IGNORED if pattern.fullmatch(name)), None):
             result.ignored[key] = reason
             continue
-        name = re.sub(r"\.LayerNorm\.gamma$", ".LayerNorm.weight", key)
-        name = re.sub(r"\.LayerNorm\.beta$", ".LayerNorm.bias", name)
-        if name.startswith(("embeddings.", "encoder.")):
-            name = "bert." + name
-        if name == "cls.predictions.decoder.bias" and TIED[name] not in found:
-            name = TIED[name]  # the only copy of the bias, under its other name
-        if name in TIED:
+        if name in TIED and TIED[name] in present:
             result.tied[key] = TIED[name]
             continue
+        name = TIED.get(name, name)  # the only copy, under its other name
         if name in result.spelled:
             raise ValueError(f"{result.spelled[name]} and {key} are two spellings of the same tensor")
         result.spelled[name] = key
-        if name != key:
+        if name != bare[key]:
             result.renamed[key] = name
-    for copy, original in result.tied.items():
-        if original not in result.spelled:
-            raise ValueError(f"there is {copy}, but not {original}, which it is a copy of")
     return result
+
+
+def common_prefix(keys: Iterable[str]) -> str:
+    """What stands before every name: "module.", "model.", "base_model.model.", … "" if nothing does, or not everywhere
+    the same.
+    """
+    keys = list(keys)
+    for names in (keys, [WRAPPERS.sub("", key) for key in keys]):
+        prefixes = {name[: match.start()] for name in names if (match := BEGINS.search(name))}
+        if len(prefixes) == 1:
+            return prefixes.pop()
+    return ""
+
+
+def _bare(key: str, prefix: str) -> str:
+    return (key if key.startswith(prefix) else WRAPPERS.sub("", key)).removeprefix(prefix)
+
+
+def hub_spelling(name: str) -> str:
+    """The hub's name for a tensor, from one that differs only in how it is written."""
+    name = WRAPPERS.sub("", name)
+    name = re.sub(r"\.LayerNorm\.gamma$", ".LayerNorm.weight", name)
+    name = re.sub(r"\.LayerNorm\.beta$", ".LayerNorm.bias", name)
+    return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
+
+
+def nearest(name: str, others: Iterable[str]) -> str | None:
+    """The one of the other names that looks most like `name`, if any does."""
+    found = get_close_matches(name, list(others)[:1000], n=1, cutoff=0.5)
+    return found[0] if found else None
 
 
 def several(noun: str, names: Sequence[str], shown: int = 3) -> str:

@@ -6,20 +6,45 @@ google-research/bert, tokenization.py.
 """
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
 from minibert import hub
-from minibert.files import read_json
+from minibert.files import naming
+from minibert.tokenizer_files import (
+    CASE,
+    ROLES,
+    SETTINGS,
+    TOKENIZER,
+    TokenizerFiles,
+    extra_tokens,
+    read_tokenizer_files,
+    special_tokens,
+)
+
+
+@dataclass(frozen=True)
+class TokenizerReport:
+    """What `load_tokenizer` read. The tokenizer has it as `load_report`."""
+
+    name: str
+    files: tuple[Path, ...]
+    notes: tuple[str, ...]  # which file said what, and what another one said that was not taken
+    roles: Mapping[str, str] = field(default_factory=dict)  # "mask" → "[MASK]", …
+    extra: tuple[str, ...] = ()  # special tokens without a role
 
 
 def load_tokenizer(
     name_or_path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Tokenizer:
-    """The tokenizer of a checkpoint, named as for `BertForMaskedLM.from_pretrained`: from its tokenizer.json,
-    or else from its vocab.txt and the settings in its tokenizer_config.json, if any.
+    """The tokenizer of a checkpoint, named as for `BertForMaskedLM.from_pretrained`. Which files are read,
+    and which one holds where two of them differ, stands in tokenizer_files.py; `tokenizer.load_report` says what was
+    found.
 
     `.encode(text).ids` gives the ids, [CLS] and [SEP] included. Nothing is truncated or padded, whatever the
     file says: ask for it with `encode(..., truncate=True)` here or the library's own `enable_truncation`.
@@ -27,91 +52,220 @@ def load_tokenizer(
     Raises FileNotFoundError or ValueError, naming the file.
     """
     source = hub.locate(name_or_path, revision=revision, local_files_only=local_files_only)
-    if path := source.file("tokenizer.json"):
+    found = read_tokenizer_files(source)
+    with naming(found.path()):
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = _as_it_stands(found) if found.as_it_stands else _bert(found)
         except Exception as error:  # the library raises nothing more special
-            raise ValueError(f"{path}: not a tokenizer file: {error}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-    path = source.file("vocab.txt")
-    if path is None:
-        raise FileNotFoundError(f"{source.name}: there is neither a tokenizer.json nor a vocab.txt{source.only_cache}")
-    settings_path = source.file("tokenizer_config.json")
-    settings = read_json(settings_path) if settings_path else {}
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a vocabulary of one token a line in UTF-8: {error}") from error
-    tokens = text.removesuffix("\n").split("\n")
-    try:
-        return from_vocabulary(tokens, settings)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{settings_path or path}: the tokenizer cannot be made: {error}") from error
-
-
-def from_vocabulary(tokens: list[str], settings: dict[str, Any] | None = None) -> Tokenizer:
-    """BERT's tokenizer for a vocabulary, token i having id i. `settings` are the keys of tokenizer_config.json."""
-    settings = settings or {}
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    special = {}
-    for role in ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
-        token = settings.get(role, f"[{role.removesuffix('_token').upper()}]")
-        special[role] = token["content"] if isinstance(token, dict) else token  # a dict is an AddedToken, written out
-        if special[role] not in vocabulary:
-            raise ValueError(f"the {role} {special[role]!r} is not in the vocabulary of {len(tokens)} tokens")
-    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=special["unk_token"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"),
-        lowercase=settings.get("do_lower_case", True),
+            said = "not a tokenizer file" if found.as_it_stands else "the tokenizer cannot be made"
+            raise ValueError(str(error) if isinstance(error, ValueError) else f"{said}: {error}") from error
+        except BaseException as error:
+            raise _as_value_error(error) from error
+    roles = {role: token.content for role, token in special_tokens(found.settings).items() if role in ROLES}
+    report = TokenizerReport(
+        name=source.name,
+        files=tuple(found.paths.values()),
+        notes=tuple(_notes(found)),
+        roles=roles,
+        extra=tuple(extra_tokens(found.settings)),
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    tokenizer.add_special_tokens(list(special.values()))
-    cls, sep = special["cls_token"], special["sep_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{cls}:0 $A:0 {sep}:0",
-        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-        special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])],
-    )
+    tokenizer.load_report = report  # type: ignore[attr-defined]
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, text: str, max_length: int, *, truncate: bool = False) -> Encoding:
-    """The encoding of one text, at most `max_length` tokens with [CLS] and [SEP].
+def _bert(found: TokenizerFiles) -> Tokenizer:
+    """BERT's tokenizer, from a vocabulary and settings."""
+    vocabulary = found.vocabulary
+    if vocabulary is None:
+        assert found.whole is not None
+        vocabulary = found.whole["model"].get("vocab")
+        if not isinstance(vocabulary, dict) or not all(type(n) is int and 0 <= n < 2**32 for n in vocabulary.values()):
+            raise ValueError("not a tokenizer file: its vocab must be an object of tokens and their ids")
+        if len(set(vocabulary.values())) < len(vocabulary):
+            raise ValueError("two tokens of the vocabulary have the same id")
+    return from_vocabulary(vocabulary, found.settings, found.added)
 
-    A longer text is cut (before [SEP]) if `truncate` is given, and otherwise a ValueError that gives both numbers.
+
+def from_vocabulary(
+    tokens: Sequence[str] | Mapping[str, int],
+    settings: Mapping[str, Any] | None = None,
+    added: Mapping[int, AddedToken] | None = None,
+) -> Tokenizer:
+    """BERT's tokenizer for a vocabulary: tokens in the order of their ids, or token → id. `settings` are the keys of
+    tokenizer_config.json; `added` are tokens that are never cut, with their ids.
+
+    Raises ValueError if a special token is in neither, or if an added token cannot have its id.
     """
-    special = tokenizer.num_special_tokens_to_add(False)
-    if max_length < special:
-        raise ValueError(f"a length of {max_length} has no room for the {special} special tokens, [CLS] and [SEP]")
-    try:
-        text.encode()  # bytes on the command line that are no UTF-8 arrive as lone surrogates
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text {text[:60]!r} is not Unicode: {error.reason}") from error
-    encoding = tokenizer.encode(text)
-    if len(encoding.ids) <= max_length:
-        return encoding
-    if not truncate:
+    settings = settings or {}
+    vocabulary = dict(tokens) if isinstance(tokens, Mapping) else {token: n for n, token in enumerate(tokens)}
+    roles = {role: AddedToken(f"[{role.upper()}]", special=True) for role in ROLES} | special_tokens(settings)
+    content = {role: token.content for role, token in roles.items()}
+    case = {key: settings.get(key, default) for key, default in CASE.items()}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=content["unk"]))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=case["tokenize_chinese_chars"],
+        strip_accents=case["strip_accents"],
+        lowercase=case["do_lower_case"],
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    _add_tokens(tokenizer, added or {}, list(roles.values()), extra_tokens(settings))
+    for role in ROLES:
+        if tokenizer.token_to_id(content[role]) is None:
+            size = len(vocabulary)
+            raise ValueError(f"the {role}_token {content[role]!r} is not in the vocabulary of {size} tokens")
+    cls, sep = content["cls"], content["sep"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[
+            {"id": "[CLS]", "ids": [tokenizer.token_to_id(cls)], "tokens": [cls]},
+            {"id": "[SEP]", "ids": [tokenizer.token_to_id(sep)], "tokens": [sep]},
+        ],
+    )
+    tokenizer.encode_special_tokens = settings.get("split_special_tokens", False)
+    return tokenizer
+
+
+def _as_it_stands(found: TokenizerFiles) -> Tokenizer:
+    """The tokenizer in tokenizer.json, with the tokens that the other files add."""
+    assert found.whole is not None
+    tokenizer = Tokenizer.from_file(str(found.path()))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _require_template(tokenizer, found.whole.get("post_processor"))
+    missing = {number: token for number, token in found.added.items() if tokenizer.token_to_id(token.content) is None}
+    named = list(special_tokens(found.settings).items())
+    for role, token in named:
+        if role in ROLES and tokenizer.token_to_id(token.content) is None and token.content not in map(str, missing):
+            raise ValueError(f"the {role}_token {token.content!r} is not in the vocabulary")
+    _add_tokens(tokenizer, missing, [token for _, token in named], extra_tokens(found.settings))
+    if "split_special_tokens" in found.settings:
+        tokenizer.encode_special_tokens = found.settings["split_special_tokens"]
+    tokenizer.decode(tokenizer.encode("a", "b").ids)  # what the library does not find when it reads, it finds here
+    return tokenizer
+
+
+def _require_template(tokenizer: Tokenizer, post_processor: Any) -> None:
+    """Raise ValueError if [CLS], [SEP] or what else is put around a text is not in the vocabulary, with the same id.
+    The library takes it from a file as it is, and panics, or gives ids of other tokens.
+    """
+    if not isinstance(post_processor, dict):
+        return
+    for each in post_processor.get("processors") or []:
+        _require_template(tokenizer, each)
+    listed = post_processor.get("special_tokens")
+    pairs = [post_processor[key] for key in ("cls", "sep") if isinstance(post_processor.get(key), list)]
+    if isinstance(listed, dict):
+        pairs = [pair for each in listed.values() for pair in zip(each["tokens"], each["ids"], strict=True)]
+        pieces = [*(post_processor.get("single") or []), *(post_processor.get("pair") or [])]
+        named = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
+        if unknown := sorted(named - listed.keys()):
+            raise ValueError(f"not a tokenizer file: its template has {unknown[0]!r}, which it does not list")
+    for token, number in pairs:
+        if tokenizer.token_to_id(token) != number:
+            raise ValueError(
+                f"not a tokenizer file: its template gives {token!r} the id {number}, and the vocabulary "
+                f"{tokenizer.token_to_id(token)}"
+            )
+
+
+def _add_tokens(
+    tokenizer: Tokenizer, added: Mapping[int, AddedToken], named: Sequence[AddedToken], extra: Sequence[str]
+) -> None:
+    """Tokens that are never cut: those in `added` with their ids, then the special ones. A token that is in the
+    vocabulary keeps its id there. Special tokens that have a role must be there already.
+    """
+    tokenizer.add_tokens([added[number] for number in sorted(added)])
+    for number, token in added.items():
+        if (got := tokenizer.token_to_id(token.content)) != number:
+            raise ValueError(
+                f"the added token {token.content!r} has the id {number}, but would get {got}: the vocabulary has "
+                f"{tokenizer.get_vocab_size()} tokens with it, and added ones follow without a gap"
+            )
+    there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    known = [token for token in named if tokenizer.token_to_id(token.content) is not None]
+    more = [*known, *(AddedToken(text, special=True) for text in extra)]
+    tokenizer.add_special_tokens([token for token in more if token.content not in there])
+
+
+def _notes(found: TokenizerFiles) -> list[str]:
+    """What was taken from which file, and what was not taken."""
+    pieces = found.path().name
+    notes = [f"pieces from {pieces}"]
+    stored = ((found.whole or {}).get("normalizer")) or {}
+    if found.as_it_stands:
+        notes.append(f"{TOKENIZER} stands as it is")
+        notes += [f"{key} {found.settings[key]} in {SETTINGS} has no effect" for key in CASE if key in found.settings]
+        return notes
+    names = {"do_lower_case": "lowercase", "tokenize_chinese_chars": "handle_chinese_chars"}
+    for key, default in CASE.items():
+        origin = SETTINGS if key in found.settings else "BERT's default"
+        value = found.settings.get(key, default)
+        other = value if found.whole is None else stored.get(names.get(key, key), value)
+        notes.append(f"{key} {value} ({origin}" + (f"; {TOKENIZER} has {other})" if value != other else ")"))
+    if found.added:
+        notes.append(f"{len(found.added)} added tokens")
+    return notes
+
+
+def _as_value_error(error: BaseException) -> BaseException:
+    """The library's own faults arrive as PanicException, which no `except Exception` catches."""
+    if type(error).__name__ != "PanicException":
+        return error
+    return ValueError(f"not a tokenizer file: the tokenizers library cannot use it: {error}")
+
+
+# ------------------------------------------------------------------------------------------------------- special tokens
+
+
+def own_token(tokenizer: Tokenizer, usual: str) -> str | None:
+    """What this tokenizer calls the token that is usually called [UNK], [SEP], [PAD], [CLS] or [MASK]. None if it has
+    none.
+
+    It is what the checkpoint's files call so. For a tokenizer that came without such files, it is what the tokenizer
+    itself does: the token for unknown words, those that it puts around a text; and for the rest, the one special token
+    with that name, whatever its brackets: [MASK], <mask>, …
+    """
+    role = usual.strip("[]").lower()
+    report = getattr(tokenizer, "load_report", None)
+    if report is not None and role in report.roles:
+        return str(report.roles[role])
+    if role == "unk" and getattr(tokenizer.model, "unk_token", None):
+        return str(tokenizer.model.unk_token)
+    if role in ("cls", "sep") and tokenizer.num_special_tokens_to_add(False) == 2:
+        return str(tokenizer.encode("").tokens[0 if role == "cls" else -1])
+    if tokenizer.token_to_id(usual) is not None:
+        return usual
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    named = [token for token in special if token.strip("[]<>|_ ").lower() == role]
+    return named[0] if len(named) == 1 else None
+
+
+def require_id(tokenizer: Tokenizer, usual: str) -> int:
+    """The id of the token that is usually called [UNK], [SEP], [PAD], [CLS] or [MASK], whatever it is called here.
+    Raises ValueError if there is none.
+    """
+    token = own_token(tokenizer, usual)
+    number = None if token is None else tokenizer.token_to_id(token)
+    if number is None:
         raise ValueError(
-            f"the text is {len(encoding.ids)} tokens long and the model takes {max_length}: "
-            "shorten it (truncate=True, and --truncate of fill-mask and mlm, cut it)"
+            f"this tokenizer has no {usual} token: it is not a BERT tokenizer, or it has another name for it and no "
+            f'tokenizer_config.json that says so ("{usual.strip("[]").lower()}_token": "…")'
         )
-    body = tokenizer.encode(
-        text, add_special_tokens=False
-    )  # not enable_truncation: it would stay on the caller's tokenizer
-    body.truncate(max_length - special)
-    return tokenizer.post_process(body)
+    return number
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:
-    """The ids of the special tokens ([PAD], [UNK], [CLS], [SEP], [MASK]): never masked, never predicted by
-    BERT's recipe.
+    """The ids of the special tokens ([PAD], [UNK], [CLS], [SEP], [MASK], and others that were added as special): never
+    masked, never predicted by BERT's recipe.
     """
-    return sorted(number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+    ids = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    report = getattr(tokenizer, "load_report", None)
+    named = [own_token(tokenizer, f"[{role.upper()}]") for role in ROLES] + list(report.extra if report else ())
+    numbers = [tokenizer.token_to_id(token) for token in named if token is not None]
+    return sorted(ids.union(number for number in numbers if number is not None))
 
 
 def count_ids(tokenizer: Tokenizer) -> int:
@@ -121,9 +275,51 @@ def count_ids(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def require_id(tokenizer: Tokenizer, token: str) -> int:
-    """The id of a token that must be there, such as "[MASK]". Raises ValueError if it is not."""
-    number = tokenizer.token_to_id(token)
-    if number is None:
-        raise ValueError(f"this tokenizer has no {token} token: it is not a BERT tokenizer")
-    return number
+# ---------------------------------------------------------------------------------------------------------------- texts
+
+
+def encode(
+    tokenizer: Tokenizer, text: str, max_length: int, *, pair: str | None = None, truncate: bool = False
+) -> Encoding:
+    """The encoding of one text, or of two sentences (`pair` is the second), at most `max_length` tokens with [CLS] and
+    [SEP]. They may say [MASK] where the tokenizer has another name for it.
+
+    What is longer is cut at the end of the text, or of the second sentence, if `truncate` is given; otherwise it is a
+    ValueError that gives both numbers.
+    """
+    sentences = [text] if pair is None else [text, pair]
+    special = tokenizer.num_special_tokens_to_add(pair is not None)
+    if max_length < special:
+        raise ValueError(f"a length of {max_length} has no room for the {special} special tokens, [CLS] and [SEP]")
+    for sentence in sentences:
+        try:
+            sentence.encode()  # bytes on the command line that are no UTF-8 arrive as lone surrogates
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text {sentence[:60]!r} is not Unicode: {error.reason}") from error
+    sentences = [own_mask(tokenizer, sentence) for sentence in sentences]
+    encoding = tokenizer.encode(sentences[0], None if pair is None else sentences[1])
+    if len(encoding.ids) <= max_length:
+        return encoding
+    if not truncate:
+        raise ValueError(
+            f"the text is {len(encoding.ids)} tokens long and the model takes {max_length}: "
+            "shorten it (truncate=True, or --truncate of a command, cuts it)"
+        )
+    # Not enable_truncation: it would stay on the caller's tokenizer.
+    bodies = [tokenizer.encode(sentence, add_special_tokens=False) for sentence in sentences]
+    room = max_length - special - sum(len(body.ids) for body in bodies[:-1])
+    if pair is not None and room < 1:
+        raise ValueError(
+            f"the first sentence is {len(bodies[0].ids) + special} tokens long with the special ones, and the model "
+            f"takes {max_length}: shorten it, for only the second one is cut, and nothing would be left of that"
+        )
+    bodies[-1].truncate(room)
+    return tokenizer.post_process(bodies[0], None if pair is None else bodies[1])
+
+
+def own_mask(tokenizer: Tokenizer, text: str) -> str:
+    """The text with the tokenizer's own mask token where it says [MASK], unless [MASK] is a token of its own."""
+    if "[MASK]" not in text or tokenizer.token_to_id("[MASK]") is not None:
+        return text
+    mask = own_token(tokenizer, "[MASK]")
+    return text if mask is None else text.replace("[MASK]", mask)

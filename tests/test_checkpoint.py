@@ -348,7 +348,7 @@ def test_the_decoder_cannot_come_untied(good, ids):
 # -------------------------------------------------------------------------------------------------- the caller's errors
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, "float16", "auto"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, "int8", "float", 16])
 def test_dtype_that_is_none(good, dtype):
     with pytest.raises((TypeError, ValueError), match="dtype"):
         BertForMaskedLM.from_pretrained(good, dtype=dtype)
@@ -368,8 +368,8 @@ def test_device_that_is_not_there(good):
 
 
 def test_misspelt_keyword(good):
-    with pytest.raises(TypeError, match="torch_dtype"):
-        BertForMaskedLM.from_pretrained(good, torch_dtype=torch.float16)
+    with pytest.raises(TypeError, match="torch_type"):
+        BertForMaskedLM.from_pretrained(good, torch_type=torch.float16)
 
 
 def test_unknown_folder(tmp_path, good, monkeypatch):
@@ -473,7 +473,7 @@ def test_pickle_under_another_name_is_not_opened(folder, tmp_path):
 def test_only_a_pickle(folder, tmp_path):
     (folder / WEIGHTS).unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    refused(folder, r"pytorch_model\.bin is a pickle.*[Cc]onvert.*save_pretrained", FileNotFoundError)
+    refused(folder, r"pytorch_model\.bin is a pickle.*[Cc]onvert.*save_file", FileNotFoundError)
     assert not (tmp_path / "sprung").exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
     assert (tmp_path / "sprung").exists()  # the trap does work
@@ -500,12 +500,6 @@ def test_missing_tensors(folder, tensors):
     del tensors[WORD]
     store(folder, tensors)
     refused(folder, r"tensors .*word_embeddings.* are missing", mentions=WEIGHTS)
-
-
-def test_decoder_without_word_embeddings(folder, tensors):
-    tensors[DECODER] = tensors.pop(WORD)
-    store(folder, tensors)
-    refused(folder, f"{re.escape(DECODER)}.*{re.escape(WORD)}", mentions=WEIGHTS)
 
 
 def test_extra_tensor(folder, tensors):
@@ -614,7 +608,7 @@ CONFIGS = {
     "add_cross_attention": True,
     "tie_word_embeddings": False,
     "model_type": "roberta",
-    "hidden_act": "swish",
+    "hidden_act": "tanh",
     "hidden_size": 33,
     "num_attention_heads": 0,
     "vocab_size": "99",

@@ -2,14 +2,20 @@
 
 import hashlib
 import http.server
+import io
 import json
+import os
+import shlex
 import socket
+import subprocess
+import sys
 import threading
 import time
 import types
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
@@ -56,6 +62,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub = self.server
+        if self.path.startswith("/api/models/"):
+            return self.list()
         repo, slash, rest = self.path[1:].partition("/resolve/")
         revision, _, filename = rest.partition("/")
         if not slash:
@@ -83,6 +91,18 @@ class Answer(http.server.BaseHTTPRequestHandler):
             tries = sum(asked == (self.command, repo, revision, filename) for asked in hub.asked)
             cut = len(data) // 2 if tries == 1 else 0
         return self.reply(200, data, headers, cut)
+
+    def list(self):
+        """The files of a repository, as snapshot_download asks for them."""
+        owner, name, kind, revision = self.path.partition("?")[0].removeprefix("/api/models/").split("/")[:4]
+        commit = self.server.branches.get(revision, revision)
+        files = self.server.repos[f"{owner}/{name}"][commit]
+        if kind == "tree":
+            listed = [{"type": "file", "path": name, "oid": "0", "size": len(data)} for name, data in files.items()]
+            return self.reply(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
+        listed = [{"rfilename": filename} for filename in files]
+        answer = {"id": f"{owner}/{name}", "sha": commit, "siblings": listed}
+        return self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def reply(self, status, data=b"", headers=None, cut=None):
         self.send_response(status)
@@ -290,9 +310,37 @@ def test_offline_with_a_cache_that_has_no_weights(hub, monkeypatch):
 
 def test_no_connection(unreachable, waited):
     start = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"owner/name: config\.json .*cannot be reached"):
+    with pytest.raises(ConnectionError, match=r"config\.json .*cannot be reached.*folder.*bundled.*HF_HOME"):
         BertForMaskedLM.from_pretrained(NAME)
-    assert time.monotonic() - start + sum(waited) < 30  # huggingface_hub tries for 23 s
+    assert time.monotonic() - start + sum(waited) < 10  # it is asked once; huggingface_hub alone tries for 23 s
+
+
+def test_a_hub_that_does_not_answer(hub, monkeypatch, waited):
+    monkeypatch.setattr(minihub, "ASK_SECONDS", 0.2)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        use(monkeypatch, f"http://127.0.0.1:{deaf.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(ConnectionError, match=r"owner/name: .*cannot be reached"):
+            BertForMaskedLM.from_pretrained(NAME)
+        assert time.monotonic() - start + sum(waited) < 5
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nowhere/x.bin", "nowhere/vocab.txt", "nowhere/model.safetensors", "./a/b", "a/b/c", "/a", "a", "", "a/../b"],
+)
+def test_a_path_that_is_no_folder_asks_nobody(hub, name):
+    for load in (BertForMaskedLM.from_pretrained, load_tokenizer, BertConfig.from_pretrained):
+        with pytest.raises(FileNotFoundError, match="is no folder"):
+            load(name)
+    assert hub.asked == []
+
+
+def test_a_name_with_a_dot_is_asked_for(hub, files):
+    hub.repos["owner/bert.v1"] = {COMMIT: dict(files)}
+    assert BertForMaskedLM.from_pretrained("owner/bert.v1").load_report.commit == COMMIT
 
 
 def test_hub_that_is_broken(hub, waited):
@@ -327,9 +375,137 @@ def test_no_such_file(hub):
 
 def test_only_a_pickle(hub):
     hub.repos[NAME][COMMIT]["pytorch_model.bin"] = hub.repos[NAME][COMMIT].pop(WEIGHTS)
-    with pytest.raises(FileNotFoundError, match=r"owner/name: .*pickle.*[Cc]onvert.*'owner/name'.*save_pretrained"):
+    with pytest.raises(FileNotFoundError, match=r"owner/name: .*pickle.*[Cc]onvert.*'owner/name'.*save_file"):
         BertForMaskedLM.from_pretrained(NAME)
     assert "pytorch_model.bin" not in {filename for *_, filename in hub.asked}
+
+
+@pytest.mark.parametrize("folder", ["plain", "with 'quotes' and $HOME", 'with "quotes" [1]', "ünï 模型"])
+def test_the_command_that_converts_a_folder(hub, files, tmp_path, folder):
+    """It is run as it stands in the message, and the folder then has a model and its tokenizer."""
+    path = tmp_path / folder
+    path.mkdir()
+    for name in ("config.json", "vocab.txt"):
+        (path / name).write_bytes(files[name])
+    torch.save(safetensors.torch.load(files[WEIGHTS]), path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="pickle") as caught:
+        BertForMaskedLM.from_pretrained(path)
+    run_advice(caught.value, tmp_path)
+    assert_is(BertForMaskedLM.from_pretrained(path), files, tmp_path / "expected")
+    assert load_tokenizer(path).encode("Paris [MASK]").ids == [2, 5, 4, 3]
+
+
+def test_the_command_that_converts_a_folder_of_shards(hub, files, tmp_path):
+    path = tmp_path / "shards"
+    path.mkdir()
+    (path / "config.json").write_bytes(files["config.json"])
+    tensors = list(safetensors.torch.load(files[WEIGHTS]).items())
+    torch.save(dict(tensors[::2]), path / "pytorch_model-00001-of-00002.bin")
+    torch.save(dict(tensors[1::2]), path / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(FileNotFoundError, match="pickle") as caught:
+        BertForMaskedLM.from_pretrained(path)
+    run_advice(caught.value, tmp_path)
+    assert_is(BertForMaskedLM.from_pretrained(path), files, tmp_path / "expected")
+
+
+def test_the_command_that_converts_a_repository(hub, files, tmp_path):
+    repo = hub.repos[NAME][COMMIT]
+    buffer = io.BytesIO()
+    torch.save(safetensors.torch.load(repo.pop(WEIGHTS)), buffer)
+    repo["pytorch_model.bin"] = buffer.getvalue()
+    with pytest.raises(FileNotFoundError, match="pickle") as caught:
+        BertForMaskedLM.from_pretrained(NAME)
+    run_advice(caught.value, tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HUB_OFFLINE="0")
+    assert_is(BertForMaskedLM.from_pretrained(tmp_path / "converted"), files, tmp_path / "expected")
+    assert load_tokenizer(tmp_path / "converted").encode("Paris [MASK]").ids == [2, 5, 4, 3]
+
+
+def run_advice(error, folder, **environment):
+    command = str(error)[str(error).index("python -c") :].replace("python", shlex.quote(sys.executable), 1)
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# --------------------------------------------------------------------------- what other programs have left in the cache
+
+
+def put_in_cache(cache, repo, commit, files, ref="main"):
+    """As huggingface_hub lays it out."""
+    snapshot = cache / ("models--" + repo.replace("/", "--")) / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for name, data in files.items():
+        (snapshot / name).write_bytes(data)
+    if ref:
+        (snapshot.parents[1] / "refs").mkdir(exist_ok=True)
+        (snapshot.parents[1] / "refs" / ref).write_text(commit)
+
+
+@pytest.fixture(params=["offline", "no connection"])
+def alone(request, unreachable, monkeypatch):
+    if request.param == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+SHORT = ["bert-base-uncased", "bert-base-cased", "bert-base-chinese", "bert-base-multilingual-cased"]
+
+
+@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("owner", ["", "google-bert/"])
+def test_googles_short_names(alone, cache, files, tmp_path, name, owner):
+    put_in_cache(cache, owner + name, OLDER, files)
+    if name == "bert-base-uncased":
+        with pytest.warns(UserWarning, match=f"commit {OLDER}.*tested with {minihub.PINNED_REVISION[BERT]}"):
+            model = BertForMaskedLM.from_pretrained(name)
+        with pytest.warns(UserWarning, match=OLDER):
+            assert load_tokenizer(name).encode("Paris").ids == [2, 5, 3]
+    else:
+        model = BertForMaskedLM.from_pretrained(name)
+        assert load_tokenizer(name).encode("Paris").ids == [2, 5, 3]
+    assert_is(model, files, tmp_path / "expected")
+    assert model.load_report.commit == OLDER
+
+
+def test_the_pinned_commit_under_the_short_name_is_checked(alone, cache, files, monkeypatch, tmp_path):
+    pinned = minihub.PINNED_REVISION[BERT]
+    put_in_cache(cache, "bert-base-uncased", pinned, files, ref="")
+    with pytest.raises(ValueError, match=r"SHA-256 is .*68d45e23.*cache has changed"):
+        BertForMaskedLM.from_pretrained("bert-base-uncased")
+    assert cached(cache, WEIGHTS), "a file that cannot be downloaded again is not deleted"
+    monkeypatch.setitem(minihub.PINNED_SHA256, (pinned, WEIGHTS), hashlib.sha256(files[WEIGHTS]).hexdigest())
+    model = BertForMaskedLM.from_pretrained("bert-base-uncased")
+    assert_is(model, files, tmp_path / "expected")
+    assert model.load_report.commit == pinned
+
+
+def test_a_revision_that_was_asked_for_is_no_other(alone, cache, files):
+    put_in_cache(cache, BERT, OLDER, files)
+    for name in ("bert-base-uncased", BERT):
+        with pytest.raises((FileNotFoundError, ConnectionError)):
+            BertForMaskedLM.from_pretrained(name, revision=COMMIT)
+        assert BertForMaskedLM.from_pretrained(name, revision=OLDER).load_report.commit == OLDER
+        assert BertForMaskedLM.from_pretrained(name, revision="main").load_report.commit == OLDER
+
+
+def test_the_short_names_where_the_hub_is(hub, files):
+    hub.repos["google-bert/bert-base-chinese"] = {COMMIT: dict(files)}
+    assert BertForMaskedLM.from_pretrained("bert-base-chinese").load_report.commit == COMMIT
+    assert {repo for _, repo, _, _ in hub.asked} == {"google-bert/bert-base-chinese"}
+
+
+def test_a_commit_that_changes_while_it_is_loaded(hub, files, monkeypatch):
+    hub.repos[NAME][OLDER] = dict(files)
+    ask = minihub._ask_for_commit
+
+    def ask_and_push(source):
+        commit = ask(source)
+        hub.branches["main"] = OLDER
+        return commit
+
+    monkeypatch.setattr(minihub, "_ask_for_commit", ask_and_push)
+    with pytest.raises(ConnectionError, match="another commit"):
+        BertForMaskedLM.from_pretrained(NAME)
 
 
 # -------------------------------------------------------------------------------------------------------- bad downloads

@@ -177,7 +177,7 @@ def real_weights(request):
     for folder in hub.BUNDLED:
         if (folder / "bert-base-uncased" / "model.safetensors").is_file():
             return
-    repo = hub.ALIASES["bert-base-uncased"]
+    repo = hub.SHORT_NAMES["bert-base-uncased"]
     if not isinstance(try_to_load_from_cache(repo, "model.safetensors", revision=hub.PINNED_REVISION[repo]), str):
         fail = request.config.getoption("--require-real-weights")
         (pytest.fail if fail else pytest.skip)("bert-base-uncased is neither in the hub's cache nor in weights/")

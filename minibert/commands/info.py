@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from minibert.checkpoint import LoadReport
+    from minibert.tokenizer import TokenizerReport
 
-HELP = "A model's configuration, its parameters, and how its file was read."
+HELP = "A model's configuration, its parameters, and how its files were read."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,16 +23,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from minibert import BertForMaskedLM
+    from minibert import BertForMaskedLM, load_tokenizer
 
     model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
     report = model.load_report
     assert report is not None
+    try:
+        tokenizer = load_tokenizer(options.model, revision=options.revision).load_report  # type: ignore[attr-defined]
+    except FileNotFoundError:
+        tokenizer = None
     parts = {"embeddings": model.embeddings, "encoder layers": model.layers, "masked-language-model head": model.head}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     counts["total"] = sum(p.numel() for p in model.parameters())
     if options.json:
-        result = {"config": asdict(model.config), "parameters": counts, "load_report": report_values(report)}
+        result = {
+            "config": asdict(model.config),
+            "parameters": counts,
+            "load_report": report_values(report),
+            "tokenizer": None if tokenizer is None else tokenizer_values(tokenizer),
+        }
         print(json.dumps(result, indent=2))
         return
     print("configuration")
@@ -43,32 +53,29 @@ def run(options: argparse.Namespace) -> None:
     print("load report")
     for line in report_lines(report):
         print(f"  {line}")
+    print("tokenizer")
+    for line in ["there is none"] if tokenizer is None else tokenizer_lines(tokenizer):
+        print(f"  {line}")
 
 
 def report_values(report: "LoadReport") -> dict[str, Any]:
-    return {
-        "name": report.name,
-        "files": [str(path) for path in report.files],
-        "sha256": report.sha256,
-        "file_dtypes": report.file_dtypes,
-        "dtype": report.dtype,
-        "loaded": list(report.loaded),
-        "renamed": report.renamed,
-        "tied": report.tied,
-        "ignored": report.ignored,
-        "initialised": list(report.initialised),
-        "non_finite": list(report.non_finite),
-        "ignored_config_keys": list(report.ignored_config_keys),
-        "defaulted_config_keys": list(report.defaulted_config_keys),
-    }
+    """Every field of the report, and the SHA-256 of each file."""
+    from dataclasses import fields
+
+    values = {field.name: getattr(report, field.name) for field in fields(report) if field.repr}
+    return {**values, "files": [str(path) for path in report.files], "sha256": report.sha256}
 
 
 def report_lines(report: "LoadReport") -> "Iterator[str]":
     for path in report.files:
         yield f"{path}"
         yield f"SHA-256 {report.sha256[path.name]}"
+    if report.commit is not None:
+        yield f"commit {report.commit}"
     stored = ", ".join(f"{count} × {name}" for name, count in report.file_dtypes.items())
     yield f"{len(report.loaded)} tensors loaded (in the file: {stored}), held as {report.dtype}"
+    if report.prefix:
+        yield f"before every name in the file stands {report.prefix!r}"
     for title, names in (("renamed", report.renamed), ("tied copy", report.tied), ("ignored", report.ignored)):
         for name, what in names.items():
             yield f"{title}: {name} ({what})"
@@ -76,7 +83,19 @@ def report_lines(report: "LoadReport") -> "Iterator[str]":
         ("initialised, not loaded", report.initialised),
         ("NaN or infinite values in", report.non_finite),
         ("config keys that change nothing", report.ignored_config_keys),
+        ("config keys that no BERT reads", report.unknown_config_keys),
         ("config keys left to their default", report.defaulted_config_keys),
     ):
         if listed:
             yield f"{title}: {', '.join(listed)}"
+
+
+def tokenizer_values(report: "TokenizerReport") -> dict[str, Any]:
+    return {"files": [str(path) for path in report.files], "notes": list(report.notes), "roles": dict(report.roles)}
+
+
+def tokenizer_lines(report: "TokenizerReport") -> "Iterator[str]":
+    yield from (str(path) for path in report.files)
+    yield from report.notes
+    if report.roles:
+        yield "special tokens: " + ", ".join(f"{role} {token}" for role, token in report.roles.items())

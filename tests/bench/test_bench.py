@@ -3,14 +3,18 @@
 import json
 import sys
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minibert import BertConfig, BertForMaskedLM
-from minibert.bench import contenders, run
-from minibert.bench.contenders import Absent, Contender, make_workload
+from minibert.bench import contenders, peers, run
+from minibert.bench.report import slower, table
+from minibert.bench.settings import Settings
+from minibert.bench.workloads import Absent, Contender, make_workload
 from minibert.cli import main
+from minibert.inference.onednn import has_bfloat16
 
 CONFIG = BertConfig(
     vocab_size=131,
@@ -49,7 +53,7 @@ def bench(folder, capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def report(folder):
     return run.run(
-        run.Settings(
+        Settings(
             model=str(folder), precisions=("float32",), shapes=("2x5", "mixed"), rounds=3, peers=("sdpa", "packed")
         )
     )
@@ -115,7 +119,7 @@ def test_the_shapes_have_the_lengths_they_promise():
 
 
 def test_the_table_is_for_people_and_says_what_is_absent(report):
-    text = run.table(report)
+    text = table(report)
     assert "What this says." in text
     assert "transformers sdpa" in text
     assert "packed" in text
@@ -130,12 +134,12 @@ def test_a_peer_that_is_faster_is_named(report):
     before = peer.median
     try:
         peer.median = ours.median / 2
-        assert run.slower(inference) == [(ours, peer)]
-        assert "Slower than a peer" in run.table(report)
+        assert slower(inference) == [(ours, peer)]
+        assert "Slower than a peer" in table(report)
         peer.precision = "int8"  # a lower precision than ours: no shame
-        assert run.slower(inference) == []
+        assert slower(inference) == []
         peer.precision, peer.median = "float32", ours.median * 2
-        assert run.slower(inference) == []
+        assert slower(inference) == []
     finally:
         peer.precision, peer.median = "float32", before
 
@@ -151,11 +155,11 @@ def test_the_command_prints_one_line_of_json(bench):
 
 
 def test_a_package_that_is_not_installed_is_said(bench, monkeypatch):
-    there = contenders.find_spec
+    there = peers.find_spec
     monkeypatch.setattr(
-        contenders,
+        peers,
         "find_spec",
-        lambda name: None if name in ("transformers", "onnxruntime", "openvino") else there(name),
+        lambda name: None if name in ("transformers", "onnxruntime", "openvino", "nncf") else there(name),
     )
     out = bench("--task", "inference", "--shapes", "1x3", "--dtype", "float32")
     for name in ("transformers", "onnxruntime", "openvino"):
@@ -170,7 +174,7 @@ def test_a_precision_the_processor_has_not_is_said(bench, monkeypatch):
 
 
 def test_changed_weights_are_refused_and_not_timed(bench, monkeypatch):
-    load = contenders._load_transformers
+    load = peers.load_transformers
 
     def spoilt(*arguments):
         model = load(*arguments)
@@ -178,7 +182,7 @@ def test_changed_weights_are_refused_and_not_timed(bench, monkeypatch):
             model.bert.encoder.layer[1].output.dense.bias[0] += 0.1  # to all, LayerNorm would undo it
         return model
 
-    monkeypatch.setattr(contenders, "_load_transformers", spoilt)
+    monkeypatch.setattr(peers, "load_transformers", spoilt)
     out = bench("--shapes", "3x7", "--dtype", "float32", "--peers", "sdpa")
     lines = [line for line in out.splitlines() if "transformers sdpa" in line]
     assert len(lines) == 2, "one for inference, one for training"
@@ -192,7 +196,7 @@ def test_a_peer_that_breaks_is_a_row_and_not_the_end(bench, monkeypatch):
 
         return Contender(f"transformers {name}", precision, no, no)
 
-    monkeypatch.setattr(contenders, "_transformers", broken)
+    monkeypatch.setattr(peers, "build_transformers", broken)
     out = bench("--task", "inference", "--shapes", "1x3", "--dtype", "float32", "--peers", "eager")
     assert "failed: RuntimeError: no such kernel" in out
 
@@ -218,6 +222,61 @@ def test_onnx_runtime_agrees(folder, tmp_path):
         assert "Attention" in contender.note
         difference = (contender.run(work)[work.asked] - expected).abs().max() / expected.abs().max()
         assert difference < (1e-4 if name == "onnxruntime" else 0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("openvino", 1e-4), ("openvino-bfloat16", 5e-2), ("openvino-int8", 0.3)]
+)
+def test_openvino_agrees(name, tolerance, folder, tmp_path, capsys):
+    """Where it is installed. In a lower precision it must not be as exact as in float32: then it would be float32."""
+    for package in ("openvino", "onnx", *(["nncf"] if name == "openvino-int8" else [])):
+        pytest.importorskip(package)
+    precision = contenders.PRECISION[name]
+    if precision == "bfloat16" and not has_bfloat16():
+        pytest.skip("this CPU has no instructions for bfloat16")
+    work = make_workload("mixed", CONFIG, "cpu", everywhere=True)
+    model = BertForMaskedLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    expected = run._expected(model, work)
+    contender = contenders.build(name, precision, "inference", tmp_path, "cpu")
+    assert (contender.name, contender.precision) == ("OpenVINO", precision)
+    difference = (contender.run(work)[work.asked] - expected).abs().max() / expected.abs().max()
+    assert difference < tolerance
+    assert (difference > 1e-4) == (precision != "float32")
+    assert capsys.readouterr().out == "", "a table or one line of JSON stands there"
+
+
+def test_openvino_in_another_precision_than_asked_is_absent(monkeypatch, tmp_path):
+    """It falls back by itself: a float32 row must not stand under the name of bfloat16."""
+    asked = []
+
+    class Core:
+        def compile_model(self, path, device, settings):
+            asked.append(settings["INFERENCE_PRECISION_HINT"])
+            return self
+
+        def get_property(self, name):
+            return self
+
+        def get_type_name(self):
+            return "f32"
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core))
+    monkeypatch.setattr(peers, "_require", lambda *packages: None)
+    monkeypatch.setattr(peers, "_export", lambda folder: folder / "model.onnx")
+    monkeypatch.setattr(contenders, "has_bfloat16", lambda: True)
+    assert contenders.build("openvino", "float32", "inference", tmp_path, "cpu").precision == "float32"
+    with pytest.raises(Absent, match="OpenVINO computes in f32 on this CPU, though it was told bf16"):
+        contenders.build("openvino-bfloat16", "bfloat16", "inference", tmp_path, "cpu")
+    assert asked == ["f32", "bf16"]
+
+
+def test_every_peer_has_its_row():
+    pairs = contenders.lineup("inference", contenders.PEERS, ("float32", "bfloat16"))
+    assert {name for name, _ in pairs} == {"minibert prepared", "minibert plain", *contenders.PEERS}
+    assert len(set(pairs)) == len(pairs)
+    assert ("openvino-bfloat16", "bfloat16") in pairs
+    assert ("sdpa", "bfloat16") in pairs
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tiny import metrics, weights
 
 from minibert import BertForMaskedLM, load_tokenizer
 from minibert.cli import main
+from minibert.tokenizer import from_vocabulary, own_token
 from minibert.training import Settings, saving, step
 from minibert.training.batches import Shares
 from minibert.training.data import Corpus
@@ -94,6 +95,26 @@ def test_from_scratch_with_the_tokenizer_of_another_model(tiny, tmp_path, capsys
     assert "--tokenizer" in capsys.readouterr().err.splitlines()[-1]
     assert tiny.train(tmp_path / "out", "--init", config, "--tokenizer", tiny.start, "--steps", "1") == 0
     assert load_tokenizer(tmp_path / "out").to_str() == load_tokenizer(tiny.start).to_str()
+
+
+def test_the_tokenizer_that_is_saved_is_the_one_that_was_used(tiny, tmp_path):
+    """Also by transformers, and with case, and a mask of another name."""
+    from transformers import AutoTokenizer
+
+    start, out = tmp_path / "start", tmp_path / "out"
+    shutil.copytree(tiny.start, start)
+    words = [token for token, _ in sorted(load_tokenizer(start).get_vocab().items(), key=lambda pair: pair[1])]
+    words[words.index("[MASK]")], words[words.index("bennet")] = "@@", "Bennet"
+    settings = {"mask_token": "@@", "do_lower_case": False}
+    from_vocabulary(words, settings).save(str(start / "tokenizer.json"))
+    (start / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **settings}))
+    assert tiny.train(out, "--init", start, "--tokens", tmp_path / "tokens", "--steps", "1") == 0
+    text = "my dear Mr. Bennet @@ bennet."
+    ids = load_tokenizer(start).encode(text).ids
+    assert {words.index("Bennet"), words.index("@@"), words.index("[UNK]")} <= set(ids)
+    saved, theirs = load_tokenizer(out), AutoTokenizer.from_pretrained(out)
+    assert saved.encode(text).ids == theirs(text)["input_ids"] == ids
+    assert own_token(saved, "[MASK]") == theirs.mask_token == "@@"
 
 
 def test_no_decay_of_biases_and_layer_norms(tiny):

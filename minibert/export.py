@@ -1,0 +1,158 @@
+"""A model as a file that runs without this package: ONNX, or torch's own .pt2. Each file is tried before it is kept.
+
+The program takes input_ids, attention_mask and token_type_ids, each (B, S) int64, and gives the logits (B, S, V), zeros
+where the mask is 0. B may be any number and S any length that the model has positions for: it was recorded from the
+padded call (tracing.py).
+"""
+
+import contextlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minibert import atomic
+from minibert.masked_lm import BertForMaskedLM
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+FORMATS = (".onnx", ".pt2")
+# Of the largest logit. The programs add the same numbers in other orders and with other kernels, as the parity tests of
+# another attention do; a program whose lengths are constants is wrong by the logits' own size.
+TOLERANCE = 1e-4
+Program = Callable[[dict[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written and tried. difference: the largest difference of a logit from the model's, over the
+    largest logit, in all of `shapes` (B, S), with padding on the right, on the left, and with holes.
+    """
+
+    path: Path
+    difference: float
+    shapes: tuple[tuple[int, int], ...]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch's exporters say about themselves and about packages that this model does not need."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class _Logits(nn.Module):
+    """The model as a function of tensors alone."""
+
+    def __init__(self, model: BertForMaskedLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        return self.model(input_ids, attention_mask, token_type_ids).logits
+
+
+def export(model: BertForMaskedLM, path: str | PathLike[str]) -> Exported:
+    """Write `model` as a program to `path`, which ends in .onnx or .pt2, and run the file on odd shapes.
+
+    Raises ValueError for another ending, for a model that is not in float32 on the CPU, for a package that is missing,
+    and for a program that does not give what the model gives; OSError if the file cannot be written. In each case, what
+    was at `path` before is still there.
+    """
+    target = Path(path)
+    if target.suffix not in FORMATS:
+        raise ValueError(f"{target}: the name must end in {' or '.join(FORMATS)}, which says what is written")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{target}: there is no such folder. Make it first")
+    word = model.embeddings.word.weight
+    if not word.is_cpu or word.dtype != torch.float32:
+        raise ValueError(f"this model is {word.dtype} on {word.device}: load it in float32 on the CPU, and export that")
+    for package in ("onnx", "onnxscript", "onnxruntime") if target.suffix == ".onnx" else ():
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f'{package} is not installed: pip install "minibert-mlm[export]"')
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), atomic.whole_file(target) as temporary:
+            write, load = (_write_onnx, _load_onnx) if target.suffix == ".onnx" else (_write_pt2, _load_pt2)
+            with _quiet():
+                write(_Logits(model), _example(model), temporary)
+            return _check(model, load(temporary), target)
+    finally:
+        model.train(training)
+
+
+def _example(model: BertForMaskedLM) -> dict[str, Tensor]:
+    """A batch to record from. Neither number may be 1, which recorders take for a constant."""
+    ids = torch.zeros(2, min(8, model.config.max_position_embeddings), dtype=torch.int64)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
+def _record(program: nn.Module, example: dict[str, Tensor]) -> torch.export.ExportedProgram:
+    longest = program.model.config.max_position_embeddings  # type: ignore[union-attr]
+    both = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1, max=longest)}  # type: ignore[arg-type]
+    return torch.export.export(program, (), example, dynamic_shapes=dict.fromkeys(INPUTS, both), strict=False)
+
+
+def _write_pt2(program: nn.Module, example: dict[str, Tensor], path: Path) -> None:
+    torch.export.save(_record(program, example), path)
+
+
+def _load_pt2(path: Path) -> Program:
+    program = torch.export.load(path).module()
+    return lambda given: program(**given)
+
+
+def _write_onnx(program: nn.Module, example: dict[str, Tensor], path: Path) -> None:
+    onnx = torch.onnx.export(_record(program, example), dynamo=True, verbose=False, output_names=["logits"])
+    assert onnx is not None
+    onnx.save(path)
+
+
+def _load_onnx(path: Path) -> Program:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda given: torch.from_numpy(session.run(None, {name: x.numpy() for name, x in given.items()})[0])
+
+
+def _check(model: BertForMaskedLM, program: Program, target: Path) -> Exported:
+    largest = scale = 0.0
+    shapes = []
+    for given in _odd_batches(model):
+        expected = model(*(given[name] for name in INPUTS)).logits
+        largest = max(largest, (program(given) - expected).abs().max().item())
+        scale = max(scale, expected.abs().max().item())
+        shapes.append((given["input_ids"].shape[0], given["input_ids"].shape[1]))
+    if not largest <= TOLERANCE * scale:
+        raise ValueError(
+            f"{target}: the program differs from the model by {largest:.1e}, and the largest logit is {scale:.1e}: "
+            f"torch {torch.__version__} recorded it wrongly, and it was not kept"
+        )
+    return Exported(target, largest / scale, tuple(shapes))
+
+
+def _odd_batches(model: BertForMaskedLM) -> Iterator[dict[str, Tensor]]:
+    """Batches of other shapes than the recorded one, with every kind of padding."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    longest = min(config.max_position_embeddings, 67)
+    for number, shape in enumerate([(1, 1), (1, longest), (3, 5), (5, 3), (2, longest), (7, 11), (4, 2), (2, 8)]):
+        rows, columns = shape[0], min(shape[1], longest)
+        ids = torch.randint(0, config.vocab_size, (rows, columns), generator=generator)
+        lengths = torch.randint(1, columns + 1, (rows, 1), generator=generator)
+        column = torch.arange(columns)
+        masks = (column < lengths, column >= columns - lengths, torch.rand(rows, columns, generator=generator) < 0.7)
+        types = torch.randint(0, config.type_vocab_size, (rows, columns), generator=generator)
+        yield {"input_ids": ids, "attention_mask": masks[number % 3].long(), "token_type_ids": types}

@@ -1,0 +1,283 @@
+"""The linear layers of a prepared model on the CPU: oneDNN computes them, on weights that are in its own order.
+
+torch computes nn.Linear in float32 with MKL, which is up to two times slower than oneDNN on an AMD CPU, and slower for
+short batches on others. In bfloat16 it uses oneDNN, but orders the weights anew in each call. Here they are ordered
+once, and the activation is computed while its input is still in the cache.
+
+oneDNN has two ways to compute a linear layer: as a matrix product, and as a 1×1 convolution. Which is the fastest, or
+whether torch's own is, depends on the CPU. `fastest_way` measures it.
+
+torch has no public way to call oneDNN like this. All private operators are in the first part of this file. Each was
+seen in torch 2.13. If another version lacks one, or it computes something else, `working_ways` leaves the way out.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from math import inf
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minibert.model import EncoderLayer, MLMHead
+from minibert.packing import PackedBatch
+
+# -------------------------------------------------------------------------------------------------- private operators
+
+ONE_BY_ONE = ([0, 0], [1, 1], [1, 1], 1)  # of a convolution: padding, stride, dilation, groups
+Activation = tuple[str, str]  # oneDNN's name of an activation function, and of its approximation
+NONE: Activation = ("none", "")
+# hidden_act in config.json → the activation that oneDNN computes together with the product
+FUSED: dict[str, Activation] = {
+    "gelu": ("gelu", "none"),
+    "gelu_new": ("gelu", "tanh"),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+}
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16. torch 2.13"""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError, NotImplementedError):  # another torch, or one that was built without oneDNN
+        return False
+
+
+def order_for_product(weight: Tensor) -> Tensor:
+    """A copy of weight (outputs, inputs) in oneDNN's order. Only oneDNN can read the result. torch 2.13"""
+    ordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return ordered
+
+
+def multiply(x: Tensor, ordered: Tensor, bias: Tensor, activation: Activation) -> Tensor:
+    """activation(x · weightᵀ + bias), of x (T, inputs): (T, outputs). T must not be 0. torch 2.13"""
+    name, algorithm = activation
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, ordered, bias, name, [], algorithm)
+    return y
+
+
+def order_for_images(weight: Tensor, images: int, height: int) -> Tensor:
+    """A copy of weight (outputs, inputs) in the order that oneDNN wants for convolving so many images of height × 1
+    pixels. torch 2.13
+    """
+    shape = [images, weight.shape[1], height, 1]
+    ordered: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight[:, :, None, None], *ONE_BY_ONE, shape)
+    return ordered
+
+
+def convolve(x: Tensor, ordered: Tensor, bias: Tensor, activation: Activation) -> Tensor:
+    """The same as `multiply`, of images (N, inputs, height, 1): (N, outputs, height, 1). torch 2.13"""
+    name, algorithm = activation
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, ordered, bias, *ONE_BY_ONE, name, [], algorithm)
+    return y
+
+
+def describe_order(ordered: Tensor) -> tuple[int, ...]:
+    """oneDNN's description of the order that a matrix is in. torch 2.13"""
+    return tuple(torch.ops.mkldnn._get_mkldnn_serialized_md(ordered).tolist())
+
+
+# ------------------------------------------------------------------------------------------------------- linear layers
+
+
+class PrepackedLinear(nn.Module):
+    """nn.Linear and an activation function in one call, as a matrix product. It holds copies of weight and bias."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: Activation = NONE) -> None:
+        super().__init__()
+        self.bias = bias.clone()
+        self.activation = activation
+        self.pack(weight)
+
+    def pack(self, weight: Tensor) -> None:
+        self.weight = order_for_product(weight)  # torch cannot read it: it is no parameter, and is not saved
+
+    def compute(self, x: Tensor) -> Tensor:
+        return multiply(x, self.weight, self.bias, self.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x) if x.shape[0] else x.new_empty(0, self.bias.shape[0])
+
+
+USUAL = (8, 64)  # images × height: most batches of many tokens want the order of the weights that this size wants
+HEIGHTS = (4, 8, 12, 16, 18, 24, 32, 36, 40, 48, 56, 64, 80, 96, 112, 128, 256)
+
+
+class ConvolvedLinear(PrepackedLinear):
+    """The same as a 1×1 convolution, in float32. A token is a pixel, D is the number of its channels, and `height`
+    tokens are an image. On CPUs that have AVX2 and not AVX-512, oneDNN has a faster kernel for this than for a product.
+
+    The order that oneDNN wants the weights in depends on the height, and each batch has another number of tokens. So
+    the height is one of those in HEIGHTS that want the usual order, and the last image is filled up with zeros. Finding
+    the height takes some milliseconds for each new number of tokens.
+    """
+
+    def pack(self, weight: Tensor) -> None:
+        self.shape = weight.shape  # (outputs, inputs)
+        self.weight = order_for_images(weight, *USUAL)
+
+    def missing(self, tokens: int) -> int:
+        """How many more tokens it takes to fill the last image."""
+        return -tokens % self.height(tokens) if tokens else 0
+
+    def height(self, tokens: int) -> int:
+        return _best_height(*self.shape, tokens, torch.get_num_threads())
+
+    def compute(self, x: Tensor) -> Tensor:
+        tokens, inputs = x.shape
+        height = self.height(tokens)
+        if missing := -tokens % height:
+            x = torch.cat([x, x.new_zeros(missing, inputs)])
+        images = x.reshape(-1, height, 1, inputs).permute(0, 3, 1, 2)  # (images, inputs, height, 1), inputs innermost
+        y = convolve(images, self.weight, self.bias, self.activation)  # (images, outputs, height, 1)
+        y = y.permute(0, 2, 3, 1).reshape(tokens + missing, -1)
+        return y[:tokens] if missing else y
+
+
+@cache
+def _best_height(outputs: int, inputs: int, tokens: int, threads: int) -> int:
+    """High images are faster, but leave more to fill up. The factor 1 + 4 / height is a fit to what was measured."""
+    for height in sorted(HEIGHTS, key=lambda height: (tokens + -tokens % height) * (1 + 4 / height)):
+        images = -(-tokens // height)
+        if images > threads:  # then all that matters seems to be how evenly the threads can share them; a test looks
+            images = threads + images % threads
+        if _order_fits(outputs, inputs, images, height):
+            return height
+    return USUAL[1]  # correct, but slow: the weights are ordered anew in each call
+
+
+@cache
+def _order_fits(outputs: int, inputs: int, images: int, height: int) -> bool:
+    """Whether oneDNN wants the weights for so many images of this height in the usual order."""
+    return _wanted_order(outputs, inputs, images, height) == _wanted_order(outputs, inputs, *USUAL)
+
+
+@cache
+def _wanted_order(outputs: int, inputs: int, images: int, height: int) -> tuple[int, ...]:
+    # oneDNN tells the order only by ordering a matrix. For a whole vocabulary that takes 50 ms; 4096 words are ordered
+    # in the same way.
+    return describe_order(order_for_images(torch.empty(min(outputs, 4096), inputs), images, height))
+
+
+def filled_up(batch: PackedBatch, missing: int) -> PackedBatch:
+    """The batch and one more sequence of `missing` tokens, for kernels that are fastest at certain numbers of tokens.
+    The results of that sequence are thrown away. To `unpack`, the new batch is one row of all its tokens.
+    """
+    zeros = batch.input_ids.new_zeros(missing)
+    tokens = batch.num_tokens + missing
+    return replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, zeros]),
+        token_type_ids=torch.cat([batch.token_type_ids, zeros]),
+        position_ids=torch.cat([batch.position_ids, zeros]),
+        cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + missing]),
+        lengths=(*batch.lengths, missing),
+        padded_shape=(1, tokens),
+        padded_index=torch.arange(tokens, device=batch.padded_index.device),
+    )
+
+
+# ------------------------------------------------------------------------------------------- the parts of a whole model
+
+
+def prepack_layer(layer: EncoderLayer, linear: type[PrepackedLinear], hidden_act: str) -> None:
+    """Replace the four linear layers of an encoder layer."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    for module, name, activation in (
+        (attention, "qkv", NONE),
+        (attention, "output", NONE),
+        (feed_forward, "intermediate", FUSED[hidden_act]),
+        (feed_forward, "output", NONE),
+    ):
+        plain = getattr(module, name)
+        setattr(module, name, linear(plain.weight, plain.bias, activation))
+    feed_forward.activation = nn.Identity()  # `intermediate` computes it now
+
+
+class PrepackedHead(nn.Module):
+    """MLMHead with such linear layers. It holds an ordered copy of the word embeddings, beside those of the lookup."""
+
+    def __init__(self, head: MLMHead, linear: type[PrepackedLinear], word_embeddings: Tensor, hidden_act: str) -> None:
+        super().__init__()
+        self.dense = linear(head.dense.weight, head.dense.bias, FUSED[hidden_act])
+        self.norm = head.norm
+        self.decoder = linear(word_embeddings, head.bias)
+        self.copied = (word_embeddings.data_ptr(), word_embeddings._version)
+
+    def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
+        if (word_embeddings.data_ptr(), word_embeddings._version) != self.copied:
+            raise ValueError(
+                "the word embeddings of a model prepared for inference were changed, and its head still has the old "
+                "ones: change them in the model it was made from, and prepare that"
+            )
+        return self.decoder(self.norm(self.dense(x)))  # (M, V)
+
+
+# ------------------------------------------------------------------------------------------------- which way to choose
+
+WAYS: dict[str, type[PrepackedLinear] | None] = {
+    "torch": None,
+    "product": PrepackedLinear,
+    "convolution": ConvolvedLinear,
+}
+
+
+@cache
+def working_ways(dtype: torch.dtype) -> tuple[str, ...]:
+    """Those of WAYS that this torch and this CPU have for `dtype`, and that give what nn.Linear gives."""
+    return tuple(_trials(dtype))
+
+
+@cache
+def fastest_way(dtype: torch.dtype) -> str:
+    """The fastest of them for a linear layer of BERT-base's size with GELU, with few tokens and with many. It is
+    measured once in a process, in a tenth of a second. Where two are almost equal, the choice may differ from one
+    process to the next.
+    """
+    trials = _trials(dtype)
+    if len(trials) == 1:
+        return "torch"
+    _, _, *inputs = _sample(dtype)
+    fastest = {(way, size): inf for way in trials for size in range(len(inputs))}
+    with torch.inference_mode():
+        for _ in range(5):  # in turn, so that whatever else the machine does disturbs all alike
+            for way, size in fastest:
+                began = perf_counter()
+                trials[way](inputs[size])
+                fastest[way, size] = min(fastest[way, size], perf_counter() - began)
+    return min(trials, key=lambda way: fastest[way, 0] * fastest[way, 1])
+
+
+def _trials(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The working ways, each as a function that computes one and the same layer."""
+    weight, bias, few, many = _sample(dtype)
+
+    def plain(x: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, weight, bias))
+
+    trials: dict[str, Callable[[Tensor], Tensor]] = {"torch": plain}
+    # float32: the sums are added up in another order. bfloat16: a rounding or two to 2^-8.
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    candidates = {torch.float32: ("product", "convolution"), torch.bfloat16: ("product",)}.get(dtype, ())
+    for way in candidates:
+        linear = WAYS[way]
+        assert linear is not None
+        with suppress(AttributeError, RuntimeError, NotImplementedError), torch.inference_mode():  # no such operator
+            packed = linear(weight, bias, FUSED["gelu"])
+            if all(torch.allclose(packed(x), plain(x), rtol=tolerance, atol=tolerance) for x in (few, many)):
+                trials[way] = packed
+    return trials
+
+
+def _sample(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight and bias of a layer, few tokens and many. The results are of order 1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return normal(1536, 768) / 768**0.5, normal(1536), normal(16, 768), normal(128, 768)

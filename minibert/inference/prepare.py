@@ -1,0 +1,179 @@
+"""`prepare_for_inference`: a model with the same two calls and the same answers, up to rounding, and faster.
+
+Everywhere, `predict` runs the last layer for the asked positions only: no later layer reads the others.
+
+On the CPU, linear layers are computed by oneDNN on weights that were ordered for it beforehand (onednn.py).
+
+On CUDA, the weights are bfloat16, so kernels.py chooses flash attention on the packed tokens. What is done for each
+token alone is compiled by the first call, once for all lengths. Attention stays outside, since it needs the lengths on
+the host. Small batches are replayed as CUDA graphs (cuda_graphs.py).
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from minibert import checks
+from minibert.inference.cuda_graphs import Graphs, can_compile, has_flash_attention
+from minibert.inference.fixed import fix
+from minibert.inference.onednn import (
+    WAYS,
+    ConvolvedLinear,
+    PrepackedHead,
+    fastest_way,
+    filled_up,
+    has_bfloat16,
+    prepack_layer,
+    working_ways,
+)
+from minibert.kernels import attention, attention_at
+from minibert.masked_lm import BertForMaskedLM
+from minibert.model import EncoderLayer
+from minibert.packing import PackedBatch
+from minibert.shapes import shapes_only
+
+COMPILED_ON = ("cuda",)
+
+
+def prepare_for_inference(
+    model: BertForMaskedLM, dtype: torch.dtype | None = None, *, linear: str = "auto"
+) -> "PreparedBert":
+    """The fastest form of `model` for inference on its device. It holds a copy of every tensor: what happens to `model`
+    afterwards does not reach it, and `model` itself stays as it is. A model that is prepared already is returned.
+
+    dtype: of the weights and the arithmetic; None is the model's own on the CPU, bfloat16 on CUDA.
+    linear: how linear layers are computed. "torch": as torch has them. "product" and "convolution": the two ways of
+    oneDNN, on the CPU. "auto": the fastest, which is measured once in a process. Two ways round differently in the last
+    digits, so name one where results must be the same in each run; `prepared.linear` is the one that was taken.
+
+    Raises ValueError for a dtype or a way that this device does not have, for a prepared model if another dtype or way
+    is asked for, and for a model with forward hooks, which would not be called.
+    """
+    if isinstance(model, PreparedBert):
+        return _as_it_is(model, dtype, linear)
+    if hooked := [name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks]:
+        raise ValueError(
+            f"{hooked[0] or 'the model'} has a forward hook, and a prepared model would not call it: remove the hook, "
+            "or use the model as it is"
+        )
+    device = model.embeddings.word.weight.device
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else model.embeddings.word.weight.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, not {dtype!r}")
+    if device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16():
+        raise ValueError("this CPU has no instructions for bfloat16: leave dtype out, or use torch.float32")
+    with torch.inference_mode(False):  # tensors that are made in inference mode could not be used outside it
+        return PreparedBert(model, dtype, _choose_way(linear, dtype, device))
+
+
+def _as_it_is(model: "PreparedBert", dtype: torch.dtype | None, linear: str) -> "PreparedBert":
+    had = model.embeddings.word.weight.dtype
+    if dtype not in (None, had) or linear not in ("auto", model.linear):
+        raise ValueError(
+            f"this model is prepared already, in {had} with linear={model.linear!r}: for {dtype or had} with "
+            f"linear={linear!r}, prepare the one it was made from"
+        )
+    return model
+
+
+def _choose_way(linear: str, dtype: torch.dtype, device: torch.device) -> str:
+    """One of WAYS."""
+    if linear not in ("auto", *WAYS):
+        raise ValueError(f"linear must be one of auto, {', '.join(WAYS)}, not {linear!r}")
+    if device.type != "cpu" and linear == "auto":
+        return "torch"
+    there = working_ways(dtype) if device.type == "cpu" else ("torch",)
+    if linear != "auto" and linear not in there:
+        raise ValueError(
+            f"linear={linear!r} cannot be had in {dtype} on this {device.type}: choose one of auto, {', '.join(there)}"
+        )
+    return fastest_way(dtype) if linear == "auto" else linear
+
+
+class PreparedBert(BertForMaskedLM):
+    """What `prepare_for_inference` returns. It answers, and that is all: it cannot be trained, saved, moved, copied or
+    changed. The model it was made from can.
+
+    linear: the way in which its linear layers are computed.
+    """
+
+    def __init__(self, model: BertForMaskedLM, dtype: torch.dtype, linear: str) -> None:
+        with shapes_only():
+            super().__init__(model.config)
+        self.linear = linear
+        packed = WAYS[linear]
+        # Its own copy of every tensor. A matrix that is put into oneDNN's order is copied by that.
+        ordered = {f"{name}.weight" for name, part in self.named_modules() if packed and isinstance(part, nn.Linear)}
+        own = {name: x.detach().to(dtype, copy=name not in ordered) for name, x in model.state_dict().items()}
+        self.load_state_dict(own, assign=True)
+        self.requires_grad_(False).eval()
+        self.load_report = model.load_report
+        word = self.embeddings.word.weight
+        self._before, self._after = before_attention, after_attention
+        self._graphs: Graphs | None = None
+        if packed:
+            for layer in self.layers:
+                assert isinstance(layer, EncoderLayer)
+                prepack_layer(layer, packed, model.config.hidden_act)
+            self.head = PrepackedHead(self.head, packed, word, model.config.hidden_act)  # type: ignore[assignment]
+        if word.device.type in COMPILED_ON and can_compile():
+            self._before = torch.compile(before_attention, dynamic=True)
+            self._after = torch.compile(after_attention, dynamic=True)
+        if word.is_cuda and has_flash_attention(word, model.config.head_size):
+            self._graphs = Graphs(word.device)
+        fix(self)
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **settings: Any) -> NoReturn:
+        raise ValueError("load the weights with BertForMaskedLM.from_pretrained, and prepare that")
+
+    def encode(self, batch: PackedBatch) -> Tensor:
+        """As in BertForMaskedLM: (T, D)."""
+        checks.require_embeddings(batch.largest, self.config)
+        filled = self._fill_up(batch)
+        x = self.embeddings(filled)  # (T, D)
+        for layer in self.layers:
+            x = self._after(layer, attention(*self._before(layer, x), filled), x)  # (T, D)
+        return x if filled is batch else x[: batch.num_tokens]
+
+    def predict(self, batch: PackedBatch, positions: Tensor) -> Tensor:
+        """As in BertForMaskedLM: (M, V); the last layer runs for these positions only."""
+        checks.require_positions(positions, batch.num_tokens)
+        checks.require_embeddings(batch.largest, self.config)
+        if self._graphs is not None and len(positions):
+            logits = self._graphs(self._predict, batch, positions, self.config.max_position_embeddings)
+            if logits is not None:
+                return logits
+        return self._predict(batch, positions)
+
+    def _predict(self, batch: PackedBatch, positions: Tensor) -> Tensor:
+        batch = self._fill_up(batch)
+        x = self.embeddings(batch)  # (T, D)
+        *layers, last = self.layers
+        for layer in layers:
+            x = self._after(layer, attention(*self._before(layer, x), batch), x)  # (T, D)
+        context = attention_at(*self._before(last, x), batch, positions)  # (M, H, K)
+        return self.head(self._after(last, context, x[positions]), self.embeddings.word.weight)  # (M, V)
+
+    def _fill_up(self, batch: PackedBatch) -> PackedBatch:
+        """Convolutions need certain numbers of tokens. Here the batch is filled up once for the first of them, which
+        mostly suits all. If it does not suit another one, that one fills up its own input.
+        """
+        qkv = self.layers[0].get_submodule("attention.qkv")
+        missing = qkv.missing(batch.num_tokens) if isinstance(qkv, ConvolvedLinear) else 0
+        return filled_up(batch, missing) if missing else batch
+
+
+def before_attention(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key and value, each (T, H, K), of x (T, D)"""
+    assert isinstance(layer, EncoderLayer)
+    return layer.attention.split_heads(x)
+
+
+def after_attention(layer: nn.Module, context: Tensor, x: Tensor) -> Tensor:
+    """The rest of EncoderLayer, for any tokens: context (M, H, K) and what the layer read, x (M, D) → (M, D)"""
+    assert isinstance(layer, EncoderLayer)
+    x = layer.attention_norm(layer.attention.output(context.flatten(-2)) + x)  # (M, D)
+    return layer.feed_forward_norm(layer.feed_forward(x) + x)  # (M, D)

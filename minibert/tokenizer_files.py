@@ -1,0 +1,217 @@
+"""What a checkpoint's files say about its tokenizer. There are up to six of them, and any may be missing:
+
+    tokenizer.json            everything, as the `tokenizers` library writes it
+    vocab.txt                 one token a line; the first has id 0
+    tokenizer_config.json     the class, upper and lower case, the names of the special tokens, tokens added later
+    special_tokens_map.json   names of special tokens, in older checkpoints
+    added_tokens.json         tokens added later, in older checkpoints
+    config.json               the class, where tokenizer_config.json does not say it
+
+They are read as transformers reads them (version 5.23: models/auto/tokenization_auto.py chooses the class,
+tokenization_utils_base.py collects the settings). Where they contradict each other, it is this way:
+
+With BERT's class, which is also what a BERT without a class has, the pieces come from tokenizer.json or else from
+vocab.txt, and the treatment of case, accents and Chinese characters from tokenizer_config.json. With
+PreTrainedTokenizerFast, or any other class that comes with a tokenizer.json, that file stands as it is. It also does
+if there is no tokenizer_config.json: then it is the only one that says anything. (Here transformers puts the defaults
+of its class in the place of what the file says.)
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+
+from minibert.files import naming, read_json
+from minibert.hub import CONFIG, Source
+
+TOKENIZER, VOCABULARY, SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
+SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+
+# Classes of transformers, without "Fast", that are BERT's tokenizer under one name or another.
+BERT_CLASSES = frozenset(
+    f"{model}Tokenizer" for model in ("Bert", "DistilBert", "Electra", "ConvBert", "MobileBert", "SqueezeBert")
+)
+# Settings of a tokenizer that first cuts Japanese into words, which needs a program and a dictionary of its own.
+JAPANESE = ("word_tokenizer_type", "subword_tokenizer_type", "mecab_kwargs", "sudachi_kwargs", "jumanpp_kwargs")
+ROLES = ("unk", "sep", "pad", "cls", "mask")
+NAMED = ("bos", "eos", *ROLES)
+CASE = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}  # and BERT's defaults
+
+
+@dataclass
+class TokenizerFiles:
+    """All that was found."""
+
+    name: str  # of the checkpoint, as it was given
+    whole: dict[str, Any] | None = None  # tokenizer.json
+    vocabulary: dict[str, int] | None = None  # token → id, from vocab.txt
+    settings: dict[str, Any] = field(default_factory=dict)  # tokenizer_config.json, special_tokens_map.json over it
+    added: dict[int, AddedToken] = field(default_factory=dict)
+    as_it_stands: bool = False  # tokenizer.json is not put together anew from its vocabulary and the settings
+    paths: dict[str, Path] = field(default_factory=dict)  # file name → path, of those that were read
+
+    def path(self) -> Path:
+        """The file that holds the vocabulary."""
+        return self.paths.get(TOKENIZER) or self.paths[VOCABULARY]
+
+
+def read_tokenizer_files(source: Source) -> TokenizerFiles:
+    """Raises FileNotFoundError if there is neither a tokenizer.json nor a vocab.txt; ValueError, naming the file, if
+    one is not what it should be, or if the class is a tokenizer that minibert does not have.
+    """
+    found = TokenizerFiles(source.name)
+    if path := source.file(TOKENIZER):
+        found.paths[TOKENIZER] = path
+        try:
+            found.whole = read_json(path)
+        except ValueError as error:
+            raise ValueError(str(error).replace("not a proper JSON file", "not a tokenizer file", 1)) from error
+    elif path := source.file(VOCABULARY):
+        found.paths[VOCABULARY] = path
+        found.vocabulary = read_vocabulary(path)
+    if path := source.file(SETTINGS):
+        found.paths[SETTINGS] = path
+        found.settings = read_json(path)
+    _choose(source, found)
+    if not found.paths.keys() & {TOKENIZER, VOCABULARY}:
+        raise FileNotFoundError(f"{source.name}: there is neither a {TOKENIZER} nor a {VOCABULARY}{source.only_cache}")
+    _collect_tokens(source, found)
+    return found
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """Token → id. What editors leave behind is no part of a token: a byte-order mark, spaces at the end of a line,
+    blank lines at the end of the file. (Google's tokenization.py strips each line, too.)
+
+    Raises ValueError if a token is there twice: only one of the two ids would ever be used.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path}: not a vocabulary of one token a line in UTF-8: line {line} has the byte "
+            f"{error.object[error.start]:#04x}"
+        ) from error
+    lines = [line.rstrip(" \t\r") or line[:1] for line in text.split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for token, count in Counter(lines).items():
+        if count > 1:
+            numbers = [number for number, line in enumerate(lines, start=1) if line == token][:2]
+            raise ValueError(f"{path}: {token!r} stands there {count} times, in lines {numbers[0]} and {numbers[1]}")
+    return {token: number for number, token in enumerate(lines)}
+
+
+def _choose(source: Source, found: TokenizerFiles) -> None:
+    """Whether it is BERT's tokenizer, or one that stands in tokenizer.json. Raises ValueError if it is neither."""
+    name, said_in = found.settings.get("tokenizer_class"), found.paths.get(SETTINGS)
+    if name is None and (path := source.file(CONFIG)):
+        name, said_in = read_json(path).get("tokenizer_class"), path
+    if japanese := [key for key in JAPANESE if found.settings.get(key) is not None]:
+        name, said_in = name or f"one with a {japanese[0]}", found.paths[SETTINGS]
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"{said_in}: tokenizer_class must be a name, not {name!r}")
+    known = name is None or (name.removesuffix("Fast") in BERT_CLASSES and not japanese)
+    if not known and (found.whole is None or japanese or name == "BertJapaneseTokenizer"):
+        raise ValueError(
+            f"{said_in}: its tokenizer is {name}, which cuts words in another way than BERT's. minibert does not have "
+            "it, and BERT's own would give other ids. Tokenize with transformers, and give the ids to the model"
+        )
+    word_pieces = found.whole is not None and _model(found).get("type") in (None, "WordPiece")
+    found.as_it_stands = found.whole is not None and (not known or not word_pieces or SETTINGS not in found.paths)
+
+
+def _model(found: TokenizerFiles) -> dict[str, Any]:
+    model = (found.whole or {}).get("model")
+    if not isinstance(model, dict):
+        raise ValueError(f"{found.path()}: not a tokenizer file: there is no model in it")
+    return model
+
+
+def _collect_tokens(source: Source, found: TokenizerFiles) -> None:
+    """Tokens that were added to the vocabulary, and the names of the special ones, from all files that have some."""
+    said, listed = found.settings, found.settings.get("added_tokens_decoder")
+    if listed is None and (path := source.file(SPECIAL_TOKENS)):  # older than added_tokens_decoder
+        found.paths[SPECIAL_TOKENS] = path
+        found.settings = {**found.settings, **{k: v for k, v in read_json(path).items() if v is not None}}
+    for key in [f"{role}_token" for role in NAMED if found.settings.get(f"{role}_token") is not None]:
+        with naming(_origin(found, key)):
+            added_token(found.settings[key])
+    if isinstance(listed, dict):
+        with naming(found.paths[SETTINGS]):
+            for number, token in listed.items():
+                found.added[_id(number)] = added_token(token)
+    elif listed is not None:
+        raise ValueError(f"{found.paths[SETTINGS]}: added_tokens_decoder must map ids to tokens, not {listed!r}")
+    elif path := source.file(ADDED_TOKENS):
+        found.paths[ADDED_TOKENS] = path
+        # As in transformers, where additional_special_tokens of special_tokens_map.json come too late for this.
+        extra = {**found.settings, "additional_special_tokens": said.get("additional_special_tokens")}
+        special = {token.content for token in special_tokens(found.settings).values()} | set(extra_tokens(extra))
+        with naming(path):
+            for token, number in read_json(path).items():
+                found.added[_id(number)] = AddedToken(token, normalized=token not in special, special=token in special)
+    if found.whole is not None:
+        with naming(found.path()):
+            for entry in _list(found.whole.get("added_tokens")):
+                if not isinstance(entry, dict):
+                    raise ValueError(f"not a tokenizer file: the added token {entry!r} is no object")
+                if str(entry.get("content")) not in {token.content for token in found.added.values()}:
+                    found.added.setdefault(_id(entry.get("id")), added_token(entry))
+
+
+def _origin(found: TokenizerFiles, key: str) -> Path:
+    """The file that a setting came from."""
+    path = found.paths.get(SPECIAL_TOKENS)
+    return path if path and key in read_json(path) else found.paths[SETTINGS]
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, AddedToken]:
+    """Role → token, of the roles that are named in the settings; among them bos and eos, which BERT does not use."""
+    named = {role: settings.get(f"{role}_token") for role in NAMED}
+    return {role: added_token(token, special=True) for role, token in named.items() if token is not None}
+
+
+def extra_tokens(settings: Mapping[str, Any]) -> list[str]:
+    """Special tokens without a role, or with one that BERT does not know ("image_token": "<image>")."""
+    value = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    entries = list(value.values()) if isinstance(value, dict) else _list(value)
+    known = {f"{role}_token" for role in NAMED}
+    entries += [x for key, x in settings.items() if key.endswith("_token") and key not in known and isinstance(x, str)]
+    return [added_token(entry).content for entry in entries]
+
+
+def added_token(value: Any, *, special: bool | None = None) -> AddedToken:
+    """A token from its text, or from what the files have for it: {"content": "[MASK]", "lstrip": false, …}. Raises
+    ValueError for anything else.
+    """
+    if isinstance(value, str):
+        value = {"content": value, "normalized": False, "special": True}
+    if not isinstance(value, dict) or not isinstance(value.get("content"), str) or not value["content"]:
+        raise ValueError(f"{value!r} is no token: a text is expected, or an object with its content")
+    flags = {flag: value.get(flag, False) for flag in ("single_word", "lstrip", "rstrip")}
+    is_special = value.get("special", False) if special is None else special
+    flags |= {"special": is_special, "normalized": value.get("normalized", not is_special)}
+    if wrong := [flag for flag, on in flags.items() if not isinstance(on, bool)]:
+        raise ValueError(f"{wrong[0]} of the token {value['content']!r} must be true or false, not {flags[wrong[0]]!r}")
+    return AddedToken(value["content"], **flags)
+
+
+def _id(value: Any) -> int:
+    number = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 11 else value
+    if type(number) is not int or not 0 <= number < 2**32:
+        raise ValueError(f"{value!r} is no id of an added token")
+    return number
+
+
+def _list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ValueError(f"a list of tokens was expected, not {value!r}")
+    return value

@@ -1,0 +1,51 @@
+"""For programs that are recorded: torch.export, torch.compile, torch.jit.trace, and ONNX on top of them.
+
+A recorder follows one call and keeps the steps. It cannot ask a tensor how long its sentences are: the answer of this
+one batch would become a constant of the program, which would then be wrong for the next. So while it is recorded, the
+padded call keeps its rectangle (B, S), padding and all, and attention masks the keys. The results are the same up to
+rounding, and B and S may be others in each run of the program.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def being_traced() -> bool:
+    """Whether the call that we are in is being recorded."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """A batch with its padding, each (B, S). What treats each token alone takes it in place of a PackedBatch."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor  # bool: true where a token is
+
+
+def rectangle(
+    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None
+) -> Rectangle:
+    """The arguments of the padded call, with nothing left out. What they hold is not checked: nobody can be asked."""
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if token_type_ids is None:
+        token_type_ids = torch.zeros_like(input_ids)
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return Rectangle(input_ids, token_type_ids, position_ids, attention_mask.bool())
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, batch: Rectangle, dropout: nn.Dropout | None = None) -> Tensor:
+    """Attention of query, key and value (B, S, H, K) with a mask over the keys: (B, S, H, K)."""
+    # (B, 1): a row without a token may see all of itself; otherwise its softmax would be no number.
+    nobody = ~batch.attention_mask.any(1, keepdim=True)
+    mask = (batch.attention_mask | nobody)[:, None, None, :]  # (B, 1, 1, S)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # each (B, H, S, K)
+    rate = 0.0 if dropout is None else dropout.p
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate).transpose(1, 2)

@@ -1,0 +1,185 @@
+"""The `minibert` command as such: info, its mistakes, its options, its exit status."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small import LONG, LONGEST, TEXT, VOCAB, assert_same_answers
+
+import minibert
+from minibert import BertForMaskedLM, load_tokenizer
+from minibert.cli import main
+
+
+def test_info_counts_what_transformers_counts(run, hub_model, folder):
+    result = json.loads(run("info", "--json"))
+    unique = {parameter.data_ptr(): parameter.numel() for parameter in hub_model.parameters()}
+    budget = result["parameters"]
+    assert budget["total"] == sum(unique.values())
+    assert budget["total"] == sum(number for name, number in budget.items() if name != "total")
+    assert result["config"]["vocab_size"] == len(VOCAB)
+    report = result["load_report"]
+    assert report["files"] == [str(folder / "model.safetensors")]
+    assert re.fullmatch("[0-9a-f]{64}", report["sha256"]["model.safetensors"])
+    assert report["initialised"] == report["non_finite"] == []
+
+    tokenizer = result["tokenizer"]
+    assert tokenizer["files"] == [str(folder / "tokenizer.json")]
+
+    text = run("info")
+    assert f"{budget['total']:,}" in text
+    assert report["sha256"]["model.safetensors"] in text
+    assert re.search(r"hidden_size +20\n", text)
+    assert text.endswith("".join(f"  {line}\n" for line in (*tokenizer["files"], *tokenizer["notes"])))
+
+
+def test_info_of_a_model_without_a_tokenizer(folder, tmp_path, capsys):
+    BertForMaskedLM.from_pretrained(folder).save_pretrained(tmp_path)
+    assert main(["info", "--model", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("tokenizer\n  there is none\n")
+    assert main(["info", "--json", "--model", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["tokenizer"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fill-mask", "the rain"], r"no \[MASK\] in 'the rain': write \[MASK\]"),
+        (["fill-mask", ""], r"no \[MASK\] in ''"),
+        (["fill-mask", "line\none"], r"no \[MASK\]"),
+        (["fill-mask", "the [MASK]", "--targets", "paris,unbelievable"], "became un ##believ ##able"),
+        (["fill-mask", "the [MASK]", "--targets", ""], "became nothing"),
+        (["fill-mask", "the [MASK]", "--top-k", "0"], "top_k must be at least 1"),
+        (["fill-mask", f"[MASK] {LONG}"], f"123 tokens long and the model takes {LONGEST}"),
+        (["fill-mask", "caf\udce9 [MASK]"], "surrogates"),
+        (["mlm", LONG], f"122 tokens long and the model takes {LONGEST}"),
+        (["mlm", "caf\udce9"], "surrogates"),
+        (["mlm", TEXT, "--positions", "1", "--recipe", "plain"], "recipe plain .* positions names .* one of the two"),
+        (["mlm", TEXT, "--positions", "1", "--probability", "0.2"], "probability 0.2 .* positions names"),
+        (
+            ["mlm", TEXT, "--positions", "99"],
+            r"position 99 .* which is 24 tokens: 0 \[CLS\], 1 the, 2 capital, .*, 23 \[SEP\]$",
+        ),
+        (["mlm", TEXT, "--positions", "1,x"], "whole numbers from 0, with commas between, not '1,x'"),
+        (["mlm", TEXT, "--positions", "-1"], "whole numbers from 0"),
+        (["mlm", TEXT, "--positions", ""], "whole numbers from 0"),
+        (["mlm", TEXT, "--probability", "1.5"], "probability must be between 0 and 1, not 1.5"),
+        (["mlm", TEXT, "--probability", "nan"], "probability .* nan"),
+        (["mlm", TEXT, "--seed", str(2**64)], "seed must fit in 64 bits"),
+        (["mlm", ""], "no token to mask in ''"),
+        (["mlm", " "], "no token to mask"),
+        (["mlm", "the [MASK]", "--seed", "0"], r"seed 0 .* \[MASK\] of its own"),
+        (["mlm", "the [MASK]", "--recipe", "bert"], r"recipe bert .* \[MASK\] of its own"),
+        (["mlm", f"{LONG} [MASK]", "--truncate"], r"1 \[MASK\] in the text would be cut off"),
+        (["mlm", "the " * 61, "--positions", "70"], r"which is 63 tokens: .* 59 the, … 62 \[SEP\]"),
+    ],
+)
+def test_a_mistake_is_one_line(folder, fails, arguments, words):
+    line = fails(*arguments, "--model", str(folder))
+    assert line.startswith(f"minibert {arguments[0]}: ")
+    assert re.search(words, line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["nonsense"], "invalid choice: 'nonsense'.*fill-mask.*mlm.*info.*train"),
+        (["fill-mask"], "required: TEXT"),
+        (["info", "--nonsense"], "--nonsense"),
+        (["mlm", "a", "--recipe", "nonsense"], "'nonsense'"),
+        (["mlm", "a", "--seed", "x"], "--seed.*'x'"),
+        (["mlm", "a", "--seed", "1", "--positions", "1"], "--positions: not allowed with argument --seed"),
+        (["fill-mask", "[MASK]", "--top-k", "many"], "--top-k.*'many'"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_points_to_help(fails, arguments, words):
+    line = fails(*arguments)
+    assert re.search(words, line)
+    assert "--help" in line
+
+
+@pytest.mark.parametrize("command", [["fill-mask", "[MASK]"], ["mlm", "a"], ["info"]])
+def test_a_model_that_is_not_there(fails, tmp_path, command):
+    assert "'nowhere' is no folder" in fails(*command, "--model", "nowhere")
+    assert "there is no config.json" in fails(*command, "--model", str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json" in fails(*command, "--model", str(tmp_path))
+
+
+def test_traceback_shows_where(folder):
+    with pytest.raises(ValueError, match=r"no \[MASK\] in"):
+        main(["fill-mask", "the rain", "--traceback", "--model", str(folder)])
+
+
+@pytest.mark.parametrize("command", [[], ["fill-mask"], ["mlm"], ["info"], ["train"]])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: {' '.join(['minibert', *command])}" in capsys.readouterr().out
+
+
+def process(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "minibert", *arguments],
+        capture_output=True,
+        cwd=Path(minibert.__file__).parent.parent,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+
+
+def test_python_m_minibert(folder, fill):
+    done = process("fill-mask", "the [MASK] is paris", "--json", "--model", str(folder))
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert_same_answers(json.loads(done.stdout)[0]["answers"], fill("the [MASK] is paris"))
+
+
+def test_python_m_minibert_with_a_mistake(folder):
+    done = process("mlm", b"caf\xe9 is no UTF-8", "--model", str(folder))
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"minibert mlm: ")
+    done = process("nonsense")
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
+
+
+@pytest.mark.filterwarnings("always")
+def test_weights_that_are_not_numbers(folder, tmp_path, capsys):
+    model = BertForMaskedLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.head.bias[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    load_tokenizer(folder).save(str(tmp_path / "tokenizer.json"))
+    assert main(["fill-mask", "[MASK]", "--json", "--model", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 2
+    assert "minibert: warning:" in err
+    assert "head.bias" in err
+
+
+def test_options_are_not_abbreviated(fails):
+    assert "--mod" in fails("info", "--mod", "x")
+
+
+def test_a_reader_that_has_seen_enough(folder):
+    command = f"{sys.executable} -m minibert fill-mask '[MASK]' --top-k 30 --model {folder} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[MASK]\n"
+    assert done.stderr == ""
+
+
+def test_a_pipe_that_is_not_utf_8(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "minibert", "mlm", "--help"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        timeout=120,
+    )
+    assert done.returncode == 0

@@ -1,0 +1,159 @@
+"""FillMask against transformers' fill-mask pipeline, and `minibert fill-mask`."""
+
+import io
+import json
+
+import pytest
+from small import LONG, LONGEST, VOCAB, assert_same_answers
+from transformers import BertTokenizer, FillMaskPipeline
+
+from minibert import FillMask
+from minibert.commands.fill_mask import WORTH_PREPARING
+from minibert.inference import prepare_for_inference
+from minibert.tokenizer import from_vocabulary
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder, hub_model):
+    return FillMaskPipeline(model=hub_model, tokenizer=BertTokenizer.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("top_k", [1, 5, len(VOCAB)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the capital of france is [MASK].",
+        "[MASK]",
+        "un[MASK]able rain, isn't it!",
+        "The [MASK] of [MASK] is paris.",
+        "[MASK][MASK] , [MASK] !",
+        "the [PAD] rain [SEP] in [MASK]",
+        "the [PAD] rain [SEP] [MASK] [MASK]",
+    ],
+)
+def test_answers_are_the_pipelines(fill, pipeline, text, top_k):
+    assert_same_answers(fill(text, top_k=top_k), pipeline(text, top_k=top_k))
+
+
+def test_a_list_of_texts_is_the_pipelines(fill, pipeline):
+    texts = ["the rain in [MASK].", "the [MASK] stays [MASK] in the plain, playing.", "[MASK]"]
+    assert_same_answers(fill(texts), pipeline(texts))
+    assert_same_answers(fill(texts), [fill(text) for text in texts])
+
+
+@pytest.mark.parametrize("text", ["the rain in [MASK].", "the [MASK] in [MASK]."])
+@pytest.mark.parametrize("top_k", [2, 5])
+def test_targets_are_the_pipelines(fill, pipeline, text, top_k):
+    targets = ["paris", "Spain", "rain", "##ing", "paris"]
+    assert_same_answers(fill(text, targets=targets, top_k=top_k), pipeline(text, targets=targets, top_k=top_k))
+
+
+def test_shapes_of_the_answers(fill):
+    one, several = "the [MASK]", "[MASK] [MASK] [MASK]"
+    assert [row["token_str"] for row in fill(one, top_k=2)] == [row["token_str"] for row in fill([one], top_k=2)[0]]
+    assert [len(rows) for rows in fill(several, top_k=2)] == [2, 2, 2]
+    assert [len(rows) for rows in fill([several, one], top_k=4)] == [3, 4]
+    assert fill([]) == []
+    assert len(fill(one, top_k=10**6)) == len(VOCAB), "no more answers than words"
+    assert sum(row["score"] for row in fill(one, top_k=len(VOCAB))) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [
+        ("the rain", {}, r"no \[MASK\] in 'the rain'"),
+        ("", {}, r"no \[MASK\] in ''"),
+        (["a [MASK]", "the rain"], {}, r"no \[MASK\] in 'the rain'"),
+        ("[MASK]", {"top_k": 0}, "top_k must be at least 1, not 0"),
+        ("[MASK]", {"targets": []}, "targets must be a list of words"),
+        ("[MASK]", {"targets": "paris"}, "targets must be a list of words, not 'paris'"),
+        ("[MASK]", {"targets": ["unbelievable"]}, "'unbelievable' .* it became un ##believ ##able"),
+        ("[MASK]", {"targets": ["quark"]}, r"'quark' .* it became \[UNK\]"),
+        ("[MASK]", {"targets": [" "]}, "it became nothing"),
+        (f"{LONG} [MASK]", {}, f"123 tokens long and the model takes {LONGEST}"),
+    ],
+)
+def test_fill_mask_says_what_is_wrong(fill, text, options, words):
+    with pytest.raises(ValueError, match=words):
+        fill(text, **options)
+
+
+def test_a_mask_beyond_the_cut_is_an_error_that_says_so(fill):
+    with pytest.raises(ValueError, match=r"\[MASK\].*(cut|truncat)"):
+        fill(f"{LONG} [MASK]", truncate=True)
+
+
+def test_a_tokenizer_of_another_model_is_refused(fill):
+    with pytest.raises(ValueError, match=f"the tokenizer has {len(VOCAB) + 1} tokens and the model {len(VOCAB)}"):
+        FillMask(fill.model, from_vocabulary([*VOCAB, "more"]))
+
+
+def test_fill_mask_prints_text_and_answers(run, fill):
+    text = "the capital of france is [MASK]."
+    lines = run("fill-mask", text).splitlines()
+    assert lines[0] == text
+    answers = fill(text)
+    assert [line.split() for line in lines[1:]] == [[f"{row['score']:.2%}", row["token_str"]] for row in answers]
+    assert len(lines) == 6
+
+
+def test_fill_mask_numbers_several_masks(run):
+    lines = run("fill-mask", "the [MASK] is [MASK]", "[MASK] !", "--top-k", "2").splitlines()
+    assert [line.strip() for line in lines if "number" in line] == ["[MASK] number 1", "[MASK] number 2"]
+    assert lines[0] == "the [MASK] is [MASK]"
+    assert lines[7] == "[MASK] !"
+    assert len(lines) == 1 + 2 * 3 + 1 + 2
+
+
+def test_fill_mask_json(run, fill):
+    texts = ["the [MASK] is [MASK]", "[MASK] !"]
+    result = json.loads(run("fill-mask", *texts, "--top-k", "3", "--json"))
+    assert [one["text"] for one in result] == texts
+    assert_same_answers([one["answers"] for one in result], fill(texts, top_k=3))
+
+
+def test_fill_mask_targets(run):
+    result = json.loads(run("fill-mask", "the rain in [MASK]", "--targets", "paris, spain,London", "--json"))
+    answers = result[0]["answers"]
+    assert sorted(row["token_str"] for row in answers) == ["london", "paris", "spain"]
+    assert [row["score"] for row in answers] == sorted((row["score"] for row in answers), reverse=True)
+
+
+def test_fill_mask_truncates_on_demand(run, fill):
+    text = f"[MASK] {LONG}"
+    result = json.loads(run("fill-mask", text, "--truncate", "--json"))
+    cut = f"[MASK] {' '.join(LONG.split()[: LONGEST - 3])}"
+    assert_same_answers(result[0]["answers"], fill(cut))
+
+
+def test_some_of_the_masks_beyond_the_cut_are_an_error_too(fill):
+    with pytest.raises(ValueError, match=r"1 \[MASK\] in .* would be cut off"):
+        fill(f"[MASK] {LONG} [MASK]", truncate=True)
+
+
+def test_texts_from_standard_input(run, fill, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("paris [MASK]\n\n[MASK] france\n"))
+    results = json.loads(run("fill-mask", "-", "the [MASK]", "--json"))
+    assert [result["text"] for result in results] == ["paris [MASK]", "[MASK] france", "the [MASK]"]
+    assert results[1]["answers"][0]["token"] == fill("[MASK] france")[0]["token"]
+
+
+def test_nothing_on_standard_input(fails, folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "no line" in fails("fill-mask", "-", "--model", str(folder))
+
+
+def test_many_texts_take_the_fast_form_and_answer_the_same(run, fill, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(
+        "minibert.inference.prepare_for_inference", lambda model: prepared.append(1) or prepare_for_inference(model)
+    )
+    texts = [f"{'the ' * (number % 5)}[MASK]" for number in range(WORTH_PREPARING)]
+    run("fill-mask", *texts[1:], "--json")
+    assert not prepared, "for a few texts that would take longer than it saves"
+    results = json.loads(run("fill-mask", *texts, "--json"))
+    for text, result in zip(texts, results, strict=True):
+        expected = fill(text)
+        assert [row["token"] for row in result["answers"]] == [row["token"] for row in expected]
+        assert result["answers"][0]["score"] == pytest.approx(expected[0]["score"], abs=1e-6)
+    assert prepared

@@ -1,0 +1,71 @@
+"""Every command's options: they are there where they should be, and reach what they are for."""
+
+import argparse
+
+import pytest
+
+from minibert.cli import build_parser, main
+from minibert.commands import COMMANDS
+
+
+def parsers():
+    (commands,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return commands.choices
+
+
+def test_every_command_is_there_and_explains_its_options():
+    assert tuple(parsers()) == COMMANDS
+    for parser in parsers().values():
+        assert parser.description.endswith(".")
+        assert {"--help", "--traceback"} <= parser._option_string_actions.keys()
+
+
+def test_what_takes_a_model_takes_a_revision_of_it():
+    taking = [
+        name for name, parser in parsers().items() if {"--model", "--init"} & parser._option_string_actions.keys()
+    ]
+    assert taking == list(COMMANDS)
+    for name in taking:
+        assert "--revision" in parsers()[name]._option_string_actions, name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_revision_reaches_the_model_that_is_loaded(command, folder, tmp_path, fails, capsys):
+    """A folder has no revisions: a command that dropped the option would not notice."""
+    trace, out = tmp_path / "trace", tmp_path / "out"
+    if command in ("diff", "diagnose"):
+        assert main(["trace", "--text", "the rain", "--model", str(folder), "--out", str(trace)]) == 0
+        capsys.readouterr()
+    arguments = {
+        "fill-mask": ["[MASK]"],
+        "mlm": ["the rain"],
+        "score": ["the rain"],
+        "train": ["no.txt", "--steps", "1", "--out", str(out)],
+        "trace": ["--out", str(out)],
+        "diff": [str(trace), str(trace)],
+        "diagnose": [str(trace)],
+        "bench": ["--shapes", "1x8"],
+    }
+    model = "--init" if command == "train" else "--model"
+    required = [action for action in parsers()[command]._actions if action.required]
+    others = [word for action in required for word in (*action.option_strings[:1], str(out))]  # a command added since
+    line = fails(command, *arguments.get(command, others), model, str(folder), "--revision", "v1")
+    assert "revision 'v1'" in line
+    assert "revisions are the hub's" in line
+    assert not out.exists() or command == "train"
+
+
+def test_trace_by_transformers_takes_the_revision_too(folder, tmp_path, fails):
+    out = str(tmp_path / "out")
+    assert "'v1'" in fails(
+        "trace", "--backend", "transformers", "--model", str(folder), "--revision", "v1", "--out", out
+    )
+
+
+@pytest.mark.parametrize("command", [["diff", "a", "b"], ["bench"]])
+def test_a_revision_of_no_model_is_an_error(command, tmp_path, fails, folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        assert main(["trace", "--text", "the rain", "--model", str(folder), "--out", name]) == 0
+    capsys.readouterr()
+    assert "no --model was given" in fails(*command, "--revision", "v1")

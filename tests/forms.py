@@ -1,0 +1,27 @@
+"""The forms that a prepared model can have on a CPU."""
+
+import pytest
+import torch
+
+from minibert.inference.onednn import has_bfloat16, working_ways
+
+FORMS = {
+    "product": (torch.float32, "product"),
+    "convolution": (torch.float32, "convolution"),
+    "torch": (torch.float32, "torch"),
+    "bfloat16 product": (torch.bfloat16, "product"),
+    "bfloat16 torch": (torch.bfloat16, "torch"),
+    "float64": (torch.float64, "torch"),
+}
+# bfloat16 rounds to 2^-8: some roundings of that, on logits of order 3.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.15}
+
+
+def form_or_skip(name):
+    """(dtype, linear) for `prepare_for_inference`. Skips the test where this CPU or this torch has no such form."""
+    dtype, linear = FORMS[name]
+    if dtype == torch.bfloat16 and not has_bfloat16():
+        pytest.skip("this CPU has no instructions for bfloat16")
+    if linear not in working_ways(dtype):
+        pytest.skip(f"no {linear} in {dtype} in this torch or on this CPU")
+    return dtype, linear

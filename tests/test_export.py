@@ -1,0 +1,86 @@
+"""`minibert export`: a file that runs without the package, tried on odd shapes before it is kept."""
+
+import json
+
+import pytest
+import torch
+from twins import CONFIGS, twins
+
+import minibert.export
+from minibert.cli import main
+from minibert.export import export
+
+SIZES = CONFIGS["batch 13, gelu"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return twins(SIZES)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_pt2_file_runs_by_itself(model, folder, tmp_path, capsys):
+    path = tmp_path / "model.pt2"
+    assert main(["export", "--model", folder, "--out", str(path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["difference"] < 1e-5
+    assert len({tuple(shape) for shape in said["shapes"]}) == 8
+    program = torch.export.load(path).module()
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    given = {"input_ids": ids, "attention_mask": (ids > 0).long(), "token_type_ids": torch.zeros_like(ids)}
+    torch.testing.assert_close(program(**given), model(**given).logits, rtol=0, atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_an_onnx_file_is_right_in_onnxruntime_on_ten_shapes(model, tmp_path):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    result = export(model, tmp_path / "model.onnx")
+    assert result.difference < 1e-5
+    session = onnxruntime.InferenceSession(str(result.path))
+    assert [one.name for one in session.get_inputs()] == ["input_ids", "attention_mask", "token_type_ids"]
+    from test_tracing import batches
+
+    for ids, mask, types in batches():
+        given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        got = torch.from_numpy(session.run(None, {name: x.numpy() for name, x in given.items()})[0])
+        torch.testing.assert_close(got, model(ids, mask, types).logits, rtol=0, atol=1e-5)  # sums in other orders
+
+
+def test_a_program_that_is_wrong_is_not_kept(model, tmp_path, monkeypatch):
+    path = tmp_path / "model.pt2"
+    path.write_text("what was there before")
+    load = minibert.export._load_pt2
+    monkeypatch.setattr(minibert.export, "_load_pt2", lambda path: lambda given: load(path)(given) + 0.5)
+    with pytest.raises(ValueError, match="recorded it wrongly, and it was not kept"):
+        export(model, path)
+    assert path.read_text() == "what was there before"
+    assert model.training is False
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [("model.bin", "must end in .onnx or .pt2"), ("nowhere/model.pt2", "there is no such folder"), ("", "must end in")],
+)
+def test_mistakes(folder, tmp_path, monkeypatch, capsys, out, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--model", folder, "--out", out]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"onnx is not installed: pip install .minibert-mlm\[export\]"):
+        export(model, tmp_path / "model.onnx")
+
+
+def test_another_dtype_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="load it in float32 on the CPU"):
+        export(twins(SIZES, dtype=torch.float64)[0], tmp_path / "model.pt2")

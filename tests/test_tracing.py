@@ -1,0 +1,92 @@
+"""Programs recorded from the model: right for other batches too, or refused."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from twins import CONFIGS, twins
+
+from minibert import PackedBatch, prepare_for_inference
+
+SIZES = CONFIGS["batch 13, gelu"]
+SHAPES = [(1, 1), (1, 7), (2, 5), (3, 5), (3, 19), (4, 2), (7, 11), (13, 7), (2, 18), (5, 13)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return twins(SIZES)[0].requires_grad_(False)
+
+
+def batches(shapes=SHAPES):
+    """Batches of ten shapes, with padding on the right, on the left, with holes, and one row without a token."""
+    generator = torch.Generator().manual_seed(0)
+    for number, shape in enumerate(shapes):
+        ids = torch.randint(0, SIZES["vocab_size"], shape, generator=generator)
+        column, lengths = torch.arange(shape[1]), torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
+        masks = [column < lengths, column >= shape[1] - lengths, torch.rand(shape, generator=generator) < 0.6]
+        mask = masks[number % 3].long()
+        if number == 4:
+            mask[1] = 0
+        yield ids, mask, torch.randint(0, 2, shape, generator=generator)
+
+
+def require_equal_everywhere(program, model, shapes=SHAPES):
+    for given in batches(shapes):
+        got, expected = program(*given), model(*given).logits
+        got = got if isinstance(got, torch.Tensor) else got[0]
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)  # sums in other orders, as in the parity tests
+
+
+def test_a_jit_trace_is_right_for_other_lengths_and_shapes(model):
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask, token_type_ids):
+            return self.model(input_ids, attention_mask, token_type_ids).logits
+
+    first = next(batches([(3, 7)]))
+    require_equal_everywhere(torch.jit.trace(Logits().eval(), first, check_trace=False), model)
+
+
+def test_what_cannot_be_traced_raises(model):
+    def packed(input_ids):
+        return model.encode(PackedBatch.from_padded(input_ids))
+
+    with pytest.raises(ValueError, match="would make constants of the lengths"):
+        torch.jit.trace(packed, torch.tensor([[1, 2, 3]]))
+    with pytest.raises(ValueError, match="attention maps cannot be had"):
+        torch.jit.trace(lambda ids: model(ids, output_attentions=True).logits, torch.tensor([[1, 2, 3]]))
+    fast = prepare_for_inference(model)
+    with pytest.raises(ValueError, match="export or trace the one it was made from"):
+        torch.jit.trace(lambda ids: fast(ids).logits, torch.tensor([[1, 2, 3]]))
+
+
+def test_export_with_dynamic_batch_and_length(model):
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=19)
+    both = {0: batch, 1: length}
+    dynamic = {"input_ids": both, "attention_mask": both, "token_type_ids": both}
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    given = dict(zip(names, next(batches([(3, 7)])), strict=True))
+    program = torch.export.export(model, (), given, dynamic_shapes=dynamic, strict=False).module()
+    require_equal_everywhere(lambda *given: program(**dict(zip(names, given, strict=True))).logits, model)
+
+
+def test_compiled_whole_and_once_for_all_shapes(model):
+    """Ten shapes, one graph; a batch or a length of 1 is a constant to torch.compile, and gives one of its own."""
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    larger = [shape for shape in SHAPES if min(shape) > 1]
+    require_equal_everywhere(lambda *given: compiled(*given).logits, model, larger)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_the_loss_of_a_recorded_program(model):
+    ids, mask, types = next(batches([(3, 7)]))
+    labels = ids.masked_fill(mask == 0, -100)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(
+        compiled(ids, mask, types, labels=labels).loss, model(ids, mask, types, labels=labels).loss, rtol=0, atol=2e-6
+    )
+    torch._dynamo.reset()

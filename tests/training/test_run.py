@@ -1,0 +1,142 @@
+"""A run as a whole: as a function, killed with its workers, and where something is missing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import metrics, weights
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+
+from minibert.cli import main
+from minibert.training import Settings, data, saving, train
+from minibert.training.run import stopped_by_signals
+from minibert.training.tokens import token_files
+
+
+def test_the_function_does_what_the_command_does(tiny, tmp_path, capsys):
+    settings = Settings(
+        steps=5, tokens_per_step=200, max_length=24, learning_rate=5e-3, dtype="float32", save_every=3, evaluate_every=4
+    )
+    result = train(
+        [str(tiny.text)],
+        init=str(tiny.start),
+        out=tmp_path / "one",
+        settings=settings,
+        tokens=tiny.tokens,
+        device="cpu",
+    )
+    assert tiny.train(tmp_path / "two", "--steps", "5") == 0
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    assert (result.ended, result.first) == ("finished", True)
+    assert result.figures == metrics(tmp_path / "one")[-1]["held_out"] == metrics(tmp_path / "two")[-1]["held_out"]
+    printed = capsys.readouterr().out.splitlines()[-1].split()
+    assert printed[:3] == [
+        "all",
+        f"{result.figures['all']['masked_tokens']:.0f}",
+        f"{result.figures['all']['loss']:.3f}",
+    ]
+    again = train([], init=str(tiny.start), out=tmp_path / "one", settings=settings, resume=True, device="cpu")
+    assert (again.ended, again.figures) == ("was finished", None)
+
+
+def test_signals_are_as_they_were_afterwards():
+    before = signal.getsignal(signal.SIGTERM)
+    with stopped_by_signals() as stop:
+        assert not stop.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(10)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the second one ends the run"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_killed_run_leaves_no_lock_and_no_worker_behind(workers, tiny, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "minibert", *tiny.arguments(out, "--steps", "5000", "--workers", workers)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not saving.checkpoints(out) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with open(f"/proc/{run.pid}/task/{run.pid}/children") as file:
+        children = [int(child) for child in file.read().split()]
+    run.kill()
+    run.wait()
+    with saving.folder_of_run(out, resume=True):  # at once
+        pass
+    assert len(children) >= int(workers), "it was killed while it trained"
+    killed = time.monotonic()
+    while any(os.path.exists(f"/proc/{child}") for child in children) and time.monotonic() < killed + 30:
+        time.sleep(0.02)
+    assert time.monotonic() - killed < 3, "torch's own workers look for their parent every 5 seconds"
+
+
+@pytest.mark.parametrize("workers", [(), ("--workers", "1")])
+def test_an_error_where_batches_are_made_is_one_line(workers, tiny, tmp_path, monkeypatch, capsys):
+    def examples(*_):
+        raise ValueError("no examples today")
+
+    monkeypatch.setattr(data.Corpus, "examples", examples)
+    assert tiny.train(tmp_path / "out", *workers) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "minibert train: no examples today"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_where_a_text_is_tokenized_says_so(workers, tiny, tmp_path):
+    broken = Tokenizer(WordPiece({"a": 0}, unk_token="[UNK]"))  # the library finds out when it meets another word
+    with pytest.raises(ValueError, match=r"^the tokenizer fails on the text: .*\[UNK\]"):
+        token_files([str(tiny.text)], broken, tmp_path / "tokens", workers=workers)
+
+
+@pytest.mark.parametrize("missing", ["[CLS]", "[SEP]", "[MASK]"])
+def test_special_tokens_are_looked_for_before_the_text_is_read(missing, tiny, tmp_path, capsys):
+    values = json.loads((tiny.start / "tokenizer.json").read_text(encoding="utf-8"))
+    values["post_processor"] = None
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] != missing]
+    values["model"]["vocab"][missing.strip("[]")] = values["model"]["vocab"].pop(missing)
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_bytes((tiny.start / name).read_bytes())
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    arguments = tiny.arguments(tmp_path / "out", "--init", tmp_path / "model", "--tokens", tmp_path / "tokens")
+    assert main([arguments[0], str(tmp_path / "no such text.txt"), *arguments[2:]]) == 2
+    assert f"has no {missing} token" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_a_worker_that_is_killed_is_one_line(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data.Corpus, "examples", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert tiny.train(tmp_path / "out", "--workers", "1") == 2
+    assert "a worker process ended before its work was done" in capsys.readouterr().err.splitlines()[-1]
+
+
+WITHOUT_FCNTL = """
+import importlib, pkgutil, sys
+
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None  # an import of it fails
+
+import minibert
+
+for module in pkgutil.walk_packages(minibert.__path__, "minibert."):
+    if module.name != "minibert.__main__":
+        importlib.import_module(module.name)
+from minibert.cli import main
+
+assert main(["fill-mask", "[MASK]", "--model", sys.argv[1]]) == 0
+sys.exit(main(["train", sys.argv[2], "--init", sys.argv[1], "--out", sys.argv[3], "--steps", "1", "--device", "cpu"]))
+"""
+
+
+def test_where_there_is_no_fcntl_only_training_is_missing(tiny, tmp_path):
+    command = [sys.executable, "-c", WITHOUT_FCNTL, str(tiny.start), str(tiny.text), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "fcntl" in done.stderr
+    assert "WSL" in done.stderr
+    assert "[MASK]" in done.stdout
