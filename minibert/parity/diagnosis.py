@@ -133,7 +133,7 @@ def _unnamed(search: Search, fits: list[Fit]) -> Iterator[str]:
             f"the nearest is {best.title}: with it the first wrong tensor is {best.first_wrong}, "
             f"{count(best.reproduced - search.plain.reproduced)} later. {best.faults[0].remedy}"
         )
-    if (said := hint(search.given, search.yardstick.exact)) is not None:
+    if (said := hint(search.given, search.yardstick.exact, search.plain.first_wrong or "")) is not None:
         yield said
     if torch.finfo(search.given.dtype).eps > 1e-4:
         yield "repeat it in float32: there the faults differ more from each other and from rounding"
