@@ -70,13 +70,13 @@ class FillMask:
         """
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {top_k}")
-        target_ids = self._words if targets is None else torch.tensor(self._target_ids(targets))
+        wanted = self._words if targets is None else torch.tensor(target_ids(self.tokenizer, targets))
         remaining = iter(texts)
         while window := [self._encode(text, truncate) for text in islice(remaining, WINDOW)]:
             answers: dict[int, list[Any]] = {}
             for numbers in batches_by_length([len(row) for row in window], BATCH_TOKENS):
                 rows = [window[number] for number in numbers]
-                answers.update(zip(numbers, self._answer_batch(rows, top_k, target_ids), strict=True))
+                answers.update(zip(numbers, self._answer_batch(rows, top_k, wanted), strict=True))
             for number in range(len(window)):
                 yield answers[number]
 
@@ -128,20 +128,23 @@ class FillMask:
             "sequence": self.tokenizer.decode(filled, skip_special_tokens=single),
         }
 
-    def _target_ids(self, targets: Sequence[str]) -> list[int]:
-        if isinstance(targets, str) or not targets:
-            raise ValueError(f"targets must be a list of words, not {targets!r}")
-        ids = []
-        for word in targets:
-            token = self.tokenizer.token_to_id(word)
-            if token is None:
-                pieces = self.tokenizer.encode(word, add_special_tokens=False)
-                unknown = require_id(self.tokenizer, "[UNK]")
-                if len(pieces.ids) != 1 or pieces.ids[0] == unknown:
-                    raise ValueError(
-                        f"the target {word!r} is not one token of the vocabulary: it became "
-                        f"{' '.join(pieces.tokens) or 'nothing'}. A {self._mask} stands for exactly one token"
-                    )
-                token = pieces.ids[0]
-            ids.append(token)
-        return list(dict.fromkeys(ids))
+
+def target_ids(tokenizer: Tokenizer, targets: Sequence[str]) -> list[int]:
+    """The ids of words that are to be followed, each once. Raises ValueError for a word that is not one token."""
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"targets must be a list of words, not {targets!r}")
+    ids = []
+    for word in targets:
+        token = tokenizer.token_to_id(word)
+        if token is None:
+            pieces = tokenizer.encode(word, add_special_tokens=False)
+            unknown = require_id(tokenizer, "[UNK]")
+            if len(pieces.ids) != 1 or pieces.ids[0] == unknown:
+                mask = own_token(tokenizer, "[MASK]")
+                raise ValueError(
+                    f"the target {word!r} is not one token of the vocabulary: it became "
+                    f"{' '.join(pieces.tokens) or 'nothing'}. A {mask} stands for exactly one token"
+                )
+            token = pieces.ids[0]
+        ids.append(token)
+    return list(dict.fromkeys(ids))

@@ -51,6 +51,14 @@ LEVELS = """
     training.loop
     training.run
     training.__init__
+    study.reading study.vocabulary study.sums study.maps study.changes study.cost
+    study.guesses study.words study.heads study.row
+    study.facts
+    study.says
+    study.text study.page study.views
+    study.result
+    study.__init__
+    study.picture
     bench.__init__
     bench.workloads bench.machine
     bench.peers
