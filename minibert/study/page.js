@@ -231,7 +231,7 @@ function drawInfluence() {
       number(signed(hidden.nats)), cell(swing(hidden.nats, most), "bars"), make("td", {}, make("bdi", { class: "piece" }, hidden.winner)),
       number(signed(alone.nats)), cell(swing(alone.nats, most), "bars"), make("td", {}, make("bdi", { class: "piece" }, alone.winner)));
   });
-  const heads = [["word", ""], ["hidden", "number"], ["", "bars"], ["who wins then", ""], ["alone", "number"], ["", "bars"], ["who wins then", ""]];
+  const heads = [["word", ""], ["hidden", "number"], ["", "bars"], ["who wins", ""], ["alone", "number"], ["", "bars"], ["who wins", ""]];
   const whole = table(heads, rows);
   whole.classList.add("high");
   body("influence").replaceChildren(whole);

@@ -33,7 +33,7 @@ def to_text(facts: Facts) -> str:
         if not body and why is None:
             continue
         lines += ["", title, *sentences.get(key, [])[:1], *(body or [f"(not here: {why})"])]
-    return "".join(f"{plain(line)}\n" for line in lines[1:])
+    return "".join(f"{plain(line).rstrip()}\n" for line in lines[1:])
 
 
 def _answer(facts: Facts) -> Iterator[str]:
