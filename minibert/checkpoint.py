@@ -141,6 +141,7 @@ def read_weights(
     spelled = spelling.spelled
     with naming(files.where):
         report.initialised = _require_the_wanted(shapes, spelling, config_values, init_missing_head)
+        _require_shapes(shapes, spelled, entries)
         _require_equal_copies(entries, spelling)
     state: dict[str, Tensor] = {}
     for ours, shape in shapes.items():
@@ -148,7 +149,7 @@ def read_weights(
             state[ours] = _initial(ours, shape, dtype, device)
         else:
             state[ours] = torch.empty(shape, dtype=dtype, device=device)
-            _fill(state[ours], [(spelled[hub], *entries[spelled[hub]]) for hub in hub_names(ours)])
+            _fill(state[ours], [(spelled[hub], entries[spelled[hub]][0]) for hub in hub_names(ours)])
     report.loaded = tuple(sorted(spelled[hub] for ours in shapes for hub in hub_names(ours) if hub in spelled))
     report.non_finite = tuple(name for name, tensor in state.items() if _has_non_finite(tensor))
     if report.non_finite:
@@ -253,17 +254,29 @@ def _require_equal_copies(entries: Mapping[str, tuple[Path, Any]], spelling: Spe
             raise ValueError(f"{copy} and {first} must be the same tensor, but they differ")
 
 
-def _fill(target: Tensor, parts: list[tuple[str, Path, dict[str, Any]]]) -> None:
-    """Copy the parts (name in the file, file, dtype and shape) into `target`, one under the other."""
-    shape = [target.shape[0] // len(parts), *target.shape[1:]]
-    for (name, path, entry), part in zip(parts, target.chunk(len(parts)), strict=True):
-        if entry["shape"] != shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(entry['shape'])}, and {CONFIG} asks for {tuple(shape)}: "
-                "one of the two files belongs to another model"
-            )
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+def _require_shapes(
+    shapes: Mapping[str, torch.Size],
+    spelled: Mapping[str, str],
+    entries: Mapping[str, tuple[Path, dict[str, Any]]],
+) -> None:
+    """Raise ValueError for a tensor of another shape, or of whole numbers, before there is memory for any."""
+    for ours, shape in shapes.items():
+        hubs = hub_names(ours)
+        wanted = [shape[0] // len(hubs), *shape[1:]]
+        for name in (spelled[hub] for hub in hubs if hub in spelled):
+            path, entry = entries[name]
+            if entry["shape"] != wanted:
+                raise ValueError(
+                    f"{path}: {name} has shape {tuple(entry['shape'])}, and {CONFIG} asks for {tuple(wanted)}: "
+                    "one of the two files belongs to another model"
+                )
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+
+
+def _fill(target: Tensor, parts: list[tuple[str, Path]]) -> None:
+    """Copy the parts (name in the file, file) into `target`, one under the other."""
+    for (name, path), part in zip(parts, target.chunk(len(parts)), strict=True):
         part.copy_(_read_tensor(path, name))
 
 

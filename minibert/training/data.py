@@ -164,14 +164,23 @@ def cut_into_rows(lines: Lines, room: int, short_fraction: float, generator: tor
     return row_start, (row_stop.minimum(stop[span]) - row_start).int()
 
 
-def masked_rows(rows: Sequence[Tensor], generators: Sequence[torch.Generator], tokenizer: Tokenizer) -> Example:
+def masked_rows(
+    rows: Sequence[Tensor],
+    generators: Sequence[torch.Generator],
+    tokenizer: Tokenizer,
+    vocab_size: int | None = None,
+) -> Example:
     """Rows of ids, each put between [CLS] and [SEP], as one packed batch, masked by BERT's recipe with the row's own
-    generator. A random token is one of the tokenizer's: a model may have more rows than there are tokens.
+    generator.
+
+    A random token is one of the tokenizer's: a model may have more rows than there are tokens. vocab_size: and it is
+    below this, if the model has fewer.
     """
+    known = count_ids(tokenizer) if vocab_size is None else min(vocab_size, count_ids(tokenizer))
     cls, sep, mask = (torch.tensor([require_id(tokenizer, token)]) for token in ("[CLS]", "[SEP]", "[MASK]"))
     ids = torch.cat([part for row in rows for part in (cls, row.long(), sep)])  # (T,)
     lengths = [len(row) + 2 for row in rows]
     special = torch.isin(ids, torch.tensor(special_ids(tokenizer)))
-    masked = mask_packed(ids, special, lengths, generators, vocab_size=count_ids(tokenizer), mask_token_id=int(mask))
+    masked = mask_packed(ids, special, lengths, generators, vocab_size=known, mask_token_id=int(mask))
     positions = (masked.labels >= 0).nonzero().flatten()  # (M,)
     return Example(PackedBatch.from_flat(masked.input_ids, lengths), positions, masked.labels[positions])

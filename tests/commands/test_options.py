@@ -39,6 +39,7 @@ def test_a_revision_reaches_the_model_that_is_loaded(command, folder, tmp_path, 
     arguments = {
         "fill-mask": ["[MASK]"],
         "mlm": ["the rain"],
+        "score": ["the rain"],
         "train": ["no.txt", "--steps", "1", "--out", str(out)],
         "trace": ["--out", str(out)],
         "diff": [str(trace), str(trace)],
