@@ -184,5 +184,5 @@ def test_the_wheel_has_the_page_and_not_the_picture(tmp_path):
         pytest.skip("installed from a wheel: there is nothing to build")
     (wheel,) = hatchling.WheelBuilder(str(root)).build(directory=str(tmp_path), versions=["standard"])
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"minibert/study/page.{kind}" for kind in ("html", "css", "js", "py")} <= set(names)
+    assert {f"minibert/study/{name}" for name in ("page.html", "page.css", "heads.js", "page.js")} <= set(names)
     assert not [name for name in names if "picture" in name]
