@@ -7,7 +7,7 @@ import torch
 
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.appearance import Wrong, appearance, fitted_eps
-from minibert.parity.confined import ENCODER, HEAD, LAYERS, confined, eps_at
+from minibert.parity.confined import ENCODER, HEAD, LAYERS, confined, eps_at, first_section
 from minibert.parity.faults import CATALOGUE
 from minibert.parity.hidden import hidden_faults
 from minibert.parity.quantised import hint
@@ -84,7 +84,7 @@ def _places(search: Search, wrong: Wrong) -> Iterator[type[Steps]]:
             yield confined(fault, (section,), f"in layer {section.split('.')[1]} alone")
         if not section.startswith("head."):
             yield confined(fault, ENCODER, "in the encoder alone")
-        if section.startswith("layers."):
+        if section.startswith("layers.") and first_section(fault, layers) == 0:  # it could be in the embeddings too
             yield confined(fault, LAYERS, "in the layers alone")
         if not section.startswith("layers.") or layers == 0:
             yield confined(fault, HEAD, "in the head alone")

@@ -112,8 +112,9 @@ def quantised(given: Trace, model: BertForMaskedLM) -> QuantisedReport:
 
 
 def hint(given: Trace, model: BertForMaskedLM, first: str) -> str | None:
-    """What to say of a wrong trace whose error looks like eight bits: in every product of weights, and small. first: its
-    first wrong tensor.
+    """What to say of a wrong trace whose error looks like eight bits: in every product of weights, and small.
+
+    first: its first wrong tensor.
     """
     if first.split(".")[-1] not in (*PRODUCTS, "sum"):  # it does not begin with weights
         return None
