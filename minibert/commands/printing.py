@@ -18,6 +18,9 @@ def as_json(value: Any) -> str:
     return json.dumps(finite(value), indent=2, allow_nan=False)
 
 
+PATIENCE = 2.0  # seconds
+
+
 class Printable(Protocol):
     def lines(self) -> Iterable[str]: ...
 
@@ -35,10 +38,10 @@ def print_report(report: Printable, form: str) -> None:
 
 
 def progress(faults: Iterable[Any], what: str) -> Iterable[Any]:
-    """A line on stderr that tells how far it is, on a terminal, for what takes longer than two seconds."""
+    """A line on stderr that tells how far it is, on a terminal, for what takes longer than PATIENCE."""
     from tqdm import tqdm
 
-    return tqdm(faults, desc=what, disable=None, delay=2, leave=False)
+    return tqdm(faults, desc=what, disable=None, delay=PATIENCE, leave=False)
 
 
 def percent(probability: float) -> str:

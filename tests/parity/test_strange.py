@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from planted import SIZES, norms, port, tanh_gelu
+from planted import PLANTED, SIZES, norms, port, tanh_gelu
 from strange import STRANGE
 from torch import nn
 from twins import twins
@@ -107,3 +107,35 @@ def test_the_standard_batch_is_different_in_every_row():
         rows = batch[name].tolist()
         assert len({tuple(row) for row in rows}) == 3, name
     assert all(0 in row for row in batch["attention_mask"].tolist())
+
+
+@pytest.mark.parametrize(
+    ("title", "place"),
+    [
+        ("relu", "layers.0.activation"),
+        ("GELU twice in the head", "head.activation"),
+        ("query bias missing", "layers.0.query"),
+        ("feed-forward bias missing", "layers.0.feed_forward"),
+        ("row 0's mask for all", "layers.0.scores"),
+        ("row 0's types for all", "embeddings.sum"),
+    ],
+)
+def test_the_right_tensor_in_bfloat16(title, place, monkeypatch):
+    """Small errors everywhere, which no single entry shows."""
+    ours, given = made(title, monkeypatch, torch.bfloat16)
+    assert diagnose(given, ours).first_wrong == place
+
+
+@pytest.mark.parametrize("title", ["MLM bias missing", "attention mask ignored"])
+def test_known_faults_in_bfloat16(title, monkeypatch):
+    ours, theirs, _ = port(SIZES[1])
+    ours, theirs = ours.bfloat16(), theirs.bfloat16()
+    batch = standard_inputs(ours.config)
+    plant, place = PLANTED[title]
+    with monkeypatch.context() as patch:
+        plant(theirs, patch)
+        given = trace(theirs, **batch)
+    diagnosis = diagnose(given, ours)
+    assert (diagnosis.first_wrong, diagnosis.found) == (place, [[title]])
+    for model in (None, ours):
+        assert "exchanged" not in "\n".join(diff(trace(ours, **batch), given, model).lines())

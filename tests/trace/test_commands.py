@@ -1,5 +1,6 @@
 """The commands trace, diff and diagnose."""
 
+import io
 import json
 
 import pytest
@@ -133,6 +134,23 @@ def test_diff_of_files_that_do_not_fit(made, capsys, tmp_path):
     capsys.readouterr()
     assert main(["diff", *files]) == 2
     assert "were asked different things" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+def test_diagnose_tells_how_far_it_is(made, tmp_path, monkeypatch, terminal):
+    _, folder, files = made
+    tensors = load_file(files[1])
+    tensors["logits"] *= 2
+    save_file(tensors, files[1], metadata=TraceFile(files[0]).metadata)
+    monkeypatch.setattr("minibert.commands.printing.PATIENCE", 0)
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert main(["diagnose", files[1], "--model", str(folder)]) == 1
+    assert ("faults: " in terminal.getvalue()) == terminal.isatty()
 
 
 def test_diagnose(made, capsys, tmp_path):
