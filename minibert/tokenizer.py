@@ -110,11 +110,8 @@ def from_vocabulary(
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
+    _require_roles(tokenizer, roles, added or {})
     _add_tokens(tokenizer, added or {}, list(roles.values()), extra_tokens(settings))
-    for role in ROLES:
-        if tokenizer.token_to_id(content[role]) is None:
-            size = len(vocabulary)
-            raise ValueError(f"the {role}_token {content[role]!r} is not in the vocabulary of {size} tokens")
     cls, sep = content["cls"], content["sep"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
@@ -136,11 +133,9 @@ def _as_it_stands(found: TokenizerFiles) -> Tokenizer:
     tokenizer.no_padding()
     _require_template(tokenizer, found.whole.get("post_processor"))
     missing = {number: token for number, token in found.added.items() if tokenizer.token_to_id(token.content) is None}
-    named = list(special_tokens(found.settings).items())
-    for role, token in named:
-        if role in ROLES and tokenizer.token_to_id(token.content) is None and token.content not in map(str, missing):
-            raise ValueError(f"the {role}_token {token.content!r} is not in the vocabulary")
-    _add_tokens(tokenizer, missing, [token for _, token in named], extra_tokens(found.settings))
+    named = special_tokens(found.settings)
+    _require_roles(tokenizer, named, missing)
+    _add_tokens(tokenizer, missing, list(named.values()), extra_tokens(found.settings))
     if "split_special_tokens" in found.settings:
         tokenizer.encode_special_tokens = found.settings["split_special_tokens"]
     tokenizer.decode(tokenizer.encode("a", "b").ids)  # what the library does not find when it reads, it finds here
@@ -171,11 +166,20 @@ def _require_template(tokenizer: Tokenizer, post_processor: Any) -> None:
             )
 
 
+def _require_roles(tokenizer: Tokenizer, named: Mapping[str, AddedToken], added: Mapping[int, AddedToken]) -> None:
+    """Raise ValueError if the mask token, or another one that BERT needs, is neither in the vocabulary nor added."""
+    more = {token.content for token in added.values()}
+    for role, token in named.items():
+        if role in ROLES and token.content not in more and tokenizer.token_to_id(token.content) is None:
+            size = tokenizer.get_vocab_size()
+            raise ValueError(f"the {role}_token {token.content!r} is not in the vocabulary of {size} tokens")
+
+
 def _add_tokens(
     tokenizer: Tokenizer, added: Mapping[int, AddedToken], named: Sequence[AddedToken], extra: Sequence[str]
 ) -> None:
     """Tokens that are never cut: those in `added` with their ids, then the special ones. A token that is in the
-    vocabulary keeps its id there. Special tokens that have a role must be there already.
+    vocabulary keeps its id there; others get the next ones.
     """
     tokenizer.add_tokens([added[number] for number in sorted(added)])
     for number, token in added.items():
@@ -185,9 +189,8 @@ def _add_tokens(
                 f"{tokenizer.get_vocab_size()} tokens with it, and added ones follow without a gap"
             )
     there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    known = [token for token in named if tokenizer.token_to_id(token.content) is not None]
-    more = [*known, *(AddedToken(text, special=True) for text in extra)]
-    tokenizer.add_special_tokens([token for token in more if token.content not in there])
+    special = [*named, *(AddedToken(text, special=True) for text in extra)]
+    tokenizer.add_special_tokens([token for token in special if token.content not in there])
 
 
 def _notes(found: TokenizerFiles) -> list[str]:
