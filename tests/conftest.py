@@ -34,8 +34,13 @@ def pytest_terminal_summary(terminalreporter):
 def _skip_or_fail(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         (pytest.fail if request.config.getoption("--require-gpu") else pytest.skip)("no NVIDIA GPU on this machine")
-    if request.node.get_closest_marker("browser") and (missing := missing_for_a_browser()):
-        (pytest.fail if request.config.getoption("--require-browser") else pytest.skip)(missing)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture: the browser is one of them."""
+    if item.get_closest_marker("browser") and (missing := missing_for_a_browser()):
+        (pytest.fail if item.config.getoption("--require-browser") else pytest.skip)(missing)
 
 
 def missing_for_a_browser():

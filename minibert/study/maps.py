@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST_WEIGHTS = 2_500_000  # that a page carries
+MOST_WEIGHTS = 2_500_000  # of whole maps
+MOST_TEXT = 2_300_000  # characters of whole maps: a page of 3 MB has room for the rest
+MOST_FOLDED = 1_500_000  # weights of folded maps and exact rows
 LARGEST_SIDE = 64  # of a folded map
 
 
@@ -54,11 +56,11 @@ def maps(weights: Sequence[Tensor], takes: Sequence[Tensor], lengths: Sequence[T
     shares = [of_layer / most.clamp(min=1e-30)[:, None] for of_layer, most in zip(lengths, longest, strict=True)]
     coded = _text((torch.stack(shares) * 65535).round().to(torch.int32).to(torch.uint16)) if shares else ""
     tops = [most.tolist() for most in longest]
-    if whole.numel() <= MOST_WEIGHTS:
-        return Maps(size, pack(whole), "", [], "", coded, tops)
-    budget = MOST_WEIGHTS * 2 // 3 // (layers * heads * 2)  # a third is for the exact rows
+    if whole.numel() <= MOST_WEIGHTS and len(text := pack(whole)) + len(coded) <= MOST_TEXT:
+        return Maps(size, text, "", [], "", coded, tops)
+    budget = MOST_FOLDED * 4 // 5 // (layers * heads * 2)  # a fifth, and what is left, is for the exact rows
     side = max(1, min(LARGEST_SIDE, size, isqrt(budget)))
-    room = (MOST_WEIGHTS - 2 * layers * heads * side * side) // (layers * heads * size)
+    room = (MOST_FOLDED - 2 * layers * heads * side * side) // (layers * heads * size)
     places = list(asked[: max(0, room)])
     folded_takes = pack(fold(torch.stack(list(takes)), side)) if takes else ""
     return Maps(side, pack(fold(whole, side)), folded_takes, places, pack(whole[:, :, places]), coded, tops)

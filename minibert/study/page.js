@@ -1,5 +1,6 @@
 "use strict";
 // Draws the study in the JSON of this page. Texts are set as text (textContent), never as markup; nothing is loaded.
+// View 4 is in heads.js, which stands before this file in the page.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const { reading, model } = data;
@@ -161,9 +162,9 @@ function drawReading() {
   const heads = [["position", "number"], ["piece", ""], ["id", "number"], ["segment", "number"]];
   if (kinds.length) heads.push(["what the sum is made of", ""], ["word", "number"]);
   const legend = make("p", { class: "legend" }, ...kinds.map((kind) => make("span", {}, make("i", { class: kind }), kind)));
-  const whole = table(heads, rows);
-  whole.classList.add("high");
-  body("reading").replaceChildren(kinds.length ? legend : why("shares"), whole);
+  const tokens = table(heads, rows);
+  tokens.classList.add("high");
+  body("reading").replaceChildren(kinds.length ? legend : why("shares"), tokens);
 }
 
 const why = (view) => make("p", { class: "note" }, `Not here: ${data.left_out[view]}.`);
@@ -231,10 +232,12 @@ function drawInfluence() {
       number(signed(hidden.nats)), cell(swing(hidden.nats, most), "bars"), make("td", {}, make("bdi", { class: "piece" }, hidden.winner)),
       number(signed(alone.nats)), cell(swing(alone.nats, most), "bars"), make("td", {}, make("bdi", { class: "piece" }, alone.winner)));
   });
-  const heads = [["word", ""], ["hidden", "number"], ["", "bars"], ["who wins then", ""], ["alone", "number"], ["", "bars"], ["who wins then", ""]];
-  const whole = table(heads, rows);
-  whole.classList.add("high");
-  body("influence").replaceChildren(whole);
+  const heads = [["word", ""], ["hidden", "number"], ["", "bars"], ["who wins", ""], ["alone", "number"], ["", "bars"], ["who wins", ""]];
+  const words = table(heads, rows);
+  words.classList.add("high");
+  const grouped = data.influence.length < new Set(reading.words.filter((word) => word != null)).size - reading.masks.length;
+  const note = grouped ? make("p", { class: "note" }, "This text is long: neighbouring words go together.") : null;
+  body("influence").replaceChildren(...[note, words].filter(Boolean));
 }
 
 function drawChanges() {
@@ -261,230 +264,6 @@ function drawCost() {
   const sum = (name) => number(millions(data.cost.reduce((total, part) => total + part[name], 0)));
   rows.push(make("tr", { class: "last" }, cell("all"), cell(""), sum("parameters"), sum("multiply_adds"), cell("")));
   body("cost").replaceChildren(table([["step", ""], ["reads → gives", ""], ["parameters, M", "number"], ["multiply-adds, M", "number"], ["", "bars"]], rows));
-}
-
-// -------------------------------------------------------------------------------------------------- view 4: attention
-
-// base64, deflate → bytes
-async function inflate(text) {
-  const packed = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
-}
-const weight = (byte) => (byte / 255) ** 2; // the maps keep √p
-
-const SMALL = 48; // pixels of a small map, at most
-
-// The weights of all heads, ready to be asked.
-async function openMaps() {
-  const { side, ...kept } = data.maps;
-  const [weights, folded, rows, coded] = await Promise.all(
-    [kept.weights, kept.taken, kept.rows, kept.lengths].map((text) => (text ? inflate(text) : new Uint8Array())));
-  const full = side === size && !rows.length;
-  const lengths = new DataView(coded.buffer);
-  const start = (layer, head) => layer * model.heads + head;
-  const length = (layer, head, token) =>
-    lengths.getUint16(2 * (start(layer, head) * size + token), true) / 65535 * kept.longest[layer][head];
-
-  // What one token reads: `size` shares that add up to 1. Null if the page does not carry it.
-  function row(layer, head, token, taken) {
-    const place = full ? token : kept.row_places.indexOf(token);
-    if (place < 0) return null;
-    const [bytes, high] = full ? [weights, size] : [rows, kept.row_places.length];
-    const from = (start(layer, head) * high + place) * size;
-    const values = Float32Array.from(bytes.subarray(from, from + size), weight);
-    if (taken) values.forEach((value, token) => { values[token] = value * length(layer, head, token); });
-    const total = values.reduce((sum, value) => sum + value, 0) || 1;
-    return values.map((value) => value / total);
-  }
-  // The whole map, side × side.
-  function map(layer, head, taken) {
-    if (!full) return Float32Array.from((taken ? folded : weights).subarray(start(layer, head) * side * side, (start(layer, head) + 1) * side * side), weight);
-    const values = new Float32Array(size * size);
-    for (let token = 0; token < size; token++) values.set(row(layer, head, token, taken), token * size);
-    return values;
-  }
-  return { side, full, row, map, canTake: coded.length > 0, exact: kept.row_places };
-}
-
-function colours() {
-  const style = getComputedStyle(document.documentElement);
-  const rgb = (name) => [1, 3, 5].map((at) => parseInt(style.getPropertyValue(name).trim().slice(at, at + 2), 16));
-  const [low, high] = [rgb("--low"), rgb("--high")];
-  const ramp = new Uint32Array(256);
-  for (let step = 0; step < 256; step++) {
-    const [r, g, b] = low.map((from, part) => Math.round(from + (high[part] - from) * step / 255));
-    ramp[step] = (255 << 24) | (b << 16) | (g << 8) | r;
-  }
-  return ramp;
-}
-
-// Paint a map of side × side into `pixels` × `pixels`; of several weights in one pixel the largest. Scaled to its own maximum.
-function paint(context, values, side, pixels, ramp) {
-  const image = context.createImageData(pixels, pixels);
-  const target = new Uint32Array(image.data.buffer);
-  const largest = new Float32Array(pixels * pixels);
-  const scale = pixels / side;
-  let most = 1e-9;
-  for (let row = 0; row < side; row++) {
-    for (let column = 0; column < side; column++) {
-      const value = values[row * side + column];
-      const place = Math.floor(row * scale) * pixels + Math.floor(column * scale);
-      if (value > largest[place]) largest[place] = value;
-      if (value > most) most = value;
-    }
-  }
-  for (let place = 0; place < target.length; place++) target[place] = ramp[Math.round(255 * Math.sqrt(largest[place] / most))];
-  context.putImageData(image, 0, 0);
-  return most;
-}
-
-// The parts of the view that stay: they are made once, and filled by redraw().
-function buildAttention(maps) {
-  const looks = make("div", { class: "choices", role: "group", "aria-label": "What the maps show" });
-  const switches = [[false, "where it looks: α"], [true, "what it takes: α·‖v W_O‖"]].map(([taken, title]) =>
-    make("button", { onclick: () => choose({ taken }), disabled: taken && !maps.canTake }, title));
-  looks.append(...switches);
-  const sheet = make("div", { class: "heads", role: "group", "aria-label": "Every head" });
-  const small = Math.min(maps.side, SMALL);
-  const heads = [];
-  sheet.append(make("span"), ...Array.from({ length: model.heads }, (_, head) => make("span", {}, String(head + 1))));
-  for (let layer = 0; layer < model.layers; layer++) {
-    sheet.append(make("span", {}, `L${layer + 1}`));
-    for (let head = 0; head < model.heads; head++) {
-      const button = make("button", { "data-head": `${layer + 1}.${head + 1}`, onclick: () => choose({ layer, head }) },
-        make("canvas", { width: small, height: small }));
-      heads.push(button);
-      sheet.append(button);
-    }
-  }
-  sheet.style.gridTemplateColumns = `1.5rem repeat(${model.heads}, minmax(0, 1fr))`;
-  walkable(sheet, model.heads, (place) => choose({ layer: Math.floor(place / model.heads), head: place % model.heads }));
-  const large = make("canvas", { class: "large", role: "img" });
-  const title = make("h3", { id: "head-title" });
-  const scale = make("p", { class: "legend" }, make("span", {}, "0 "), make("i", { class: "scale" }), make("span", { id: "scale-end" }));
-  const strip = make("div", { class: "strip", role: "group", "aria-label": "The reading token" });
-  const chips = reading.pieces.map((text, place) => make("button", {
-    class: `piece${joined(place) ? " inside" : ""}`, "data-token": place, onclick: () => chooseToken(place),
-  }, make("bdi", {}, text)));
-  strip.append(...chips);
-  walkable(strip, 1, chooseToken);
-  const told = make("p", { class: "told", id: "reads", "aria-live": "polite" });
-  const habits = make("dl", { class: "habits" });
-  body("attention").replaceChildren(looks, make("div", { class: "attention" },
-    make("div", {}, sheet, make("p", { class: "note told" }, maps.full
-      ? "Each small map is scaled to its own maximum. Arrow keys walk from head to head."
-      : `This text has ${size} tokens: each map shows the maxima of blocks, ${maps.side} × ${maps.side}. `
-        + `${maps.exact.length ? `Exactly kept are the rows of ${maps.exact.length === 1 ? "the mask" : `${maps.exact.length} masks`}.` : "No row is kept exactly."}`),
-    make("h3", {}, "What the heads do: layer.head, and the share that goes there"), habits),
-    make("div", {}, title, large, scale)),
-  make("h3", {}, "The token that reads (choose one), and how much it reads of each"), strip, told);
-  large.addEventListener("click", (event) => {
-    const { edge, step } = drawn;
-    const row = Math.floor((event.offsetY / large.clientHeight * large.height / ratio() - edge) / step);
-    if (row >= 0 && row < maps.side) chooseToken(Math.floor((row + 0.5) * size / maps.side));
-  });
-  let drawn = { edge: 0, step: 1 };
-  let painted = null; // what the small maps show, so that a new choice does not paint them all again
-
-  return () => {
-    const ramp = colours();
-    const look = `${state.taken} ${ramp[255]}`;
-    if (look !== painted) {
-      heads.forEach((button, place) => paint(button.firstChild.getContext("2d"),
-        maps.map(Math.floor(place / model.heads), place % model.heads, state.taken), maps.side, small, ramp));
-      painted = look;
-    }
-    const habit = (state.taken && data.takes.length ? data.takes : data.looks);
-    heads.forEach((button, place) => {
-      button.title = `layer ${habit[place].layer}, head ${habit[place].head}: ${habitOf(habit[place])}`;
-      button.setAttribute("aria-label", button.title);
-    });
-    switches.forEach((button, taken) => button.setAttribute("aria-pressed", String(Boolean(taken) === state.taken)));
-    roving(heads, state.layer * model.heads + state.head);
-    title.textContent = `Layer ${state.layer + 1}, head ${state.head + 1}: ${habitOf(habit[state.layer * model.heads + state.head])}`;
-    drawn = drawLarge(large, maps, ramp);
-    document.getElementById("scale-end").textContent = ` ${percent(drawn.most)}${state.taken ? " of what is taken" : " of the weight"}, shaded by its root`;
-    roving(chips, state.token);
-    const row = maps.row(state.layer, state.head, state.token, state.taken);
-    const top = row ? Math.max(...row) : 1;
-    chips.forEach((chip, place) => {
-      chip.classList.remove(...Array.from({ length: 11 }, (_, step) => `heat${step}`));
-      if (row) chip.classList.add(heat(row[place] / top));
-    });
-    tellRow(told, row);
-    drawHabits(habits, habit);
-  };
-}
-
-const ratio = () => Math.max(1, window.devicePixelRatio || 1);
-const habitOf = (head) => head.name ? `${percent(head.habits[head.name])} on ${head.name}` : `spread over ${head.spread.toFixed(1)} tokens`;
-
-// The chosen head, with its tokens where they can be read.
-function drawLarge(canvas, maps, ramp) {
-  const named = maps.full && size <= 40;
-  const edge = named ? Math.min(96, 12 + 7 * Math.max(...reading.pieces.map((text) => Math.min(11, text.length)))) : 4;
-  const step = Math.max(4, Math.floor(460 / maps.side));
-  const side = edge + step * maps.side + 4;
-  canvas.width = canvas.height = side * ratio();
-  const context = canvas.getContext("2d");
-  const style = getComputedStyle(document.documentElement);
-  const values = maps.map(state.layer, state.head, state.taken);
-  const shown = document.createElement("canvas");
-  shown.width = shown.height = maps.side;
-  const most = paint(shown.getContext("2d"), values, maps.side, maps.side, ramp);
-  context.scale(ratio(), ratio());
-  context.imageSmoothingEnabled = false;
-  context.drawImage(shown, edge, edge, step * maps.side, step * maps.side);
-  const row = Math.floor((state.token + 0.5) * maps.side / size);
-  context.strokeStyle = style.getPropertyValue("--accent");
-  context.lineWidth = 2;
-  context.strokeRect(edge, edge + step * row, step * maps.side, step);
-  if (named) {
-    context.font = `${Math.min(13, step - 1)}px ui-monospace, Menlo, Consolas, monospace`;
-    context.textBaseline = "middle";
-    reading.pieces.forEach((text, place) => {
-      const label = text.length > 11 ? `${text.slice(0, 10)}…` : text;
-      context.fillStyle = style.getPropertyValue(place === state.token ? "--accent" : "--ink");
-      context.textAlign = "right";
-      context.fillText(label, edge - 6, edge + step * (place + 0.5));
-      context.save();
-      context.translate(edge + step * (place + 0.5), edge - 6);
-      context.rotate(-Math.PI / 2);
-      context.textAlign = "left";
-      context.fillText(label, 0, 0);
-      context.restore();
-    });
-  }
-  canvas.setAttribute("aria-label", `The map of layer ${state.layer + 1}, head ${state.head + 1}`);
-  return { edge, step, most };
-}
-
-function tellRow(told, row) {
-  if (!row) {
-    told.textContent = "The row of this token is not kept exactly in a page for a text this long: choose a mask.";
-    return;
-  }
-  const best = [...row.keys()].sort((a, b) => row[b] - row[a]).slice(0, 5);
-  const parts = best.flatMap((place, number) => [number ? ", " : " ", piece(place), ` ${percent(row[place])}`]);
-  told.replaceChildren(piece(state.token), ` (token ${state.token}) ${state.taken ? "takes from" : "reads"}`, ...parts);
-}
-
-function drawHabits(list, heads) {
-  const names = Object.keys(heads[0].habits);
-  const rows = names.flatMap((name) => {
-    const found = heads.filter((head) => head.name === name).sort((a, b) => b.habits[name] - a.habits[name]);
-    if (!found.length) return [];
-    const links = found.slice(0, 8).map((head) => make("button", {
-      class: head.layer === state.layer + 1 && head.head === state.head + 1 ? "chosen" : "",
-      onclick: () => choose({ layer: head.layer - 1, head: head.head - 1 }),
-    }, `${head.layer}.${head.head} (${percent(head.habits[name])})`));
-    if (found.length > 8) links.push(make("span", { class: "note" }, `and ${found.length - 8} more`));
-    return [make("dt", {}, `${found.length} on ${name}`), make("dd", {}, ...links)];
-  });
-  const spread = heads.filter((head) => !head.name).length;
-  if (spread) rows.push(make("dt", {}, `${spread} spread`), make("dd", {}, make("span", { class: "note" }, "no habit has 40 % or more")));
-  list.replaceChildren(...rows);
 }
 
 // ---------------------------------------------------------------------------------------------------------- everything

@@ -1,7 +1,8 @@
 """The page: one HTML file that opens from the disk and loads nothing.
 
-page.html is its frame, page.css its looks, page.js draws what the JSON says. The Content-Security-Policy lets only this
-script and this style run, by their hashes. Texts get into the page as JSON, and from there as text, never as markup.
+page.html is its frame, page.css its looks; heads.js and page.js, one script, draw what the JSON says. The
+Content-Security-Policy lets only this script and this style run, by their hashes. Texts get into the page as JSON, and
+from there as text, never as markup.
 """
 
 import base64
@@ -24,7 +25,9 @@ HEAD = 1000  # characters in which OURS stands
 def to_html(data: dict[str, Any]) -> str:
     """The page from `Study.to_dict()`. The same data give the same bytes."""
     room = files("minibert.study")
-    frame, style, script = (room.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    names = ("page.html", "page.css", "heads.js", "page.js")
+    frame, style, *scripts = (room.joinpath(name).read_text(encoding="utf-8") for name in names)
+    script = "".join(scripts)
     clean = _plain(data)
     filling = clean["reading"]["filling"]
     words = [answer["best"][0]["token"] for answer in clean["answers"]] or ["…"] * (len(filling) - 1)

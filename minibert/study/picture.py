@@ -1,11 +1,14 @@
-"""The README's picture, drawn from the bundled model's own numbers: text → pieces → sum → layers → guess.
+"""The pictures of the READMEs, from the bundled model's own numbers. Both are written beside this file.
 
-    python -m minibert.study.picture                  writes picture.svg beside this file
+    python -m minibert.study.picture          picture.svg: text → pieces → sum → layers → guess
+    python -m minibert.study.picture page     picture.png: the first views of a page, as Chromium shows them
 
 An SVG is text: it is small, GitHub shows it, and a change of a number is a readable diff.
 """
 
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -19,6 +22,8 @@ from minibert.study.says import percent
 from minibert.trace.recorder import trace
 
 TEXT = "Paris is the capital of [MASK]."
+SCALE = "--force-device-scale-factor=0.8"  # as wide as a README, and small enough for one
+PAGE_TEXT, PAGE_SIZE = "She drank a cup of [MASK] before breakfast.", (1440, 1090)  # pixels of the page
 WIDTH, LEFT, RIGHT = 960, 132, 712  # the tokens' columns lie between LEFT and RIGHT
 TOP, SUM, FIRST, STEP = 72, 150, 212, 50  # heights: of the pieces, of the sum, of layer 1, from a layer to the next
 BAR, BARS = 112, 816  # the longest bar of a guess, and where bars begin
@@ -155,12 +160,38 @@ def takes_of_the_mask(model: BertForMaskedLM, shown: Study) -> list[list[float]]
     return found
 
 
-def main(path: Path) -> None:
+def study_of(text: str) -> tuple[BertForMaskedLM, Study]:
     name = "minibert-uncased"
-    model, tokenizer = BertForMaskedLM.from_pretrained(name), load_tokenizer(name)
-    shown = study(model, tokenizer, TEXT, name=name)
+    model = BertForMaskedLM.from_pretrained(name)
+    return model, study(model, load_tokenizer(name), text, name=name)
+
+
+def draw_to(path: Path) -> None:
+    model, shown = study_of(TEXT)
     path.write_text(draw(shown, takes_of_the_mask(model, shown)), encoding="utf-8")
 
 
+def photograph_to(path: Path) -> None:
+    """The top of a page, as a PNG. Needs Chromium."""
+    _, shown = study_of(PAGE_TEXT)
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "page.html"
+        shown.save(page)
+        options = (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--virtual-time-budget=5000",
+            SCALE,
+        )
+        size = f"--window-size={PAGE_SIZE[0]},{PAGE_SIZE[1]}"
+        target = [f"--user-data-dir={folder}/profile", size, f"--screenshot={path.absolute()}", page.as_uri()]
+        subprocess.run(["chromium", *options, *target], check=True, capture_output=True)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("picture.svg"))
+    if sys.argv[1:] == ["page"]:
+        photograph_to(Path(__file__).with_name("picture.png"))
+    else:
+        draw_to(Path(__file__).with_name("picture.svg"))

@@ -24,6 +24,7 @@ from minibert.study.words import influence, neighbours
 from minibert.trace.files import Trace
 from minibert.trace.recorder import trace
 
+MOST_BEST = 20  # words at each step: more would make a page too large to send
 DIGITS = 5  # of every number in JSON and on the page
 
 
@@ -145,8 +146,8 @@ def _study(
     name: str,
 ) -> Study:
     """Everything but the experiments of view 3."""
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if not 1 <= top_k <= MOST_BEST:
+        raise ValueError(f"top_k must be 1 to {MOST_BEST}, not {top_k}")
     config, left_out = row.config, views.left_out(row, reading, model)
     with torch.inference_mode():
         found: dict[str, Any] = {}

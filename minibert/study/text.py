@@ -1,11 +1,13 @@
-"""The views as text, for a terminal: at most 100 columns, if the tokens are not longer than words usually are."""
+"""The views as text, for a terminal."""
 
 from collections.abc import Iterator
+from textwrap import wrap
 
 from minibert.study.facts import Facts
 from minibert.study.heads import with_habit
 from minibert.study.says import percent, plain, says, signed
 
+COLUMNS = 100  # of a sentence
 WIDTH = 24  # of the longest bar
 SHOWN_WORDS = 40  # of view 3, those that matter most
 
@@ -32,8 +34,9 @@ def to_text(facts: Facts) -> str:
         why = facts.left_out.get({"reading": "shares", "looks": "attention"}.get(key, key))
         if not body and why is None:
             continue
-        lines += ["", title, *sentences.get(key, [])[:1], *(body or [f"(not here: {why})"])]
-    return "".join(f"{plain(line)}\n" for line in lines[1:])
+        said = wrap(" ".join(sentences.get(key, [])[:1]), COLUMNS)
+        lines += ["", title, *said, *(body or [f"(not here: {why})"])]
+    return "".join(f"{plain(line).rstrip()}\n" for line in lines[1:])
 
 
 def _answer(facts: Facts) -> Iterator[str]:

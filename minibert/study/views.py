@@ -19,7 +19,9 @@ from minibert.study.row import Row
 from minibert.study.sums import embedding_parts, shares
 from minibert.study.vocabulary import Vocabulary
 
-MOST_MASKS = 32  # that are followed through the layers; what is answered at the others is there all the same
+# Masks that are followed through the layers: at most so many, and so many words of all their steps together. What is
+# answered at the others is there all the same.
+MOST_MASKS, MOST_GUESSES = 32, 10_000
 SAME_SUM = 0.01  # a trace is of this model if its sums differ by less than this share of their largest number
 
 
@@ -56,7 +58,8 @@ def answers(
     if row.has("logits"):
         logits = row.read("logits")[reading.masks]  # (M, V)
     elif model is not None and row.has(last):
-        logits = model.head(row.read(last)[reading.masks].to(_device(model)), model.embeddings.word.weight)
+        weight = model.embeddings.word.weight
+        logits = model.head(row.read(last)[reading.masks].to(weight), weight).float().cpu()
     else:
         return []
     chosen = vocabulary.only_words(logits, -torch.inf).topk(min(top_k, vocabulary.size)).indices  # (M, top_k)
@@ -87,9 +90,10 @@ def layer_guesses(
     top_k: int,
     targets: Sequence[int],
 ) -> list[Guesses]:
-    """View 2, at the first MOST_MASKS masks."""
+    """View 2, at the first masks."""
     names = state_names(row.config.num_hidden_layers)
-    followed = reading.masks[:MOST_MASKS]
+    most = MOST_GUESSES // (len(names) * (top_k + len(targets)))
+    followed = reading.masks[: max(1, min(MOST_MASKS, most))]
     states = torch.stack([row.read(name)[followed] for name in names.values()], dim=1)  # (M, steps, D)
     found = []
     for place, of_place in zip(followed, states, strict=True):

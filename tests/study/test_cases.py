@@ -7,7 +7,6 @@ import torch
 from studied import PAIR, SIZES, TEXT, VOCABULARY, inputs, pair_of_models, tokenizer
 
 from minibert.study import study, study_trace
-from minibert.study.result import Study
 from minibert.tokenizer import from_vocabulary
 from minibert.trace import TraceFile, trace
 
@@ -120,11 +119,12 @@ def test_a_long_text_is_cut_when_asked(model):
 
 
 def test_wrong_questions(model):
-    with pytest.raises(ValueError, match="top_k must be at least 1, not 0"):
-        study(model, tokenizer(), TEXT, top_k=0)
+    for wrong in (0, 21):
+        with pytest.raises(ValueError, match=f"top_k must be 1 to 20, not {wrong}"):
+            study(model, tokenizer(), TEXT, top_k=wrong)
     with pytest.raises(ValueError, match="not one token"):
         study(model, tokenizer(), TEXT, targets=["unbelievably"])
-    assert len(study(model, tokenizer(), TEXT, top_k=1000).answers[0].best) == len(VOCABULARY)
+    assert len(study(model, tokenizer(), TEXT, top_k=20).answers[0].best) == 20
 
 
 def test_models_that_cannot_be_asked():
@@ -239,5 +239,13 @@ def test_traces_that_are_not_of_this_model_or_broken(model, recorded):
     assert "not those of this model" in study_trace(other, 0, model, tokenizer()).left_out["shares"]
 
 
-def test_what_a_study_is(model):
-    assert isinstance(study(model, tokenizer(), TEXT), Study)
+def test_a_model_in_half_precision():
+    ours, _ = pair_of_models()
+    whole, half = study(ours, tokenizer(), TEXT), study(ours.to(torch.bfloat16), tokenizer(), TEXT)
+    assert shown(half) == set(VIEWS)
+    near(half.to_dict()["shares"], whole.to_dict()["shares"], tolerance=0.02)
+    assert half.answers[0].best[0].probability == pytest.approx(whole.answers[0].best[0].probability, rel=0.1)
+
+
+def test_progress_changes_nothing_but_the_screen(model):
+    assert study(model, tokenizer(), TEXT, progress=True) == study(model, tokenizer(), TEXT)

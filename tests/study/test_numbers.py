@@ -254,18 +254,20 @@ def test_the_root_keeps_small_weights():
     assert (back.sum(-1) - 1).abs().max() < 0.01
 
 
-def test_maps_that_are_too_many_are_folded(monkeypatch):
+@pytest.mark.parametrize("limit", ["MOST_WEIGHTS", "MOST_TEXT"])
+def test_maps_that_are_too_many_are_folded(monkeypatch, limit):
     weights = [torch.softmax(torch.randn(2, 100, 100), -1) for _ in range(3)]
     lengths = [torch.rand(2, 100) for _ in range(3)]
     takes = [taken(one, length) for one, length in zip(weights, lengths, strict=True)]
-    monkeypatch.setattr("minibert.study.maps.MOST_WEIGHTS", 3 * 2 * 100 * 100 - 1)
+    assert maps(weights, takes, lengths, [7, 50]).side == 100
+    monkeypatch.setattr("minibert.study.maps." + limit, 3 * 2 * 100 * 100 // 2)
     kept = maps(weights, takes, lengths, [7, 50])
-    assert kept.side == 57
+    assert kept.side == 64
     folded = unpack(kept.weights).view(3, 2, kept.side, kept.side)
     assert (folded.amax((-1, -2)) - torch.stack(weights).amax((-1, -2))).abs().max() < 0.004
     rows = unpack(kept.rows).view(3, 2, -1, 100)
     assert (rows - torch.stack(weights)[:, :, kept.row_places]).abs().max() < 0.004
-    assert kept.row_places[0] == 7
+    assert kept.row_places == [7, 50]
 
 
 def test_folding_keeps_a_diagonal():

@@ -7,6 +7,7 @@ import re
 import zipfile
 from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from studied import PAIR, TEXT, pair_of_models, tokenizer
 
+import minibert
 from minibert.study import study
 from minibert.study.maps import unpack
 from minibert.study.page import OURS
@@ -177,14 +179,10 @@ def test_in_a_notebook_the_page_is_a_frame_of_its_own(model, page):
 
 def test_the_wheel_has_the_page_and_not_the_picture(tmp_path):
     hatchling = pytest.importorskip("hatchling.builders.wheel")
-    from pathlib import Path
-
-    import minibert
-
     root = Path(minibert.__file__).parents[1]
     if not (root / "pyproject.toml").exists():
         pytest.skip("installed from a wheel: there is nothing to build")
     (wheel,) = hatchling.WheelBuilder(str(root)).build(directory=str(tmp_path), versions=["standard"])
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"minibert/study/page.{kind}" for kind in ("html", "css", "js", "py")} <= set(names)
+    assert {f"minibert/study/{name}" for name in ("page.html", "page.css", "heads.js", "page.js")} <= set(names)
     assert not [name for name in names if "picture" in name]
