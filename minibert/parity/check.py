@@ -1,7 +1,8 @@
 """Is a model right? All that can be asked of it at once, against a reference, as one table.
 
-The reference is another model, or a golden trace (golden.py). It computes once in float64, which is the truth here, and
-once in the dtype in question, which is what rounding explains; the bounds follow from that (yardstick.py)."""
+The reference is another model, or a golden trace (golden.py). It computes twice: in float64, which is the truth here,
+and in the dtype in question, which shows what rounding explains. The bounds follow from that (yardstick.py).
+"""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -97,10 +98,11 @@ class ParityReport:
 
 
 def assert_parity(model: BertForMaskedLM, other: nn.Module, inputs: dict[str, Tensor] | None = None) -> None:
-    """Forward, loss, gradients and invariances of `other` (transformers' BertForMaskedLM, or one of ours) against
-    `model`, whose weights are the right ones. inputs: for `trace`, labels included (default: `standard_inputs`).
+    """Compare `other` (transformers' BertForMaskedLM, or one of ours) with `model`, whose weights are the right ones:
+    forward pass, loss, gradients and invariances. inputs: for `trace`, with labels (default: `standard_inputs`).
 
-    Raises AssertionError with the table that `minibert parity` prints."""
+    Raises AssertionError with the table that `minibert parity` prints.
+    """
     dtype = next(other.parameters()).dtype
     report = check(other, reference_of(model, "model", dtype, inputs))
     if not report.ok:

@@ -64,7 +64,11 @@ def diff(a: Trace, b: Trace, model: BertForMaskedLM | None = None, *, everything
     if report.ok:
         report.summary += judge.acquit(report.rows)
     elif model is not None:
-        report.summary += [said for given in (a, b) if (said := hint(given, model))]
+        first = next(row for row in report.rows if not row.ok)
+        sides = [
+            given for given, error in zip((a, b), first.errors or (), strict=False) if error == max(first.errors or ())
+        ]
+        report.summary += [said for given in sides if (said := hint(given, model, first.name))]
     return report
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from minibert.parity.steps import Steps
 
-ENCODER, HEAD = ("embeddings.", "layers."), ("head.",)
+ENCODER, LAYERS, HEAD = ("embeddings.", "layers."), ("layers.",), ("head.",)
 
 
 def methods(kind: type[Steps]) -> set[str]:
@@ -48,9 +48,11 @@ def eps_at(place: str, value: float, configured: float) -> type[Steps]:
 def first_section(kind: type[Steps], layers: int) -> int:
     """The number of the first section that a fault can change: 0 the embeddings, then the layers, then the head."""
     changed = {name for each in kind.__mro__ if each not in Steps.__mro__ for name in methods(each)}
-    only = getattr(kind, "sections_of_fault", None)
+    only = getattr(kind, "sections_of_fault", ENCODER)
     if changed <= {"head", "head_activation", "decode", "decoder", "decoder_bias"} or only == HEAD:
         return layers + 1
-    if only is not None and only != ENCODER:
+    if only == LAYERS:
+        return 1
+    if only != ENCODER:  # one layer
         return 1 + int(only[0].split(".")[1])
     return 0 if changed & {"embed", "types", "positions", "embeddings", "layer_norm", "eps", "dropout"} else 1

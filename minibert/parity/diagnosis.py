@@ -7,7 +7,7 @@ import torch
 
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.appearance import Wrong, appearance, fitted_eps
-from minibert.parity.confined import ENCODER, HEAD, confined, eps_at
+from minibert.parity.confined import ENCODER, HEAD, LAYERS, confined, eps_at, first_section
 from minibert.parity.faults import CATALOGUE
 from minibert.parity.hidden import hidden_faults
 from minibert.parity.quantised import hint
@@ -84,6 +84,8 @@ def _places(search: Search, wrong: Wrong) -> Iterator[type[Steps]]:
             yield confined(fault, (section,), f"in layer {section.split('.')[1]} alone")
         if not section.startswith("head."):
             yield confined(fault, ENCODER, "in the encoder alone")
+        if section.startswith("layers.") and first_section(fault, layers) == 0:  # it could be in the embeddings too
+            yield confined(fault, LAYERS, "in the layers alone")
         if not section.startswith("layers.") or layers == 0:
             yield confined(fault, HEAD, "in the head alone")
 
@@ -131,7 +133,7 @@ def _unnamed(search: Search, fits: list[Fit]) -> Iterator[str]:
             f"the nearest is {best.title}: with it the first wrong tensor is {best.first_wrong}, "
             f"{count(best.reproduced - search.plain.reproduced)} later. {best.faults[0].remedy}"
         )
-    if (said := hint(search.given, search.yardstick.exact)) is not None:
+    if (said := hint(search.given, search.yardstick.exact, search.plain.first_wrong or "")) is not None:
         yield said
     if torch.finfo(search.given.dtype).eps > 1e-4:
         yield "repeat it in float32: there the faults differ more from each other and from rounding"

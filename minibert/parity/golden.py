@@ -2,8 +2,9 @@
 
     python -m minibert.parity.golden        writes it anew, after the bundled weights have changed
 
-It holds every tensor of a trace with gradients, in float64 and in float32, but of each only some entries, evenly
-spread, and what the collator makes of some ids. It belongs to one file of weights, whose SHA-256 it knows."""
+It holds every tensor of a trace with gradients, in float64 and in float32. Of each there are only some entries, evenly
+spread. It also holds what the collator makes of some ids. It belongs to one file of weights, whose SHA-256 it knows.
+"""
 
 from pathlib import Path
 

@@ -111,8 +111,13 @@ def quantised(given: Trace, model: BertForMaskedLM) -> QuantisedReport:
     return report
 
 
-def hint(given: Trace, model: BertForMaskedLM) -> str | None:
-    """What to say of a wrong trace whose error looks like eight bits: in every product of weights, and small."""
+def hint(given: Trace, model: BertForMaskedLM, first: str) -> str | None:
+    """What to say of a wrong trace whose error looks like eight bits: in every product of weights, and small.
+
+    first: its first wrong tensor.
+    """
+    if first.split(".")[-1] not in (*PRODUCTS, "sum"):  # it does not begin with weights
+        return None
     try:
         report = quantised(given, model)
     except ValueError:
@@ -120,9 +125,6 @@ def hint(given: Trace, model: BertForMaskedLM) -> str | None:
     products = [row for row in report.rows if row.name.split(".")[-1] in PRODUCTS]
     small = all(row.error < 0.5 for row in report.rows)
     if len(products) < 6 or not small or not all(row.times > QUANTISED for row in products):
-        return None
-    first = next(row.name for row in report.rows if row.times > QUANTISED)
-    if first.split(".")[-1] not in (*PRODUCTS, "sum"):  # it does not begin with weights
         return None
     return f"{given.name}: a small error in every product of weights. If the port is quantised, use --quantised"
 
