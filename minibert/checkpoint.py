@@ -6,7 +6,6 @@ or with an error that names the file and the tensor. It opens safetensors files 
 
 import json
 import os
-import re
 import stat
 import warnings
 from collections import Counter
@@ -27,7 +26,7 @@ from minibert.config import BertConfig
 from minibert.config_keys import defaulted_keys, ignored_keys, unknown_keys
 from minibert.files import looks_like, naming, parse_json, read_json, sha256
 from minibert.hub import CONFIG, NEXT, WEIGHTS, WeightFiles
-from minibert.names import HEAD, Spelling, hub_names, nearest, read_names, several
+from minibert.names import HEAD, Spelling, hub_names, layers, nearest, read_names, several
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -88,20 +87,15 @@ def find_tensors(files: WeightFiles, config: BertConfig) -> FoundTensors:
     with naming(files.where):
         spelling = read_names(entries)
         # Before the model is made: a config.json may say a billion.
-        matches = (re.match(r"bert\.encoder\.layer\.(\d{1,9})\.", name) for name in spelling.spelled)
-        layers = {int(match[1]) for match in matches if match}
-        if layers and config.num_hidden_layers > max(layers) + 1:
+        count = layers(spelling.spelled)
+        if 0 < count < config.num_hidden_layers:
             raise ValueError(
-                f"layer {max(layers) + 1} is missing (num_hidden_layers in {CONFIG} is {config.num_hidden_layers}, "
-                "counted from 0)"
+                f"layer {count} is missing (num_hidden_layers in {CONFIG} is {config.num_hidden_layers}, from 0)"
             )
-        if not layers and entries:
-            first = ", ".join([*entries][:3])
-            like = nearest(expected := "bert.encoder.layer.0.attention.self.query.weight", entries)
-            raise ValueError(
-                f"no tensor in it is one of a layer of BERT. The names in the file look like {first}"
-                + (f"; the nearest to {expected} is {like}" if like else "")
-            )
+        if not count:
+            like = nearest("bert.encoder.layer.0.attention.self.query.weight", entries)
+            first = ", ".join([*entries][:3]) or "nothing: it is empty"
+            raise ValueError(f"no tensor in it is of a layer of BERT. The names in the file look like {first}{like}")
     return FoundTensors(files, entries, spelling)
 
 
@@ -228,17 +222,9 @@ def _require_the_wanted(
         )
     if absent and not no_head:
         look = f". The names in the file look like {', '.join(extra[:3])}" if extra else ""
-        like = nearest(absent[0], extra)
-        raise ValueError(
-            f"{several('tensor', absent)} missing{hint(absent)}{look}"
-            + (f"; the nearest to {absent[0]} is {like}" if like else "")
-        )
+        raise ValueError(f"{several('tensor', absent)} missing{hint(absent)}{look}{nearest(absent[0], extra)}")
     if extra:
-        like = nearest(extra[0], wanted)
-        raise ValueError(
-            f"{several('tensor', extra)} not expected{hint(extra)}"
-            + (f". The nearest name that is expected is {like}" if like else "")
-        )
+        raise ValueError(f"{several('tensor', extra)} not expected{hint(extra)}{nearest(extra[0], wanted)}")
     return tuple(sorted({wanted[hub] for hub in absent}))
 
 

@@ -31,8 +31,6 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _one_line_warning
-            # torch says so when it is imported where there is no NumPy. Nothing here needs it.
-            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
             status = options.run(options) or 0  # None, or the exit status of a command that judges
         sys.stdout.flush()
     except BrokenPipeError:  # `minibert … | head` has seen enough

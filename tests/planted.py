@@ -17,15 +17,15 @@ def eager(monkeypatch, scale=1.0, swap=False, mask="before", merge=True, largest
         if swap:
             query, key = key, query
         scores = torch.matmul(query, key.transpose(2, 3)) * scaling * scale
-        seen = attention_mask == 0
+        seen, lowest = attention_mask == 0, torch.finfo(scores.dtype).min
         if mask == "before":
             scores = scores.masked_fill(~seen, float("-inf"))
         elif mask == "inverted":
-            scores = scores.masked_fill(seen, -1e9)
+            scores = scores.masked_fill(seen, lowest)
         elif mask == "raw":
             scores = scores + seen
         elif mask == "causal":
-            scores = scores.masked_fill(~seen | torch.ones(scores.shape[-2:]).triu(1).bool(), -1e9)
+            scores = scores.masked_fill(~seen | torch.ones(scores.shape[-2:]).triu(1).bool(), lowest)
         probabilities = scores.softmax(-1)
         if not largest_subtracted:
             powers = scores.exp()  # above 11.1 infinite in float16

@@ -10,6 +10,7 @@ from minibert.parity.appearance import Wrong, appearance, fitted_eps
 from minibert.parity.confined import ENCODER, HEAD, confined, eps_at
 from minibert.parity.faults import CATALOGUE
 from minibert.parity.hidden import hidden_faults
+from minibert.parity.quantised import hint
 from minibert.parity.report import count
 from minibert.parity.search import Fit, Progress, Search, clearest
 from minibert.parity.steps import Steps
@@ -120,17 +121,17 @@ def _unnamed(search: Search, fits: list[Fit]) -> Iterator[str]:
     yield f"none of the known faults, alone, in one place or in pairs: {len(CATALOGUE)} were tried"
     yield f"look at what computes {search.plain.first_wrong}; `minibert diff` with the model's own trace shows where"
     best = max(fits, key=lambda fit: (fit.reproduced, -fit.gain), default=None)
-    if best is None:
-        return
-    if best.first_wrong is None:
+    if best is not None and best.first_wrong is None:
         yield (
             f"the nearest is {best.title}, which is not near enough for a name: its worst error is {best.share:.0%} of "
             f"what {search.given.metadata['dtype']} may make. {best.faults[0].remedy}"
         )
-    elif best.reproduced > search.plain.reproduced:
+    elif best is not None and best.reproduced > search.plain.reproduced:
         yield (
             f"the nearest is {best.title}: with it the first wrong tensor is {best.first_wrong}, "
             f"{count(best.reproduced - search.plain.reproduced)} later. {best.faults[0].remedy}"
         )
+    if (said := hint(search.given, search.yardstick.exact)) is not None:
+        yield said
     if torch.finfo(search.given.dtype).eps > 1e-4:
         yield "repeat it in float32: there the faults differ more from each other and from rounding"

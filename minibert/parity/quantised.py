@@ -106,7 +106,8 @@ def quantised(given: Trace, model: BertForMaskedLM) -> QuantisedReport:
     if not report.rows:
         raise ValueError(f"{given.name} has only inputs: there is nothing to measure")
     products = [row for row in report.rows if row.name.split(".")[-1] in PRODUCTS]
-    report.worst = max(products, key=lambda row: row.grown).name if products else None
+    worst = max(products, key=lambda row: row.grown, default=None)
+    report.worst = worst.name if worst is not None and worst.grown > 0 else None
     return report
 
 

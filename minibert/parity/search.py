@@ -68,6 +68,8 @@ class Search:
         self.plain = Fit(())
         self.measured: dict[str, Measure] = {}  # of every tensor without a fault, without its truth
         for measure, error in self.errors(Steps):
+            if not measure.accepts(error):
+                measure = self.yardstick.shaken(measure)
             self.plain.errors[measure.name] = error
             self.measured[measure.name] = measure._replace(truth=torch.empty(0))
             if self.wrong is None and measure.accepts(error):

@@ -125,7 +125,7 @@ def test_what_is_said_of_a_fault(made):
     assert said == "between them: the backward pass, from the head to the embeddings, as far as cls.predictions.bias"
     assert "hides small faults" not in diff(a, b).summary[-1]
     half = [Trace(each.tensors, each.config, {**each.metadata, "dtype": "bfloat16"}) for each in (a, b)]
-    assert "5.0e-01, which hides small faults: --model, or traces in float32, show more" in diff(*half).summary[-1]
+    assert "1.9e-01, which hides small faults: --model, or traces in float32, show more" in diff(*half).summary[-1]
 
 
 @pytest.mark.parametrize("with_model", [False, True])
