@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,9 +131,9 @@ def study_trace(
         raise ValueError("words can be followed only where a model's tokenizer is given")
     vocabulary = Vocabulary(tokenizer, recorded.config)
     chosen = Row(recorded, row)
-    reading = read_ids(chosen.ids, chosen.segments, chosen.asked, tokenizer)
+    reading = read_ids(chosen.ids, chosen.segments, chosen.positions, chosen.asked, tokenizer)
     followed = [] if targets is None or tokenizer is None else target_ids(tokenizer, targets)
-    title = name or recorded.title
+    title = name or recorded.title.replace(recorded.name, Path(recorded.name).name)  # a page tells no folder
     return _study(chosen, reading, model, vocabulary, top_k, followed, title)
 
 
