@@ -1,17 +1,14 @@
-"""Tensors ↔ files: a checkpoint is read into exactly the tensors that are wanted, and written whole.
+"""Files → tensors: a checkpoint is read into exactly the tensors that are wanted. (writing.py writes one.)
 
 This module knows no layer. It is told which tensors of which shape are wanted, and answers with exactly those,
 or with an error that names the file and the tensor. It opens safetensors files and never a pickle.
 """
 
-import json
-import os
 import re
-import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from minibert import atomic
 from minibert.config import BertConfig
 from minibert.config_keys import defaulted_keys, ignored_keys, unknown_keys
 from minibert.files import looks_like, naming, parse_json, read_json, sha256
-from minibert.hub import CONFIG, NEXT, WEIGHTS, WeightFiles
+from minibert.hub import CONFIG, WeightFiles
 from minibert.names import HEAD, Spelling, hub_names, nearest, read_names, several
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -311,23 +306,27 @@ def _read_tensor(path: Path, name: str) -> Tensor:
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Within this block modules have shapes, but no memory and no initial values."""
-    with torch.device("meta"), _NoInitialValues():
+    """Within this block modules have shapes, but no memory and no initial values. In this thread only: torch's own
+    `with torch.device("meta")` also writes a variable that all threads share.
+    """
+    with _NoMemory():
         yield
 
 
-class _NoInitialValues(TorchFunctionMode):
-    """Leaves out what would fill a tensor. It would change nothing on the meta device, but torch does some of it there
-    in Python, and imports sympy and torch.compile for that: a second, and twice the memory of the bundled weights.
+class _NoMemory(TorchFunctionMode):
+    """Makes tensors on the meta device, and leaves out what would fill one. That would change nothing there, but torch
+    does some of it in Python, and imports sympy and torch.compile for that: a second, and twice the memory of the
+    bundled weights.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
         # Which of torch.nn.init's functions come here whole, and which as the steps that they take, depends on torch.
         if in_place or getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **{**kwargs, "device": "meta"} if func in (torch.empty, torch.zeros, torch.ones) else kwargs)
 
 
 def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
@@ -337,67 +336,3 @@ def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.dev
     if name == "head.dense.weight":
         return torch.eye(shape[0], dtype=dtype, device=device)
     return (torch.ones if name == "head.norm.weight" else torch.zeros)(shape, dtype=dtype, device=device)
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-def write(folder: str | os.PathLike[str], config: BertConfig, state: Mapping[str, Tensor]) -> None:
-    """config.json and model.safetensors in `folder`, which is made if need be.
-
-    Raises OSError if they cannot be written. Then, and also if the process is killed, a model that was in `folder`
-    before still loads as it did. Other files in `folder` are not touched.
-    """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        hubs = hub_names(name)
-        for hub, part in zip(hubs, tensor.detach().cpu().chunk(len(hubs)), strict=True):
-            tensors[hub] = part.clone() if len(hubs) > 1 else part.contiguous()
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    values = {**config.to_dict(), "dtype": dtype}
-    try:
-        with atomic.scratch_folder(target) as scratch:
-            (scratch / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})
-            (scratch / WEIGHTS).chmod(stat.S_IMODE((scratch / CONFIG).stat().st_mode))  # save_file makes it private
-            _replace_model(scratch, target, values)
-    except SafetensorError as error:  # a full disk, for one
-        raise OSError(f"{target / WEIGHTS}: could not be written: {error}") from error
-
-
-def _replace_model(scratch: Path, target: Path, values: dict[str, Any]) -> None:
-    """Move the two files of a model from `scratch` to `target`, as if it were one step.
-
-    A file is renamed in one step, but there are two of them, and the weights of one model with the configuration of
-    another may even load. If `target` has this very configuration, only the weights are replaced. If it has none, it
-    comes last: without it, nobody takes `target` for a model. If it has another, the new one is first put beside it as
-    NEXT, with the SHA-256 of the weights that it belongs to; `hub.read_config` reads it there once they are in place.
-    """
-    old = (target / CONFIG).read_bytes() if (target / CONFIG).is_file() else None
-    names = [WEIGHTS] if old == (scratch / CONFIG).read_bytes() else [WEIGHTS, CONFIG]
-    journal = old is not None and len(names) == 2
-    if journal:
-        belongs = {"weights_sha256": sha256(scratch / WEIGHTS), "config": values}
-        (scratch / NEXT).write_text(json.dumps(belongs), encoding="utf-8")
-    atomic.to_disk(scratch)
-    before, had_weights = scratch / "before", (target / WEIGHTS).exists()
-    if journal:
-        with suppress(OSError):  # a file system without second names: then NEXT has to do alone
-            os.link(target / WEIGHTS, before)
-        os.replace(scratch / NEXT, target / NEXT)
-    try:
-        for name in names:
-            os.replace(scratch / name, target / name)
-    except BaseException:
-        if before.exists():
-            os.replace(before, target / WEIGHTS)
-        elif not had_weights:
-            (target / WEIGHTS).unlink(missing_ok=True)
-        else:
-            raise  # NEXT stays, and says which configuration belongs to the weights that are there now
-        (target / NEXT).unlink(missing_ok=True)
-        raise
-    (target / NEXT).unlink(missing_ok=True)
-    atomic.to_disk(target, files=False)

@@ -5,13 +5,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from minibert import checks
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
-from minibert.tokenizer import encode, own_mask, own_token, require_id
+from minibert.tokenizer import as_tokenizer, encode, own_mask, own_token, require_id
 
 WINDOW = 1024  # texts that are sorted by length together
 BATCH_TOKENS = 4096  # tokens that are computed together
@@ -25,7 +24,8 @@ class FillMask:
     random, so there a question is a ValueError.
     """
 
-    def __init__(self, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: BertForMaskedLM, tokenizer: Any) -> None:
+        tokenizer = as_tokenizer(tokenizer)
         self.model = model
         self.tokenizer = tokenizer
         self.mask_id = require_id(tokenizer, "[MASK]")

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minibert import BertConfig, BertForMaskedLM, PackedBatch, checkpoint, hub
+from minibert import BertConfig, BertForMaskedLM, PackedBatch, hub, writing
 
 # Awkward sizes, no two alike: a swapped axis cannot go unnoticed.
 SIZES = {
@@ -772,7 +772,7 @@ def interrupt_save_file(monkeypatch, error):
         Path(path).write_bytes(Path(path).read_bytes()[:1000])
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(writing, "save_file", half)
 
 
 def interrupt_replace(nth):

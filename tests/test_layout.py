@@ -13,13 +13,14 @@ PACKAGE = Path(minibert.__file__).parent
 # Each room may import those in the lines above its own. Rooms in one line do not import each other.
 LEVELS = """
     atomic files names config_keys devices memory tracing output
-    hub loss
+    hub loss state_dicts
     config
-    checks checkpoint masking tokenizer_files
+    checks checkpoint writing masking tokenizer_files
     packing tokenizer
     attention
     kernels
     model
+    recomputing
     masked_lm
     fill_mask mlm inference.fixed inference.onednn inference.cuda_graphs
     inference.prepare
