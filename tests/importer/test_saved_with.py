@@ -1,4 +1,4 @@
-"""A model saved as accelerate saves it, with its tokenizer, and loaded with the arguments of programs for transformers."""
+"""A model saved as accelerate saves it, and with its tokenizer; and loaded as programs for transformers load theirs."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_a_tokenizer_of_transformers_is_taken_everywhere(tmp_path):
     assert mask_and_guess(model, theirs, text) == mask_and_guess(model, ours, text)
     (tmp_path / "text.txt").write_text("\n".join([text.replace("[MASK]", "sat")] * 30))
     found = [token_files([str(tmp_path / "text.txt")], each, tmp_path / "tokens")[0] for each in (theirs, ours)]
-    assert found[0] == found[1]
+    assert found[0].sha256 == found[1].sha256
     assert theirs.backend_tokenizer.truncation is not None, "the caller's own stays as it is"
 
 
@@ -105,9 +105,10 @@ def test_a_save_that_fails_leaves_model_and_tokenizer_as_they_were(tmp_path, mon
                 raise OSError(28, "no space left")
             replace(source, target)
 
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        with monkeypatch.context() as patch:
             patch.setattr(writing.os, "replace", stop)
-            other.save_pretrained(tmp_path, tokenizer=of_another_name())
+            with pytest.raises(OSError, match="no space left"):
+                other.save_pretrained(tmp_path, tokenizer=of_another_name())
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before, f"at the {number}th file"
 
 
@@ -196,11 +197,7 @@ def test_loading_while_other_threads_load_and_compute(tmp_path):
 
     def compute():
         while not done.is_set():
-            if (
-                torch.empty(1).is_meta
-                or torch.nn.Linear(1, 1).weight.is_meta
-                or torch.get_default_device().type != "cpu"
-            ):
+            if torch.empty(1).is_meta or torch.nn.Linear(1, 1).weight.is_meta:
                 wrong.append("computed")
 
     threads = [threading.Thread(target=load) for _ in range(8)]
