@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from minibert.masked_lm import BertForMaskedLM
     from minibert.masking import mask_tokens
     from minibert.packing import PackedBatch
+    from minibert.score import pseudo_log_likelihood
     from minibert.tokenizer import load_tokenizer
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "mask_tokens",
     "masked_lm_loss",
     "prepare_for_inference",
+    "pseudo_log_likelihood",
 ]
 
 _ROOMS = {
@@ -34,6 +36,7 @@ _ROOMS = {
     "mask_tokens": "masking",
     "masked_lm_loss": "loss",
     "prepare_for_inference": "inference",
+    "pseudo_log_likelihood": "score",
 }
 
 

@@ -4,11 +4,9 @@ This module knows no layer. It is told which tensors of which shape are wanted, 
 or with an error that names the file and the tensor. It opens safetensors files and never a pickle.
 """
 
-import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +15,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from minibert.config import BertConfig
 from minibert.config_keys import defaulted_keys, ignored_keys, unknown_keys
 from minibert.files import looks_like, naming, parse_json, read_json, sha256
 from minibert.hub import CONFIG, WeightFiles
-from minibert.names import HEAD, Spelling, hub_names, nearest, read_names, several
+from minibert.names import HEAD, Spelling, hub_names, layers, nearest, read_names, several
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -84,20 +81,15 @@ def find_tensors(files: WeightFiles, config: BertConfig) -> FoundTensors:
     with naming(files.where):
         spelling = read_names(entries)
         # Before the model is made: a config.json may say a billion.
-        matches = (re.match(r"bert\.encoder\.layer\.(\d{1,9})\.", name) for name in spelling.spelled)
-        layers = {int(match[1]) for match in matches if match}
-        if layers and config.num_hidden_layers > max(layers) + 1:
+        count = layers(spelling.spelled)
+        if 0 < count < config.num_hidden_layers:
             raise ValueError(
-                f"layer {max(layers) + 1} is missing (num_hidden_layers in {CONFIG} is {config.num_hidden_layers}, "
-                "counted from 0)"
+                f"layer {count} is missing (num_hidden_layers in {CONFIG} is {config.num_hidden_layers}, from 0)"
             )
-        if not layers and entries:
-            first = ", ".join([*entries][:3])
-            like = nearest(expected := "bert.encoder.layer.0.attention.self.query.weight", entries)
-            raise ValueError(
-                f"no tensor in it is one of a layer of BERT. The names in the file look like {first}"
-                + (f"; the nearest to {expected} is {like}" if like else "")
-            )
+        if not count:
+            like = nearest("bert.encoder.layer.0.attention.self.query.weight", entries)
+            first = ", ".join([*entries][:3]) or "nothing: it is empty"
+            raise ValueError(f"no tensor in it is of a layer of BERT. The names in the file look like {first}{like}")
     return FoundTensors(files, entries, spelling)
 
 
@@ -137,6 +129,7 @@ def read_weights(
     spelled = spelling.spelled
     with naming(files.where):
         report.initialised = _require_the_wanted(shapes, spelling, config_values, init_missing_head)
+        _require_shapes(shapes, spelled, entries)
         _require_equal_copies(entries, spelling)
     state: dict[str, Tensor] = {}
     for ours, shape in shapes.items():
@@ -144,7 +137,7 @@ def read_weights(
             state[ours] = _initial(ours, shape, dtype, device)
         else:
             state[ours] = torch.empty(shape, dtype=dtype, device=device)
-            _fill(state[ours], [(spelled[hub], *entries[spelled[hub]]) for hub in hub_names(ours)])
+            _fill(state[ours], [(spelled[hub], entries[spelled[hub]][0]) for hub in hub_names(ours)])
     report.loaded = tuple(sorted(spelled[hub] for ours in shapes for hub in hub_names(ours) if hub in spelled))
     report.non_finite = tuple(name for name, tensor in state.items() if _has_non_finite(tensor))
     if report.non_finite:
@@ -223,17 +216,9 @@ def _require_the_wanted(
         )
     if absent and not no_head:
         look = f". The names in the file look like {', '.join(extra[:3])}" if extra else ""
-        like = nearest(absent[0], extra)
-        raise ValueError(
-            f"{several('tensor', absent)} missing{hint(absent)}{look}"
-            + (f"; the nearest to {absent[0]} is {like}" if like else "")
-        )
+        raise ValueError(f"{several('tensor', absent)} missing{hint(absent)}{look}{nearest(absent[0], extra)}")
     if extra:
-        like = nearest(extra[0], wanted)
-        raise ValueError(
-            f"{several('tensor', extra)} not expected{hint(extra)}"
-            + (f". The nearest name that is expected is {like}" if like else "")
-        )
+        raise ValueError(f"{several('tensor', extra)} not expected{hint(extra)}{nearest(extra[0], wanted)}")
     return tuple(sorted({wanted[hub] for hub in absent}))
 
 
@@ -249,17 +234,29 @@ def _require_equal_copies(entries: Mapping[str, tuple[Path, Any]], spelling: Spe
             raise ValueError(f"{copy} and {first} must be the same tensor, but they differ")
 
 
-def _fill(target: Tensor, parts: list[tuple[str, Path, dict[str, Any]]]) -> None:
-    """Copy the parts (name in the file, file, dtype and shape) into `target`, one under the other."""
-    shape = [target.shape[0] // len(parts), *target.shape[1:]]
-    for (name, path, entry), part in zip(parts, target.chunk(len(parts)), strict=True):
-        if entry["shape"] != shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(entry['shape'])}, and {CONFIG} asks for {tuple(shape)}: "
-                "one of the two files belongs to another model"
-            )
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+def _require_shapes(
+    shapes: Mapping[str, torch.Size],
+    spelled: Mapping[str, str],
+    entries: Mapping[str, tuple[Path, dict[str, Any]]],
+) -> None:
+    """Raise ValueError for a tensor of another shape, or of whole numbers, before there is memory for any."""
+    for ours, shape in shapes.items():
+        hubs = hub_names(ours)
+        wanted = [shape[0] // len(hubs), *shape[1:]]
+        for name in (spelled[hub] for hub in hubs if hub in spelled):
+            path, entry = entries[name]
+            if entry["shape"] != wanted:
+                raise ValueError(
+                    f"{path}: {name} has shape {tuple(entry['shape'])}, and {CONFIG} asks for {tuple(wanted)}: "
+                    "one of the two files belongs to another model"
+                )
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+
+
+def _fill(target: Tensor, parts: list[tuple[str, Path]]) -> None:
+    """Copy the parts (name in the file, file) into `target`, one under the other."""
+    for (name, path), part in zip(parts, target.chunk(len(parts)), strict=True):
         part.copy_(_read_tensor(path, name))
 
 
@@ -302,31 +299,6 @@ def _read_tensor(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """Within this block modules have shapes, but no memory and no initial values. In this thread only: torch's own
-    `with torch.device("meta")` also writes a variable that all threads share.
-    """
-    with _NoMemory():
-        yield
-
-
-class _NoMemory(TorchFunctionMode):
-    """Makes tensors on the meta device, and leaves out what would fill one. That would change nothing there, but torch
-    does some of it in Python, and imports sympy and torch.compile for that: a second, and twice the memory of the
-    bundled weights.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        # Which of torch.nn.init's functions come here whole, and which as the steps that they take, depends on torch.
-        if in_place or getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs.get("tensor", args[0] if args else None)
-        return func(*args, **{**kwargs, "device": "meta"} if func in (torch.empty, torch.zeros, torch.ones) else kwargs)
 
 
 def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:

@@ -108,17 +108,19 @@ def padded_inputs(
             "torch.jit.trace would make constants of the lengths in this one batch, and the program would be wrong for "
             "the next: trace the padded call, model(input_ids, attention_mask), and no PackedBatch"
         )
+    require_tensors(
+        input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids
+    )
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be (batch, length), not {tuple(input_ids.shape)}: add the batch dimension")
     _require_integers("input_ids", input_ids)
     if attention_mask is not None:
         _require_shape("attention_mask", attention_mask, input_ids)
         if attention_mask.dtype != torch.bool:
-            _require_integers("attention_mask", attention_mask)
             if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
                 raise ValueError(
                     "attention_mask may hold only 0 (padding) and 1 (token), but it ranges from "
-                    f"{int(attention_mask.min())} to {int(attention_mask.max())}"
+                    f"{attention_mask.min().item()} to {attention_mask.max().item()}"
                 )
             attention_mask = attention_mask.bool()
     if token_type_ids is None:
@@ -185,6 +187,7 @@ def require_positions(positions: Tensor, num_tokens: int) -> None:
     """Raise ValueError unless `positions` is (M,) whole numbers between 0 and T − 1. On a GPU the range is left to the
     indexing itself, since asking would stall the queue.
     """
+    require_tensors(positions=positions)
     if positions.dim() != 1 or positions.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"positions must be (M,) whole numbers, not {tuple(positions.shape)} {positions.dtype}")
     if positions.is_cpu and positions.numel():
@@ -207,6 +210,14 @@ def require_no_dropout(model: nn.Module) -> None:
             )
 
 
+def require_vocabulary(tokens: int, config: BertConfig) -> None:
+    """Raise ValueError if a tokenizer has more tokens than the model has embeddings."""
+    if tokens > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokens} tokens and the model {config.vocab_size}: they are not of one checkpoint"
+        )
+
+
 def _require_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
     if tensor.shape != input_ids.shape:
         raise ValueError(f"{name} is {tuple(tensor.shape)}, but input_ids is {tuple(input_ids.shape)}: give both alike")
@@ -214,5 +225,4 @@ def _require_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
 
 def _require_integers(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in INTEGERS:
-        allowed = "integers, or bool" if name == "attention_mask" else "integers"
-        raise ValueError(f"{name} must hold {allowed}, not {tensor.dtype}")
+        raise ValueError(f"{name} must hold integers, not {tensor.dtype}")

@@ -86,7 +86,7 @@ def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError, naming the key and its value, for a key that makes it another model, and for a missing size.
     """
-    for key, wanted in FIXED_KEYS.items():  # first: of another architecture nobody asks about single keys
+    for key, wanted in FIXED_KEYS.items():  # first: another architecture is named before its keys
         value = values.get(key, wanted)
         if value != wanted and not (value is None and key in NULL_IS_FIXED):
             raise ValueError(

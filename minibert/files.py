@@ -44,10 +44,11 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"the key {key!r} stands there {count} times")
-    return dict(pairs)
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        key, count = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} stands there {count} times")
+    return values
 
 
 def looks_like(path: Path) -> str:

@@ -5,15 +5,16 @@ from itertools import islice
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from minibert import checks
+from minibert.batching import BATCH_TOKENS, batches_by_length
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 from minibert.tokenizer import as_tokenizer, encode, own_mask, own_token, require_id
 
 WINDOW = 1024  # texts that are sorted by length together
-BATCH_TOKENS = 4096  # tokens that are computed together
 
 
 class FillMask:
@@ -31,11 +32,7 @@ class FillMask:
         self.mask_id = require_id(tokenizer, "[MASK]")
         self._mask, self._padding = own_token(tokenizer, "[MASK]"), own_token(tokenizer, "[PAD]")
         words = sorted(tokenizer.get_vocab().values())
-        if words[-1] >= model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {words[-1] + 1} tokens and the model {model.config.vocab_size}: "
-                "they are not of one checkpoint"
-            )
+        checks.require_vocabulary(words[-1] + 1, model.config)
         # A model may have more rows, to fill up its vocabulary: they are no words, and no answers.
         self._words = None if len(words) == model.config.vocab_size else torch.tensor(words)
 
@@ -74,13 +71,13 @@ class FillMask:
         """
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {top_k}")
-        target_ids = self._words if targets is None else torch.tensor(self._target_ids(targets))
+        wanted = self._words if targets is None else torch.tensor(target_ids(self.tokenizer, targets))
         remaining = iter(texts)
         while window := [self._encode(text, truncate) for text in islice(remaining, WINDOW)]:
             answers: dict[int, list[Any]] = {}
-            for numbers in _batches_by_length(window):
+            for numbers in batches_by_length([len(row) for row in window], BATCH_TOKENS):
                 rows = [window[number] for number in numbers]
-                answers.update(zip(numbers, self._answer_batch(rows, top_k, target_ids), strict=True))
+                answers.update(zip(numbers, self._answer_batch(rows, top_k, wanted), strict=True))
             for number in range(len(window)):
                 yield answers[number]
 
@@ -132,34 +129,23 @@ class FillMask:
             "sequence": self.tokenizer.decode(filled, skip_special_tokens=single),
         }
 
-    def _target_ids(self, targets: Sequence[str]) -> list[int]:
-        if isinstance(targets, str) or not targets:
-            raise ValueError(f"targets must be a list of words, not {targets!r}")
-        ids = []
-        for word in targets:
-            token = self.tokenizer.token_to_id(word)
-            if token is None:
-                pieces = self.tokenizer.encode(word, add_special_tokens=False)
-                unknown = require_id(self.tokenizer, "[UNK]")
-                if len(pieces.ids) != 1 or pieces.ids[0] == unknown:
-                    raise ValueError(
-                        f"the target {word!r} is not one token of the vocabulary: it became "
-                        f"{' '.join(pieces.tokens) or 'nothing'}. A {self._mask} stands for exactly one token"
-                    )
-                token = pieces.ids[0]
-            ids.append(token)
-        return list(dict.fromkeys(ids))
 
-
-def _batches_by_length(rows: list[list[int]]) -> Iterator[list[int]]:
-    """The numbers of the rows, the short ones first, in groups of at most BATCH_TOKENS tokens."""
-    group: list[int] = []
-    tokens = 0
-    for number in sorted(range(len(rows)), key=lambda number: len(rows[number])):
-        if group and tokens + len(rows[number]) > BATCH_TOKENS:
-            yield group
-            group, tokens = [], 0
-        group.append(number)
-        tokens += len(rows[number])
-    if group:
-        yield group
+def target_ids(tokenizer: Tokenizer, targets: Sequence[str]) -> list[int]:
+    """The ids of words that are to be followed, each once. Raises ValueError for a word that is not one token."""
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"targets must be a list of words, not {targets!r}")
+    ids = []
+    for word in targets:
+        token = tokenizer.token_to_id(word)
+        if token is None:
+            pieces = tokenizer.encode(word, add_special_tokens=False)
+            unknown = require_id(tokenizer, "[UNK]")
+            if len(pieces.ids) != 1 or pieces.ids[0] == unknown:
+                mask = own_token(tokenizer, "[MASK]")
+                raise ValueError(
+                    f"the target {word!r} is not one token of the vocabulary: it became "
+                    f"{' '.join(pieces.tokens) or 'nothing'}. A {mask} stands for exactly one token"
+                )
+            token = pieces.ids[0]
+        ids.append(token)
+    return list(dict.fromkeys(ids))

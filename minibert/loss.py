@@ -34,6 +34,9 @@ def masked_lm_loss(logits: Tensor, targets: Tensor) -> MaskedLMLoss:
     and still has a graph, where a plain mean would be NaN. Raises ValueError for a target that is neither an id
     nor −100.
     """
+    for name, given in (("logits", logits), ("targets", targets)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(given).__name__}: torch.tensor(…) makes one")
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"logits {tuple(logits.shape)} need targets {tuple(logits.shape[:-1])}, not {tuple(targets.shape)}"

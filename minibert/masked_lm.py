@@ -24,6 +24,7 @@ from minibert.model import Bert, EncoderLayer
 from minibert.output import MaskedLMOutput
 from minibert.packing import PackedBatch
 from minibert.recomputing import is_recomputing, set_recomputing
+from minibert.shapes import shapes_only
 from minibert.tokenizer import as_files
 from minibert.tracing import Rectangle, being_traced, rectangle
 
@@ -202,7 +203,7 @@ class BertForMaskedLM(Bert):
         with naming(config_path):
             config = BertConfig.from_dict(config_values)
         found = checkpoint.find_tensors(hub.weight_files(source), config)
-        with checkpoint.shapes_only():  # no memory yet: the weights are held once, when they are read
+        with shapes_only():  # no memory yet: the weights are held once, when they are read
             model = cls(config)
         state, report = checkpoint.read_weights(
             found,
@@ -238,7 +239,7 @@ class BertForMaskedLM(Bert):
         checks.refuse_others(others, SAVING, "save_pretrained")
         if not is_main_process:
             return
-        with checkpoint.shapes_only():
+        with shapes_only():
             wanted = Bert(self.config).state_dict()
         state = self.state_dict() if state_dict is None else state_dict
         state_dicts.require_state(state, wanted)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minibert import checks
 from minibert.loss import IGNORE
 
 
@@ -159,6 +160,7 @@ def _check(
     mask_fraction: float,
     random_fraction: float,
 ) -> None:
+    checks.require_tensors(input_ids=input_ids, special_tokens_mask=special_tokens_mask, word_ids=word_ids)
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
         raise ValueError(f"input_ids must be (batch, length) int64, not {tuple(input_ids.shape)} {input_ids.dtype}")
     for name, tensor in (("special_tokens_mask", special_tokens_mask), ("word_ids", word_ids)):

@@ -107,7 +107,7 @@ def mask_and_guess(
         _require_nothing_drawn(draw, "positions names the masked tokens")
         masked = _mask_these(ids, _places(positions, encoding), tokenizer)
     elif own.any():
-        _require_nothing_drawn(draw, "the text has a [MASK] of its own, and nothing else is masked")
+        _require_nothing_drawn(draw, "the text has a [MASK] of its own, and no other token is drawn")
         masked = _mask_these(ids, [], tokenizer)
     else:
         masked = _mask_drawn(encoding, tokenizer, 0.15 if probability is None else probability, recipe, seed)

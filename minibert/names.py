@@ -134,10 +134,16 @@ def hub_spelling(name: str) -> str:
     return f"bert.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
-def nearest(name: str, others: Iterable[str]) -> str | None:
-    """The one of the other names that looks most like `name`, if any does."""
+def layers(names: Iterable[str]) -> int:
+    """How many layers a model with these names has, of those of the hub: one more than the largest number."""
+    matches = (re.match(r"bert\.encoder\.layer\.(\d{1,9})\.", name) for name in names)
+    return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+
+def nearest(name: str, others: Iterable[str]) -> str:
+    """The end of a sentence: which of the other names looks most like `name`; "" if none does."""
     found = get_close_matches(name, list(others)[:1000], n=1, cutoff=0.5)
-    return found[0] if found else None
+    return f"; the nearest to {name} is {found[0]}" if found else ""
 
 
 def several(noun: str, names: Sequence[str], shown: int = 3) -> str:

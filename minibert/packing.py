@@ -1,8 +1,9 @@
 """PackedBatch: a batch of sequences as one flat list of T real tokens, without padding.
 
-Everything in BERT but attention treats each token alone, so the model runs on the flat list; only attention has
-to know where a sequence begins and ends. That is `cu_seqlens`: sequence b owns the tokens cu_seqlens[b] to
-cu_seqlens[b + 1].
+Sentences differ in length. To put them into one rectangle, the shorter ones would have to be filled up with padding,
+and the model would compute it all for nothing. Everything in BERT but attention treats each token alone, so the model
+runs on one list of all tokens. Only attention has to know where a sequence begins and ends. That is `cu_seqlens`:
+sequence b owns the tokens cu_seqlens[b] to cu_seqlens[b + 1].
 
     padded (B=2, S=4)         packed (T=5)             cu_seqlens
     [ the  cat  sat  .  ]                              [0, 4, 5]
@@ -28,7 +29,7 @@ class PackedBatch:
 
     input_ids, token_type_ids, position_ids   (T,) int64
     cu_seqlens                                (B + 1,) int32: where each sequence begins, and T
-    lengths                                   B whole numbers on the host, so that nobody asks the device for them
+    lengths                                   B whole numbers on the host: to ask a GPU for them would stall it
     padded_shape                              (B, S), the rectangle that `unpack` fills
     padded_index                              (T,) int64: where token t stands in the flattened rectangle
     largest                                   the largest token id, type and position, on the host
@@ -53,7 +54,7 @@ class PackedBatch:
     ) -> "PackedBatch":
         """Keep the tokens whose attention_mask is 1, wherever they stand (padding left, right, or holes between).
 
-        input_ids (B, S) integers; attention_mask (B, S) of 0 and 1, or bool (default: all 1); token_type_ids
+        input_ids (B, S) integers; attention_mask (B, S) of 0 and 1 in any dtype (default: all 1); token_type_ids
         (B, S) (default: all 0); position_ids (B, S) or (1, S) (default: the column, counted from 0 whatever the
         mask says, so that a left-padded row starts late: the same as transformers). Raises ValueError for other
         shapes or types.

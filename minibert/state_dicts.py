@@ -1,13 +1,13 @@
 """Tensors in memory under our names, and under those of transformers and of the files on the hub."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minibert.names import ADAPTERS, BEGINS, NAMES, TABLE, hub_names, nearest, read_names, several
+from minibert.names import ADAPTERS, BEGINS, NAMES, hub_names, nearest, read_names, several
 
 # The hub's module → ours, and which part of our tensor it is.
 OURS = {hub: (ours, part) for ours, hubs in NAMES for part, hub in enumerate(hubs)}
@@ -28,10 +28,10 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for hub, key in spelling.spelled.items():
         module, _, parameter = hub.rpartition(".")
         number = re.search(r"\.(\d+)\.", module)
-        ours, part = OURS.get(re.sub(r"\.\d+\.", ".N.", module, count=1), ("", 0))
-        if not ours:
-            like = nearest(hub, [name for names in map(hub_names, _every_name(state)) for name in names])
-            raise ValueError(f"{key} is no tensor of BERT's masked language model" + (f": {like}?" if like else ""))
+        template = re.sub(r"\.\d+\.", ".N.", module, count=1)
+        if template not in OURS:
+            raise ValueError(f"{key} is no tensor of BERT's masked language model{nearest(template, OURS)}")
+        ours, part = OURS[template]
         name = f"{ours.replace('.N.', number.group(0)) if number else ours}.{parameter}"
         parts.setdefault(name, {})[part] = state[key]
     for name, found in parts.items():
@@ -41,15 +41,6 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: found[0] if len(found) == 1 else torch.cat([found[part] for part in sorted(found)])
         for name, found in parts.items()
     }
-
-
-def _every_name(state: Iterable[str]) -> list[str]:
-    """Our names of the tensors of a model with as many layers as the names speak of."""
-    numbers = {int(match[1]) for key in state if (match := re.search(r"\.layer\.(\d{1,9})\.", key))}
-    modules = [
-        n for name in TABLE for n in ([name.replace(".N.", f".{i}.") for i in numbers] if ".N." in name else [name])
-    ]
-    return [f"{module}.{parameter}" for module in modules for parameter in ("weight", "bias")]
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

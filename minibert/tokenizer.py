@@ -37,6 +37,7 @@ class TokenizerReport:
     files: tuple[Path, ...]
     notes: tuple[str, ...]  # which file said what, and what another one said that was not taken
     roles: Mapping[str, str] = field(default_factory=dict)  # "mask" → "[MASK]", …
+    extra: tuple[str, ...] = ()  # special tokens without a role
 
 
 def load_tokenizer(
@@ -62,7 +63,13 @@ def load_tokenizer(
         except BaseException as error:
             raise _as_value_error(error) from error
     roles = {role: token.content for role, token in special_tokens(found.settings).items() if role in ROLES}
-    report = TokenizerReport(source.name, tuple(found.paths.values()), tuple(_notes(found)), roles)
+    report = TokenizerReport(
+        name=source.name,
+        files=tuple(found.paths.values()),
+        notes=tuple(_notes(found)),
+        roles=roles,
+        extra=tuple(extra_tokens(found.settings)),
+    )
     tokenizer.load_report = report  # type: ignore[attr-defined]
     return tokenizer
 
@@ -197,7 +204,6 @@ def _add_tokens(
     """Tokens that are never cut: those in `added` with their ids, then the special ones. A token that is in the
     vocabulary keeps its id there. Special tokens that have a role must be there already.
     """
-    by_text = {token.content: token for token in added.values()}
     tokenizer.add_tokens([added[number] for number in sorted(added)])
     for number, token in added.items():
         if (got := tokenizer.token_to_id(token.content)) != number:
@@ -205,9 +211,10 @@ def _add_tokens(
                 f"the added token {token.content!r} has the id {number}, but would get {got}: the vocabulary has "
                 f"{tokenizer.get_vocab_size()} tokens with it, and added ones follow without a gap"
             )
+    there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     known = [token for token in named if tokenizer.token_to_id(token.content) is not None]
-    tokenizer.add_special_tokens([by_text.get(token.content, token) for token in known])
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in extra if text not in by_text])
+    more = [*known, *(AddedToken(text, special=True) for text in extra)]
+    tokenizer.add_special_tokens([token for token in more if token.content not in there])
 
 
 def _notes(found: TokenizerFiles) -> list[str]:
@@ -222,7 +229,8 @@ def _notes(found: TokenizerFiles) -> list[str]:
     names = {"do_lower_case": "lowercase", "tokenize_chinese_chars": "handle_chinese_chars"}
     for key, default in CASE.items():
         origin = SETTINGS if key in found.settings else "BERT's default"
-        value, other = found.settings.get(key, default), stored.get(names.get(key, key), default)
+        value = found.settings.get(key, default)
+        other = value if found.whole is None else stored.get(names.get(key, key), value)
         notes.append(f"{key} {value} ({origin}" + (f"; {TOKENIZER} has {other})" if value != other else ")"))
     if found.added:
         notes.append(f"{len(found.added)} added tokens")
@@ -281,11 +289,10 @@ def special_ids(tokenizer: Tokenizer) -> list[int]:
     masked, never predicted by BERT's recipe.
     """
     ids = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    for role in ROLES:
-        token = own_token(tokenizer, f"[{role.upper()}]")
-        if token is not None and (number := tokenizer.token_to_id(token)) is not None:
-            ids.add(number)
-    return sorted(ids)
+    report = getattr(tokenizer, "load_report", None)
+    named = [own_token(tokenizer, f"[{role.upper()}]") for role in ROLES] + list(report.extra if report else ())
+    numbers = [tokenizer.token_to_id(token) for token in named if token is not None]
+    return sorted(ids.union(number for number in numbers if number is not None))
 
 
 def count_ids(tokenizer: Tokenizer) -> int:
@@ -324,32 +331,43 @@ def as_files(tokenizer: Any, max_length: int) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------- texts
 
 
-def encode(tokenizer: Tokenizer, text: str, max_length: int, *, truncate: bool = False) -> Encoding:
-    """The encoding of one text, at most `max_length` tokens with [CLS] and [SEP]. The text may say [MASK] where the
-    tokenizer has another name for it.
+def encode(
+    tokenizer: Tokenizer, text: str, max_length: int, *, pair: str | None = None, truncate: bool = False
+) -> Encoding:
+    """The encoding of one text, or of two sentences (`pair` is the second), at most `max_length` tokens with [CLS] and
+    [SEP]. They may say [MASK] where the tokenizer has another name for it.
 
-    A longer text is cut (before [SEP]) if `truncate` is given, and otherwise a ValueError that gives both numbers.
+    What is longer is cut at the end of the text, or of the second sentence, if `truncate` is given; otherwise it is a
+    ValueError that gives both numbers.
     """
-    special = tokenizer.num_special_tokens_to_add(False)
+    sentences = [text] if pair is None else [text, pair]
+    special = tokenizer.num_special_tokens_to_add(pair is not None)
     if max_length < special:
         raise ValueError(f"a length of {max_length} has no room for the {special} special tokens, [CLS] and [SEP]")
-    try:
-        text.encode()  # bytes on the command line that are no UTF-8 arrive as lone surrogates
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text {text[:60]!r} is not Unicode: {error.reason}") from error
-    encoding = tokenizer.encode(text := own_mask(tokenizer, text))
+    for sentence in sentences:
+        try:
+            sentence.encode()  # bytes on the command line that are no UTF-8 arrive as lone surrogates
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text {sentence[:60]!r} is not Unicode: {error.reason}") from error
+    sentences = [own_mask(tokenizer, sentence) for sentence in sentences]
+    encoding = tokenizer.encode(sentences[0], None if pair is None else sentences[1])
     if len(encoding.ids) <= max_length:
         return encoding
     if not truncate:
         raise ValueError(
             f"the text is {len(encoding.ids)} tokens long and the model takes {max_length}: "
-            "shorten it (truncate=True, and --truncate of fill-mask and mlm, cut it)"
+            "shorten it (truncate=True, or --truncate of a command, cuts it)"
         )
-    body = tokenizer.encode(
-        text, add_special_tokens=False
-    )  # not enable_truncation: it would stay on the caller's tokenizer
-    body.truncate(max_length - special)
-    return tokenizer.post_process(body)
+    # Not enable_truncation: it would stay on the caller's tokenizer.
+    bodies = [tokenizer.encode(sentence, add_special_tokens=False) for sentence in sentences]
+    room = max_length - special - sum(len(body.ids) for body in bodies[:-1])
+    if pair is not None and room < 1:
+        raise ValueError(
+            f"the first sentence is {len(bodies[0].ids) + special} tokens long with the special ones, and the model "
+            f"takes {max_length}: shorten it, for only the second one is cut, and nothing would be left of that"
+        )
+    bodies[-1].truncate(room)
+    return tokenizer.post_process(bodies[0], None if pair is None else bodies[1])
 
 
 def own_mask(tokenizer: Tokenizer, text: str) -> str:

@@ -38,6 +38,7 @@ BERT_CLASSES = frozenset(
 # Settings of a tokenizer that first cuts Japanese into words, which needs a program and a dictionary of its own.
 JAPANESE = ("word_tokenizer_type", "subword_tokenizer_type", "mecab_kwargs", "sudachi_kwargs", "jumanpp_kwargs")
 ROLES = ("unk", "sep", "pad", "cls", "mask")
+NAMED = ("bos", "eos", *ROLES)
 CASE = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}  # and BERT's defaults
 
 
@@ -134,11 +135,11 @@ def _model(found: TokenizerFiles) -> dict[str, Any]:
 
 def _collect_tokens(source: Source, found: TokenizerFiles) -> None:
     """Tokens that were added to the vocabulary, and the names of the special ones, from all files that have some."""
-    listed = found.settings.get("added_tokens_decoder")
+    said, listed = found.settings, found.settings.get("added_tokens_decoder")
     if listed is None and (path := source.file(SPECIAL_TOKENS)):  # older than added_tokens_decoder
         found.paths[SPECIAL_TOKENS] = path
         found.settings = {**found.settings, **{k: v for k, v in read_json(path).items() if v is not None}}
-    for key in [key for key, value in found.settings.items() if key.endswith("_token") and value is not None]:
+    for key in [f"{role}_token" for role in NAMED if found.settings.get(f"{role}_token") is not None]:
         with naming(_origin(found, key)):
             added_token(found.settings[key])
     if isinstance(listed, dict):
@@ -149,7 +150,9 @@ def _collect_tokens(source: Source, found: TokenizerFiles) -> None:
         raise ValueError(f"{found.paths[SETTINGS]}: added_tokens_decoder must map ids to tokens, not {listed!r}")
     elif path := source.file(ADDED_TOKENS):
         found.paths[ADDED_TOKENS] = path
-        special = {str(token) for token in special_tokens(found.settings).values()} | set(extra_tokens(found.settings))
+        # As in transformers, where additional_special_tokens of special_tokens_map.json come too late for this.
+        extra = {**found.settings, "additional_special_tokens": said.get("additional_special_tokens")}
+        special = {token.content for token in special_tokens(found.settings).values()} | set(extra_tokens(extra))
         with naming(path):
             for token, number in read_json(path).items():
                 found.added[_id(number)] = AddedToken(token, normalized=token not in special, special=token in special)
@@ -170,14 +173,16 @@ def _origin(found: TokenizerFiles, key: str) -> Path:
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, AddedToken]:
     """Role → token, of the roles that are named in the settings; among them bos and eos, which BERT does not use."""
-    named = {role: settings.get(f"{role}_token") for role in ("bos", "eos", *ROLES)}
+    named = {role: settings.get(f"{role}_token") for role in NAMED}
     return {role: added_token(token, special=True) for role, token in named.items() if token is not None}
 
 
 def extra_tokens(settings: Mapping[str, Any]) -> list[str]:
-    """Special tokens without a role."""
+    """Special tokens without a role, or with one that BERT does not know ("image_token": "<image>")."""
     value = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     entries = list(value.values()) if isinstance(value, dict) else _list(value)
+    known = {f"{role}_token" for role in NAMED}
+    entries += [x for key, x in settings.items() if key.endswith("_token") and key not in known and isinstance(x, str)]
     return [added_token(entry).content for entry in entries]
 
 

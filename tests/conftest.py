@@ -1,6 +1,8 @@
 """What all tests share: no network, the options that turn a skip into a failure, and the pair of models to compare."""
 
 import os
+import shutil
+from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub and transformers are imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -14,6 +16,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--require-real-weights", action="store_true", help="fail, do not skip, the tests on the real bert-base-uncased"
     )
+
+    parser.addoption("--require-browser", action="store_true", help="fail, do not skip, the tests that need Chromium")
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -30,6 +34,21 @@ def pytest_terminal_summary(terminalreporter):
 def _skip_or_fail(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         (pytest.fail if request.config.getoption("--require-gpu") else pytest.skip)("no NVIDIA GPU on this machine")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture: the browser is one of them."""
+    if item.get_closest_marker("browser") and (missing := missing_for_a_browser()):
+        (pytest.fail if item.config.getoption("--require-browser") else pytest.skip)(missing)
+
+
+def missing_for_a_browser():
+    """What the tests of the page miss here: selenium, Chromium or its driver. None if all are there."""
+    if find_spec("selenium") is None:
+        return "selenium is not installed"
+    programs = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    return f"there is no {programs[0]} on this machine" if programs else None
 
 
 @pytest.fixture(autouse=True)

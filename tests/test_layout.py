@@ -1,8 +1,10 @@
 """The rooms of the house: imports go downward, the core does without transformers, and importing minibert is cheap."""
 
 import ast
+import io
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -12,28 +14,33 @@ import minibert
 PACKAGE = Path(minibert.__file__).parent
 # Each room may import those in the lines above its own. Rooms in one line do not import each other.
 LEVELS = """
-    atomic files names config_keys devices memory tracing output
+    atomic files names config_keys devices memory tracing output shapes
     hub loss state_dicts
     config
-    checks checkpoint writing masking tokenizer_files
-    packing tokenizer
+    checks checkpoint writing tokenizer_files
+    masking packing tokenizer
     attention
     kernels
     model
     recomputing
     masked_lm
-    fill_mask mlm inference.fixed inference.onednn inference.cuda_graphs
+    batching
+    fill_mask mlm score inference.fixed inference.onednn inference.cuda_graphs
     inference.prepare
     inference.__init__
     __init__
     export trace.table
     trace.inputs
+    trace.stores
+    trace.forms
     trace.files
     trace.given trace.recorder
     trace.__init__
-    parity.steps parity.report
+    parity.steps
     parity.yardstick parity.faults.embeddings parity.faults.norms parity.faults.attention parity.faults.head
-    parity.faults.__init__ parity.judge
+    parity.faults.__init__ parity.confined parity.report parity.appearance
+    parity.hidden parity.search
+    parity.judge parity.quantised parity.tokenizers
     parity.comparison parity.diagnosis parity.check
     parity.__init__
     parity.golden
@@ -45,6 +52,14 @@ LEVELS = """
     training.loop
     training.run
     training.__init__
+    study.reading study.vocabulary study.sums study.maps study.changes study.cost
+    study.guesses study.words study.heads study.row
+    study.facts
+    study.says
+    study.text study.page study.views
+    study.result
+    study.__init__
+    study.picture
     bench.__init__
     bench.workloads bench.machine
     bench.peers
@@ -52,7 +67,7 @@ LEVELS = """
     bench.settings
     bench.report
     bench.peak_memory
-    bench.run
+    bench.run bench.scoring
     commands.__init__ commands.options commands.printing
     commands.*
     cli
@@ -96,6 +111,46 @@ def test_imports_go_downward(name):
 def test_the_core_does_without_transformers(name):
     if name.split(".")[0] not in ("parity", "bench"):
         assert not [module for module in imported(FILES[name]) if module.split(".")[0] == "transformers"]
+
+
+def code_lines(path):
+    """The numbers of the lines with code: neither blank, nor comment, nor docstring."""
+    text = path.read_text(encoding="utf-8")
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+            lines |= set(range(token.start[0], token.end[0] + 1)) if token.string.strip() else set()
+    for node in ast.walk(ast.parse(text)):
+        first = node.body[0] if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            lines -= set(range(first.lineno, first.end_lineno + 1))
+    return lines
+
+
+def test_bert_is_short():
+    counts = {name: len(code_lines(PACKAGE / f"{name}.py")) for name in ("model", "attention", "packing", "config")}
+    assert sum(counts.values()) <= 400, counts
+    assert counts["model"] <= 150, counts
+
+
+def test_no_file_over_400_lines_and_no_function_over_60():
+    for path in FILES.values():
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_a_module_is_not_hidden_behind_a_name():
+    """`import minibert.parity.diff as d` gives the module, also where the package has a function of that name."""
+    for name in FILES:
+        if name not in ("__init__", "__main__") and not name.endswith(".__init__"):
+            package, _, last = f"minibert.{name}".rpartition(".")
+            if package == "minibert.commands":
+                continue  # imported by name, one at a time
+            code = f"import {package}.{last} as m, types; assert isinstance(m, types.ModuleType), '{name}'"
+            exec(code, {})
 
 
 def test_importing_minibert_imports_nothing_heavy_but_torch():
@@ -158,6 +213,7 @@ def test_public_surface():
             "FillMask",
         ),
         "prepare_for_inference",
+        "pseudo_log_likelihood",
     }
     assert set(minibert.__all__) <= set(dir(minibert)), "an editor completes them"
     for name in minibert.__all__:

@@ -1,11 +1,12 @@
 """PackedBatch: what is kept, where it stands, and that no sequence notices the others or the padding."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minibert import BertConfig, BertForMaskedLM, PackedBatch
+from minibert import BertConfig, BertForMaskedLM, PackedBatch, checks, mask_tokens, masked_lm_loss
 from minibert.checks import require_positions
 from minibert.inference.onednn import filled_up
 
@@ -291,7 +292,7 @@ ROW = torch.tensor([[1, 2, 3]])
         ),
         ({"attention_mask": torch.ones(1, 4).long()}, r"attention_mask is \(1, 4\), but input_ids is \(1, 3\)"),
         ({"attention_mask": torch.ones(3).long()}, r"attention_mask is \(3,\)"),
-        ({"attention_mask": torch.ones(1, 3)}, "attention_mask must hold integers, or bool, not torch.float32"),
+        ({"attention_mask": torch.full((1, 3), 0.5)}, r"only 0 \(padding\) and 1 \(token\).*from 0\.5 to 0\.5"),
         ({"attention_mask": torch.tensor([[1, 2, 0]])}, "only 0 .* and 1 .*, but it ranges from 0 to 2"),
         ({"attention_mask": torch.tensor([[1, -1, 0]])}, "ranges from -1 to 1"),
         ({"token_type_ids": torch.tensor([[0, 1, 2]])}, "token type 2 is unknown: the model has 2"),
@@ -347,3 +348,30 @@ def test_filled_up_with_a_sequence_of_its_own():
     assert torch.equal(filled.position_ids[:7], batch.position_ids)
     assert filled.unpack(torch.arange(12)).tolist() == [list(range(12))]
     assert batch.unpack(torch.arange(1, 8)).tolist() == [[1, 2, 3, 0], [0] * 4, [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_mask_of_zeros_and_ones_may_be_of_floats(dtype):
+    """As transformers takes it. Any other float is refused: it could be an additive mask, 0 where a token is."""
+    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    got = PackedBatch.from_padded(ids, mask.to(dtype))
+    assert torch.equal(got.input_ids, PackedBatch.from_padded(ids, mask).input_ids)
+    for wrong in (-10000.0, 0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="attention_mask may hold only 0"):
+            PackedBatch.from_padded(ids, torch.where(mask == 1, 1.0, wrong).to(dtype))
+
+
+@pytest.mark.parametrize("value", [[[5, 6]], np.array([[5, 6]]), "text"], ids=["list", "array", "str"])
+def test_what_is_no_tensor_gets_a_sentence(value):
+    ids = torch.tensor([[5, 6]])
+    for call in (
+        lambda: PackedBatch.from_padded(value),
+        lambda: PackedBatch.from_padded(ids, value),
+        lambda: mask_tokens(value, ids, vocab_size=9, mask_token_id=3),
+        lambda: mask_tokens(ids, value, vocab_size=9, mask_token_id=3),
+        lambda: masked_lm_loss(value, ids),
+        lambda: masked_lm_loss(torch.zeros(1, 2, 9), value),
+        lambda: checks.require_positions(value, 2),
+    ):
+        with pytest.raises(TypeError, match=rf"must be a tensor, not {type(value).__name__}: torch\."):
+            call()

@@ -6,4 +6,6 @@ status, or None for 0. It imports torch, and what needs torch, only inside `run`
 To add a command, write its file and name it here.
 """
 
-COMMANDS = ("fill-mask", "mlm", "info", "train", "parity", "trace", "diff", "diagnose", "export", "bench")
+COMMANDS = (
+    *("fill-mask", "study", "mlm", "score", "info", "train", "parity", "trace", "diff", "diagnose", "export", "bench"),
+)

@@ -12,20 +12,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--model", help="a folder, a bundled name, bert-base-uncased, or a hub id")
     which.add_argument("--random", action="store_true", help="BERT-base's sizes with random weights (the default)")
     add_revision(parser, "--model")
-    parser.add_argument("--layers", type=int, metavar="N", help="of the random model, for a quick look (default: 12)")
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="layers of the random model; fewer for a quick look (default: 12)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
-        "--dtype", default="float32,bfloat16", metavar="D,D", help="one or both of (default: %(default)s)"
+        "--dtype", default="float32,bfloat16", metavar="D,D", help="one of them, or both (default: %(default)s)"
     )
     parser.add_argument(
-        "--task", choices=("inference", "training", "both"), default="both", help="(default: %(default)s)"
+        "--task", choices=("inference", "training", "both"), default="both", help="what to time (default: %(default)s)"
     )
     parser.add_argument(
         "--shapes",
         metavar="S,S",
         help="rows x tokens, as in 8x128, or mixed, normal, lognormal (default: all; in training 8x128 and mixed)",
     )
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="timings of each (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=9, metavar="N", help="how often each is timed (default: %(default)s)"
+    )
     parser.add_argument(
         "--peers",
         default="all",

@@ -2,16 +2,16 @@
 
 import argparse
 
-from minibert.commands.options import add_json, add_model
-from minibert.commands.printing import as_json
+from minibert.commands.options import add_format, add_model
+from minibert.commands.printing import as_json, progress
 
 HELP = "Which known porting fault computes what is in a trace. Exit status 1 if wrong."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", metavar="TRACE")
+    parser.add_argument("trace", metavar="TRACE", help="a safetensors or .npz file, or a folder of .npy files")
     add_model(parser)
-    add_json(parser)
+    add_format(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,6 +20,10 @@ def run(options: argparse.Namespace) -> int:
     from minibert.trace.files import TraceFile
 
     given = TraceFile(options.trace)
-    diagnosis = diagnose(given, BertForMaskedLM.from_pretrained(options.model, revision=options.revision))
-    print(as_json(diagnosis.to_dict()) if options.json else "\n".join(diagnosis.lines))
+    model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
+    diagnosis = diagnose(given, model, progress)
+    if options.format == "json":
+        print(as_json(diagnosis.to_dict()))
+    else:
+        print("\n".join(diagnosis.markdown() if options.format == "markdown" else diagnosis.lines))
     return 0 if diagnosis.ok else 1

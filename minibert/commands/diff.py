@@ -2,29 +2,45 @@
 
 import argparse
 
-from minibert.commands.options import add_json, add_model
-from minibert.commands.printing import as_json
+from minibert.commands.options import add_format, add_model
+from minibert.commands.printing import print_report
 
 HELP = "The first tensor in which two traces differ. Exit status 1 if there is one."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", metavar="A", help="a trace")
-    parser.add_argument("b", metavar="B", help="another")
+    parser.add_argument("a", metavar="A", help="a trace: a safetensors or .npz file, or a folder of .npy files")
+    parser.add_argument("b", metavar="B", nargs="?", help="another; left out, A is compared with --model's own trace")
     parser.add_argument("--all", action="store_true", help="do not stop at the first tensor that differs")
+    parser.add_argument(
+        "--quantised", action="store_true", help="A is of a quantised port: how its error grows, without a verdict"
+    )
     add_model(parser, default=None)
-    add_json(parser)
+    add_format(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     from minibert import BertForMaskedLM
-    from minibert.parity.comparison import diff
+    from minibert.parity.comparison import diff, own_trace
+    from minibert.parity.quantised import quantised
     from minibert.trace.files import TraceFile
 
-    a, b = TraceFile(options.a), TraceFile(options.b)
     if options.model is None and options.revision is not None:
         raise ValueError(f"--revision {options.revision} is of a hub model, and no --model was given")
+    if options.model is None and (options.b is None or options.quantised):
+        raise ValueError("one trace alone is compared with a model: give --model, or a second trace")
+    if options.quantised and (options.b is not None or options.all):
+        raise ValueError("--quantised measures one trace against --model: leave B and --all out")
+    a = TraceFile(options.a)
     model = None if options.model is None else BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
-    report = diff(a, b, model, everything=options.all)
-    print(as_json(report.to_dict()) if options.json else "\n".join(report.lines()))
+    if options.quantised:
+        assert model is not None
+        print_report(quantised(a, model), options.format)
+        return 0
+    if options.b is None:
+        assert model is not None
+        report = diff(own_trace(model, a), a, model, everything=options.all)
+    else:
+        report = diff(a, TraceFile(options.b), model, everything=options.all)
+    print_report(report, options.format)
     return 0 if report.ok else 1

@@ -14,12 +14,14 @@ HELP = "Mask a text, let the model guess, and give its loss."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "text", metavar="TEXT", help="if it has a [MASK] of its own, that is guessed, and nothing else is masked"
+        "text",
+        metavar="TEXT",
+        help="a text; if it has a [MASK] of its own, that is guessed, and no other token is drawn",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--seed", type=int, metavar="N", help="draw the masked tokens with this seed (default: 0)")
     where.add_argument("--positions", metavar="9,18,…", help="mask these tokens, counted from [CLS] = 0")
-    parser.add_argument("--probability", type=float, metavar="P", help="of choosing a token (default: 0.15)")
+    parser.add_argument("--probability", type=float, metavar="P", help="of each token to be chosen (default: 0.15)")
     parser.add_argument(
         "--recipe",
         choices=("bert", "plain", "whole-word"),

@@ -23,6 +23,12 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """--format, and --json, which is short for one of them."""
+    parser.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_const", const="json", dest="format", help="short for --format json")
+
+
 def add_truncate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate", action="store_true", help="cut a text that is too long for the model")
 

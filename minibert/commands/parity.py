@@ -2,8 +2,8 @@
 
 import argparse
 
-from minibert.commands.options import add_device_and_dtype, add_json, add_model
-from minibert.commands.printing import as_json
+from minibert.commands.options import add_device_and_dtype, add_format, add_model
+from minibert.commands.printing import print_report
 
 HELP = "This model against transformers, on this machine. Exit status 1 if they differ."
 
@@ -11,7 +11,8 @@ HELP = "This model against transformers, on this machine. Exit status 1 if they 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_and_dtype(parser)
     add_model(parser)
-    add_json(parser)
+    parser.add_argument("--tokenizer", metavar="FILE", help="compare this tokenizer.json with the model's own, instead")
+    add_format(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -25,6 +26,8 @@ def run(options: argparse.Namespace) -> int:
     from minibert.parity import golden
     from minibert.parity.check import check, collator_masks, reference_of
 
+    if options.tokenizer is not None:
+        return compare_tokenizer(options)
     device, dtype = find_device(options.device), getattr(torch, options.dtype)
     model = BertForMaskedLM.from_pretrained(options.model, dtype=dtype, device=device, revision=options.revision)
     if importlib.util.find_spec("transformers") is None:
@@ -34,5 +37,17 @@ def run(options: argparse.Namespace) -> int:
         reference = reference_of(theirs, f"transformers {version('transformers')}", dtype)
         reference.masked = collator_masks(model.config.vocab_size)
     report = check(model, reference)
-    print(as_json(report.to_dict()) if options.json else "\n".join(report.lines()))
+    print_report(report, options.format)
+    return 0 if report.ok else 1
+
+
+def compare_tokenizer(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from minibert import load_tokenizer
+    from minibert.parity.tokenizers import compare_tokenizers, read_tokenizer
+
+    ours = load_tokenizer(options.model, revision=options.revision)
+    report = compare_tokenizers(ours, read_tokenizer(Path(options.tokenizer)))
+    print_report(report, options.format)
     return 0 if report.ok else 1

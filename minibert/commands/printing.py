@@ -1,7 +1,8 @@
 """How several commands print what they found. Without torch."""
 
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 
 def as_json(value: Any) -> str:
@@ -15,6 +16,29 @@ def as_json(value: Any) -> str:
         return str(value) if isinstance(value, float) and not abs(value) < float("inf") else value
 
     return json.dumps(finite(value), indent=2, allow_nan=False)
+
+
+class Printable(Protocol):
+    def lines(self) -> Iterable[str]: ...
+
+    def markdown(self) -> Iterable[str]: ...
+
+    def to_dict(self) -> dict[str, object]: ...
+
+
+def print_report(report: Printable, form: str) -> None:
+    """form: of `--format`."""
+    if form == "json":
+        print(as_json(report.to_dict()))
+    else:
+        print("\n".join(report.markdown() if form == "markdown" else report.lines()))
+
+
+def progress(faults: Iterable[Any], what: str) -> Iterable[Any]:
+    """A line on stderr that tells how far it is, on a terminal, for what takes longer than two seconds."""
+    from tqdm import tqdm
+
+    return tqdm(faults, desc=what, disable=None, delay=2, leave=False)
 
 
 def percent(probability: float) -> str:

@@ -27,48 +27,81 @@ def _add_what_is_learnt(parser: argparse.ArgumentParser) -> None:
         help="a text file, a .gz of one, a folder or a glob; one paragraph a line",
     )
     parser.add_argument(
-        "--init", required=True, metavar="MODEL", help="start from this model, or from scratch with this config.json"
+        "--init",
+        required=True,
+        metavar="MODEL",
+        help="the model to start from; or a config.json, to start from random weights",
     )
     add_revision(parser, "--init")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="whose tokenizer to use (default: that of --init)")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is saved")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="the model whose tokenizer is used (default: --init)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the run is saved")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    group.add_argument("--steps", type=int, required=True, help="of the optimizer")
+    group.add_argument("--steps", type=int, required=True, metavar="N", help="how many steps the optimizer takes")
     group.add_argument(
         "--tokens-per-step",
         type=int,
         default=8192,
         metavar="N",
-        help="over all passes and processes (default: %(default)s)",
+        help="tokens in a step, about, over all passes and processes (default: %(default)s)",
     )
-    group.add_argument("--max-length", type=int, default=128, metavar="TOKENS", help="of a row (default: %(default)s)")
     group.add_argument(
-        "--learning-rate", type=float, default=3e-4, metavar="LR", help="its peak (default: %(default)s)"
+        "--max-length", type=int, default=128, metavar="TOKENS", help="tokens in a row, at most (default: %(default)s)"
     )
-    group.add_argument("--schedule", choices=("linear", "cosine"), default="linear", help="(default: %(default)s)")
     group.add_argument(
-        "--warmup", type=float, default=0.05, metavar="SHARE", help="of the steps, until that peak (default: 0.05)"
+        "--learning-rate",
+        type=float,
+        default=3e-4,
+        metavar="LR",
+        help="the highest one, after the warm-up (default: %(default)s)",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=("linear", "cosine"),
+        default="linear",
+        help="how the learning rate falls to 0 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--warmup",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the steps in which the learning rate rises (default: %(default)s)",
     )
     group.add_argument("--no-dropout", action="store_true", help="train without dropout")
-    group.add_argument("--seed", type=int, default=0, metavar="N")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of all random draws (default: %(default)s)")
     group.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of matrix products (default: %(default)s)"
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="in which matrices are multiplied (default: %(default)s)",
     )
 
 
 def _add_how_it_is_computed(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how it is computed (these may change)")
-    group.add_argument("--micro-tokens", type=int, metavar="N", help="tokens in one pass, at most (default: all)")
-    group.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="(default: %(default)s)")
     group.add_argument(
-        "--evaluate-every", type=int, default=500, metavar="STEPS", help="on held-out lines (default: %(default)s)"
+        "--micro-tokens", type=int, metavar="N", help="tokens in one pass, at most (default: the whole step)"
+    )
+    group.add_argument(
+        "--save-every",
+        type=int,
+        default=500,
+        metavar="STEPS",
+        help="save a checkpoint every so many steps (default: %(default)s)",
+    )
+    group.add_argument(
+        "--evaluate-every",
+        type=int,
+        default=500,
+        metavar="STEPS",
+        help="look at the held-out lines every so many steps (default: %(default)s)",
     )
     group.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one, else cpu)")
-    group.add_argument("--compile", action="store_true", help="the layers, with torch.compile")
+    group.add_argument("--compile", action="store_true", help="compile the layers with torch.compile")
     group.add_argument(
         "--checkpoint-activations", action="store_true", help="compute each layer twice, and keep less in memory"
     )
-    group.add_argument("--tokens", metavar="FOLDER", help="where token files are, or are made (default: OUT/tokens)")
+    group.add_argument("--tokens", metavar="FOLDER", help="the folder for token files (default: OUT/tokens)")
     group.add_argument(
         "--workers", type=int, metavar="N", help="processes that tokenize, and that make batches (default: by need)"
     )

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from minibert import checkpoint, checks
+from minibert import checks
 from minibert.inference.cuda_graphs import Graphs, can_compile, has_flash_attention
 from minibert.inference.fixed import fix
 from minibert.inference.onednn import (
@@ -31,6 +31,7 @@ from minibert.kernels import attention, attention_at
 from minibert.masked_lm import BertForMaskedLM
 from minibert.model import EncoderLayer
 from minibert.packing import PackedBatch
+from minibert.shapes import shapes_only
 
 COMPILED_ON = ("cuda",)
 
@@ -99,7 +100,7 @@ class PreparedBert(BertForMaskedLM):
     """
 
     def __init__(self, model: BertForMaskedLM, dtype: torch.dtype, linear: str) -> None:
-        with checkpoint.shapes_only():
+        with shapes_only():
             super().__init__(model.config)
         self.linear = linear
         packed = WAYS[linear]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import mask_tokens
-from minibert.parity.yardstick import K, Measure, largest, measures, rounding_dtype
+from minibert.parity.report import in_columns, in_markdown
+from minibert.parity.yardstick import K_RMS, K, Measure, largest, measures, rounding_dtype
 from minibert.trace.inputs import hide_padding, standard_inputs
 from minibert.trace.recorder import exact_arithmetic, gradients, trace
 from minibert.trace.table import GRADIENT, INPUTS, explain
@@ -65,17 +66,34 @@ class ParityReport:
         rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
         return {**asdict(self), "ok": self.ok, "rows": rows}
 
-    def lines(self) -> Iterator[str]:
-        width = max(len(row.name) for row in self.rows)
-        yield self.title
-        yield f"{'':<{width}}  {'value':>8} {'bound':>8}  verdict"
-        for row in self.rows:
-            verdict = "ok" if row.ok else "WRONG"
-            yield f"{row.name:<{width}}  {row.value:>8.1e} {row.bound:>8.1e}  {verdict:<7}  {row.detail}"
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """The table: its header, and its rows."""
+        rows = [
+            [row.name, f"{row.value:.1e}", f"{row.bound:.1e}", "ok" if row.ok else "WRONG", row.detail]
+            for row in self.rows
+        ]
+        return ["", "value", "bound", "verdict", ""], rows
+
+    def summary(self) -> Iterator[str]:
         if self.first_wrong is not None:
             yield f"first wrong: {self.first_wrong}. The last good one is {self.last_good}"
             yield f"between them: {explain(self.first_wrong)}"
-        yield f"a value is an error from float64; its bound is {K:.0f} times the error of the reference's own rounding"
+        yield (
+            f"a value is an error from float64; its bound is {K:.0f} times the error of the reference's own "
+            f"rounding ({K_RMS:.0f} times for a root mean square)"
+        )
+
+    def lines(self) -> Iterator[str]:
+        yield self.title
+        yield from in_columns(*self.cells())
+        yield from self.summary()
+
+    def markdown(self) -> Iterator[str]:
+        yield self.title
+        yield ""
+        yield from in_markdown(*self.cells())
+        yield ""
+        yield from self.summary()
 
 
 def assert_parity(model: BertForMaskedLM, other: nn.Module, inputs: dict[str, Tensor] | None = None) -> None:
@@ -116,7 +134,7 @@ def check(model: nn.Module, reference: Reference) -> ParityReport:
     errors = {}
     for measure in reference.measures:
         errors[measure.name] = error = measure.error(reference.pick(given[measure.name].cpu()))
-        if error <= measure.allowed and report.first_wrong is None:
+        if measure.accepts(error) and report.first_wrong is None:
             report.last_good = measure.name
         elif report.first_wrong is None:
             report.first_wrong = measure.name
@@ -125,20 +143,20 @@ def check(model: nn.Module, reference: Reference) -> ParityReport:
         alone = measure.name if measure.name in groups else "intermediates"
         groups["gradients" if measure.name.startswith(GRADIENT) else alone].append(measure)
     for name, group in groups.items():
-        worst = max(group, key=lambda measure: _share(errors[measure.name], measure.allowed))
-        detail = f"rounding explains {worst.explained:.1e}"
+        worst = max(group, key=lambda measure: measure.share(errors[measure.name]))
+        error, allowed, explained = errors[worst.name], worst.allowed, worst.explained
+        kind = "largest" if error.largest / allowed.largest >= error.rms / allowed.rms else "rms"
+        detail = f"rounding explains {getattr(explained, kind):.1e}"
         if len(group) > 1:
             detail = f"{len(group)} tensors; nearest to its bound: {worst.name}"
-        report.rows.append(Row(name, errors[worst.name], worst.allowed, detail))
+        if kind == "rms":
+            detail += " (root mean square)"
+        report.rows.append(Row(name, getattr(error, kind), getattr(allowed, kind), detail))
     [logits] = groups["logits"]
     report.rows += _invariances(model, config, logits)
     if reference.masked is not None:
         report.rows.append(_masking(config.vocab_size, reference.masked))
     return report
-
-
-def _share(error: float, allowed: float) -> float:
-    return error / allowed if error == error else float("inf")
 
 
 def _as_used(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -162,8 +180,8 @@ def _invariances(model: nn.Module, config: BertConfig, logits: Measure) -> Itera
         alone = [model(**{name: x[row : row + 1] for name, x in batch.items()}).logits[0] for row in range(len(mask))]
     padding = largest(cut[0] - together[1, :short]) / size
     beside = max(largest((one - many)[seen]) for one, many, seen in zip(alone, together, mask, strict=True)) / size
-    yield Row("padding invariance", padding, logits.allowed, "logits of a row with and without its padding")
-    yield Row("batch invariance", beside, logits.allowed, "logits of a row alone and among others")
+    yield Row("padding invariance", padding, logits.allowed.largest, "logits of a row with and without its padding")
+    yield Row("batch invariance", beside, logits.allowed.largest, "logits of a row alone and among others")
 
 
 def _masking(vocab_size: int, masked: tuple[Tensor, Tensor]) -> Row:

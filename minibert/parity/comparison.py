@@ -11,8 +11,12 @@ from torch import Tensor
 
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.judge import Judge
+from minibert.parity.quantised import hint
 from minibert.parity.report import Report, some
+from minibert.parity.yardstick import converted, require_same_size
 from minibert.trace.files import Trace
+from minibert.trace.forms import shown
+from minibert.trace.recorder import trace
 from minibert.trace.table import GRADIENT, INPUTS, expected_names
 
 
@@ -59,7 +63,20 @@ def diff(a: Trace, b: Trace, model: BertForMaskedLM | None = None, *, everything
             break
     if report.ok:
         report.summary += judge.acquit(report.rows)
+    elif model is not None:
+        report.summary += [said for given in (a, b) if (said := hint(given, model))]
     return report
+
+
+def own_trace(model: BertForMaskedLM, given: Trace) -> Trace:
+    """What `model` computes from the inputs of a trace, in its dtype, with gradients if the trace has some."""
+    require_same_size(model, given)
+    inputs, _ = given.inputs()
+    asked = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
+    grad = "labels" in asked and any(name.startswith(GRADIENT) for name in given.shapes())
+    result = trace(converted(model, given.dtype), **asked, grad=grad)
+    result.name = "--model"
+    return result
 
 
 def _config_notes(a: Trace, b: Trace) -> Iterator[str]:
@@ -87,4 +104,4 @@ def _absent(a: Trace, shapes_a: dict[str, tuple[int, ...]], shapes_b: dict[str, 
         if lost := sorted(known & others.keys() - mine.keys() - set(INPUTS)):
             yield f"note: {title} does not have {some(lost)}"
         if extra := sorted(mine.keys() - known):
-            yield f"note: {title} has {some(extra)}, which no trace of this model has; not compared"
+            yield f"note: {title} has {shown(some(extra))}, which no trace of this model has; not compared"

@@ -1,128 +1,137 @@
-"""Naming the fault: which of the known faults, planted in our model, computes what a trace holds."""
+"""Naming the fault: what is wrong in a trace, what the error looks like, and which known fault explains it."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
+
+import torch
 
 from minibert.masked_lm import BertForMaskedLM
+from minibert.parity.appearance import Wrong, appearance, fitted_eps
+from minibert.parity.confined import ENCODER, HEAD, confined, eps_at
 from minibert.parity.faults import CATALOGUE
+from minibert.parity.hidden import hidden_faults
+from minibert.parity.quantised import hint
 from minibert.parity.report import count
+from minibert.parity.search import Fit, Progress, Search, clearest
 from minibert.parity.steps import Steps
-from minibert.parity.yardstick import Yardstick
+from minibert.parity.yardstick import Error
 from minibert.trace.files import Trace
-from minibert.trace.inputs import hide_padding
-from minibert.trace.table import GRADIENT, exchanged_axes, explain, row_of
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How far a fault (or a pair) explains a trace: the number of tensors in order of execution that it
-    reproduces, the first that it does not (None: all are), and the largest error among the reproduced ones,
-    as a share of what is allowed."""
-
-    faults: tuple[type[Steps], ...]
-    reproduced: int
-    first_wrong: str | None
-    share: float
-
-    @property
-    def title(self) -> str:
-        return " + ".join(fault.title for fault in self.faults) or "no fault"
+from minibert.trace.table import GRADIENT, explain
 
 
 @dataclass
 class Diagnosis:
-    """ok: the trace is right. found: the faults (or pairs) that reproduce all of it. lines: the report."""
+    """ok: the trace is right. found: the faults (or pairs) that explain all of it. lines: the report."""
 
     ok: bool
     found: list[list[str]] = field(default_factory=list)
     first_wrong: str | None = None
     lines: list[str] = field(default_factory=list)
 
+    def markdown(self) -> Iterator[str]:
+        for line in self.lines:
+            yield f"{'  ' * line.startswith('  ')}- {line.strip()}"
+
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
-def diagnose(given: Trace, model: BertForMaskedLM) -> Diagnosis:
-    """Run every fault of the catalogue, and every pair if no single one fits, against a trace of a port of `model`.
+def diagnose(given: Trace, model: BertForMaskedLM, progress: Progress = lambda faults, what: faults) -> Diagnosis:
+    """Try the faults of the catalogue on the trace of a port of `model`: alone, then in one place only, then in pairs.
 
-    Raises ValueError if the trace is of a model of another size, or has nothing to compare."""
-    bench = _Bench(model, given)
-    plain = bench.fit(())
-    if plain.first_wrong is None and not plain.reproduced:
-        raise ValueError(f"{given.name} has inputs only: there is nothing to diagnose")
-    if plain.first_wrong is None:
-        return Diagnosis(True, lines=[f"{given.title}: nothing is wrong in {count(plain.reproduced)}"])
-    result = Diagnosis(False, first_wrong=plain.first_wrong)
-    say = result.lines.append
-    say(f"{given.title}: the first wrong tensor is {plain.first_wrong} ({explain(plain.first_wrong)})")
-    singles = [bench.fit((fault,)) for fault in CATALOGUE]
-    fits = [fit for fit in singles if fit.first_wrong is None]
+    progress: wraps what is tried, as tqdm does. Raises ValueError if the trace is of a model of another size, or has
+    nothing to compare.
+    """
+    search = Search(model, given, progress)
+    if not search.plain.errors:
+        raise ValueError(f"{given.name} has only inputs: there is nothing to diagnose")
+    if search.wrong is None:
+        lines = [f"{given.title}: nothing is wrong in {count(search.plain.reproduced)}"]
+        lines += hidden_faults(search.yardstick, search.measured)
+        return Diagnosis(True, lines=lines)
+    name = search.wrong.name
+    wrong = _wrong_tensor(search)
+    result = Diagnosis(False, first_wrong=name)
+    result.lines.append(f"{given.title}: the first wrong tensor is {name} ({explain(name)})")
+    result.lines += [f"  {said}" for said in (*appearance(wrong), *_afterwards(search))]
+    fits, others = search.singles(CATALOGUE)
     if not fits:
-        fits = [fit for fit in bench.pairs(plain, singles) if fit.first_wrong is None]
+        fits, _ = search.singles(list(_places(search, wrong)), "places")
+    if not fits:
+        fits = search.pairs(others)
+    fits = clearest(fits)
+    result.found = [[fault.title for fault in fit.faults] for fit in fits]
+    result.lines += _named(given, fits) if fits else _unnamed(search, others)
+    return result
+
+
+def _wrong_tensor(search: Search) -> Wrong:
+    assert search.wrong is not None
+    measure = search.wrong
+    x, mask = search.there(measure.name).cpu(), search.given.compared(measure.name, search.mask).cpu()
+    limit = Error(*(each * measure.scale for each in measure.allowed))
+    return Wrong(search.given, measure.name, x, measure.truth.cpu(), limit, mask, search.yardstick.exact)
+
+
+def _places(search: Search, wrong: Wrong) -> Iterator[type[Steps]]:
+    """Known faults in one place only: where the first wrong tensor is, or in the encoder, or in the head."""
+    if (value := fitted_eps(wrong)) is not None:
+        yield eps_at(wrong.name, value, search.rough.config.layer_norm_eps)
+    section = wrong.name.rpartition(".")[0] + "."
+    layers = search.rough.config.num_hidden_layers
+    for fault in CATALOGUE:
+        if section.startswith("layers.") and layers > 1:
+            yield confined(fault, (section,), f"in layer {section.split('.')[1]} alone")
+        if not section.startswith("head."):
+            yield confined(fault, ENCODER, "in the encoder alone")
+        if not section.startswith("layers.") or layers == 0:
+            yield confined(fault, HEAD, "in the head alone")
+
+
+def _afterwards(search: Search) -> Iterator[str]:
+    """How the error goes on after the first wrong tensor."""
+    names = [name for name in search.plain.errors if not name.startswith(GRADIENT)]
+    first = search.plain.first_wrong
+    if first not in names or not all(search.plain.errors[name].largest < float("inf") for name in names):
+        return
+    times = [search.measured[name].times(search.plain.errors[name]) for name in names]
+    start = names.index(first)
+    if start and start < len(names) - 3:
+        said = (
+            f"the error is {times[start]:.2g} times rounding here, {times[start - 1]:.2g} times at {names[start - 1]}"
+        )
+        if max(times[start:]) <= 2 * times[start]:
+            said += ", and from here on it grows no faster than rounding does"
+        yield said
+
+
+def _named(given: Trace, fits: list[Fit]) -> Iterator[str]:
     for fit in fits:
-        result.found.append([fault.title for fault in fit.faults])
-        say(
+        yield (
             f"{fit.title}: reproduces all of {count(fit.reproduced)}, the worst at {fit.share:.0%} of the error that "
             f"{given.metadata['dtype']} may make"
         )
         for fault in fit.faults:
-            say(f"  {fault.remedy} (source: {fault.source})")
+            yield f"  {fault.remedy} (source: {fault.source})"
     if len(fits) > 1:
-        say("these inputs cannot tell them apart: trace a batch with padding, two segments and labels, with --grad")
-    if not fits:
-        say(f"none of the known faults, alone or in pairs: {len(CATALOGUE)} were tried")
-        say(f"look at what computes {plain.first_wrong}; `minibert diff` with the model's own trace shows where")
-        best = max(singles, key=lambda fit: fit.reproduced)
-        if best.reproduced > plain.reproduced:
-            say(
-                f"the nearest is {best.title}: with it the first wrong tensor is {best.first_wrong}, "
-                f"{count(best.reproduced - plain.reproduced)} later. {best.faults[0].remedy}"
-            )
-    return result
+        yield "these inputs cannot tell them apart: trace a batch with padding, two segments and labels, with --grad"
 
 
-class _Bench:
-    def __init__(self, model: BertForMaskedLM, given: Trace) -> None:
-        self.given = given
-        self.shapes = given.shapes()
-        self.yardstick = Yardstick(model, given, grad=any(name.startswith(GRADIENT) for name in self.shapes))
-
-    def fit(self, faults: tuple[type[Steps], ...]) -> Fit:
-        """Stops at the first tensor that is not reproduced."""
-        share, reproduced = 0.0, 0
-        kind = type("Faulty", faults, {}) if faults else Steps
-        mask = self.yardstick.inputs.attention_mask.bool()
-        for measure in self.yardstick.measures(kind):
-            name = measure.name
-            if name not in self.shapes:
-                continue
-            if self.shapes[name] != measure.truth.shape:
-                axes = exchanged_axes(self.shapes[name], tuple(measure.truth.shape))
-                hint = f": axes {axes[0]} and {axes[1]} are exchanged" if axes else ""
-                raise ValueError(
-                    f"{self.given.name}: {name} is {self.shapes[name]}, and this model's is "
-                    f"{tuple(measure.truth.shape)}{hint}. No fault is sought before the shapes agree"
-                )
-            there = self.given.read(name).to(mask.device)
-            error = measure.error(hide_padding(row_of(name), there, mask))
-            if not error <= measure.allowed:
-                return Fit(faults, reproduced, name, share)
-            share = max(share, error / measure.allowed)
-            reproduced += 1
-        return Fit(faults, reproduced, None, share)
-
-    def pairs(self, plain: Fit, singles: list[Fit]) -> Iterator[Fit]:
-        """If some faults explain more than none does, one of the pair is among them. Two that change the same
-        step would not be two."""
-        ahead = {fit.faults for fit in singles if fit.reproduced > plain.reproduced}
-        for one, two in combinations(CATALOGUE, 2):
-            if ahead and not {(one,), (two,)} & ahead:
-                continue
-            if not _steps(one) & _steps(two):
-                yield self.fit((one, two))
-
-
-def _steps(fault: type[Steps]) -> set[str]:
-    """Which methods of Steps a fault replaces."""
-    return {name for name in vars(fault) if callable(getattr(Steps, name, None))}
+def _unnamed(search: Search, fits: list[Fit]) -> Iterator[str]:
+    yield f"none of the known faults, alone, in one place or in pairs: {len(CATALOGUE)} were tried"
+    yield f"look at what computes {search.plain.first_wrong}; `minibert diff` with the model's own trace shows where"
+    best = max(fits, key=lambda fit: (fit.reproduced, -fit.gain), default=None)
+    if best is not None and best.first_wrong is None:
+        yield (
+            f"the nearest is {best.title}, which is not near enough for a name: its worst error is {best.share:.0%} of "
+            f"what {search.given.metadata['dtype']} may make. {best.faults[0].remedy}"
+        )
+    elif best is not None and best.reproduced > search.plain.reproduced:
+        yield (
+            f"the nearest is {best.title}: with it the first wrong tensor is {best.first_wrong}, "
+            f"{count(best.reproduced - search.plain.reproduced)} later. {best.faults[0].remedy}"
+        )
+    if (said := hint(search.given, search.yardstick.exact)) is not None:
+        yield said
+    if torch.finfo(search.given.dtype).eps > 1e-4:
+        yield "repeat it in float32: there the faults differ more from each other and from rounding"

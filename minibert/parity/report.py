@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
+from minibert.parity.yardstick import Error
+
 
 @dataclass(frozen=True)
 class Row:
     """One tensor in both traces.
 
     relative: max_abs, divided by the tensor's scale. first: the first index where the two differ by more than the
-    tolerance. errors: the distance of each trace from float64, relative to the scale, if there is a model; allowed:
-    what their dtypes may do. verdict: "ok", or what is wrong. Numbers are None where the shapes do not fit.
+    tolerance. errors: the distance of A and of B from float64, if there is a model; allowed: what their dtypes may do.
+    verdict: "ok", or what is wrong. Numbers are None where the shapes do not fit.
     """
 
     name: str
@@ -20,8 +22,8 @@ class Row:
     cosine: float | None
     first: tuple[int, ...] | None
     verdict: str
-    errors: tuple[float, float] | None = None
-    allowed: tuple[float, float] | None = None
+    errors: tuple[Error, ...] | None = None
+    allowed: tuple[Error, ...] | None = None
 
     @property
     def ok(self) -> bool:
@@ -46,24 +48,54 @@ class Report:
         yield f"B  {self.titles[1]}"
         yield from self.notes
         if self.rows:
-            yield from self._table()
+            yield from in_columns(*self.cells())
         yield from self.summary
 
-    def _table(self) -> Iterator[str]:
-        measured = self.rows[0].errors is not None
-        width = max(len(row.name) for row in self.rows)
-        shape_width = max(len(shape_words(row.shape)) for row in self.rows)
-        header = f"{'max abs':>8} {'relative':>8} {'cosine':>9}"
-        extra = f" {'A to f64':>8} {'B to f64':>8} {'allowed':>8}" if measured else ""
-        yield f"{'tensor':<{width}}  {'shape':<{shape_width}} {header}{extra}  verdict"
+    def markdown(self) -> Iterator[str]:
+        yield f"A: {self.titles[0]}  "
+        yield f"B: {self.titles[1]}"
+        for line in self.summary:
+            yield f"- {line}"
+        for line in self.notes:
+            yield f"- {line}"
+        yield ""
+        yield from in_markdown(*self.cells())
+
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """The table: its header, and its rows."""
+        measured = bool(self.rows) and self.rows[0].errors is not None
+        header = ["tensor", "shape", "max abs", "relative", "cosine"]
+        header += ["A to f64", "B to f64", "allowed"] * measured + ["verdict"]
+        rows = []
         for row in self.rows:
-            numbers = f"{'-':>8} {'-':>8} {'-':>9}"
+            numbers = ["-"] * 3
             if row.max_abs is not None:
-                numbers = f"{row.max_abs:>8.1e} {row.relative:>8.1e} {row.cosine:>9.6f}"
-            if row.errors and row.allowed:
-                numbers += f" {row.errors[0]:>8.1e} {row.errors[1]:>8.1e} {max(row.allowed):>8.1e}"
+                numbers = [f"{row.max_abs:.1e}", f"{row.relative:.1e}", f"{row.cosine:.6f}"]
+            if measured:
+                errors = (*row.errors, max(row.allowed)) if row.errors and row.allowed else ()
+                numbers += [f"{error.largest:.1e}" for error in errors] or ["-"] * 3
             where = f", first at {row.first}" if row.first is not None else ""
-            yield f"{row.name:<{width}}  {shape_words(row.shape):<{shape_width}} {numbers}  {row.verdict}{where}"
+            rows.append([row.name, shape_words(row.shape), *numbers, f"{row.verdict}{where}"])
+        return header, rows
+
+
+def in_columns(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """A table for a terminal: names on the left, numbers on the right."""
+    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    for line in (header, *rows):
+        cells = [
+            cell.ljust(width) if column in (0, len(widths) - 1) or header[column] == "shape" else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def in_markdown(header: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """The same as a table in markdown."""
+    yield f"| {' | '.join(header)} |"
+    yield f"|{'---|' * len(header)}"
+    for row in rows:
+        yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
 
 
 def count(tensors: int) -> str:

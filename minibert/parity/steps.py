@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,11 @@ Section = Callable[..., Iterator[tuple[str, Tensor]]]
 class Steps:
     """BERT on padded rows: `run` yields (name, tensor) in order of execution. The names are those of a trace.
 
-    title: the fault's name. remedy: what to change. source: where it is known from. given: the trace under
-    examination, for the one fault (dropout) that cannot be computed again without looking at it.
+    title: the fault's name. remedy: what to change. source: where the fault is known from. given: the trace under
+    examination, which dropout and an overflow need: there, chance has decided.
+
+    Three sections compute one after the other: "embeddings.", "layers.N." and "head.". `section` is the one that is
+    computing.
     """
 
     title = "none"
@@ -32,14 +36,17 @@ class Steps:
     def __init__(self, model: BertForMaskedLM, inputs: Inputs, given: Trace) -> None:
         self.model, self.config, self.inputs, self.given = model, model.config, inputs, given
         self.seen = inputs.attention_mask.bool()  # (B, S)
-        self.eps = model.config.layer_norm_eps
-        self.scale = model.config.head_size**-0.5
+        self.section = ""
 
     @torch.no_grad()
-    def run(self) -> Iterator[tuple[str, Tensor]]:
-        self.read: list[Tensor | None] = []  # by each section; with these `gradients` can compute it again
-        last: Tensor | None = None
-        for section, _ in self.sections():
+    def run(self, read: list[Tensor | None] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """From the first section on, or from a later one: `read` is then what each section before it has read, and
+        what that one reads. Afterwards `self.read` is what every section has read.
+        """
+        self.read: list[Tensor | None] = list(read or [None])  # with these `gradients` can compute a section again
+        last = self.read.pop()
+        for section, start in islice(self.sections(), len(self.read), None):
+            self.section = start
             self.read.append(last)
             steps = section() if last is None else section(last)
             for name, last in steps:
@@ -47,7 +54,8 @@ class Steps:
                     yield name, last
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """After `run`, if the inputs have labels: of the loss by each parameter, from the head to the embeddings.
+        """The gradient of the loss by each parameter, from the head to the embeddings. For inputs with labels, after a
+        whole `run`.
 
         Each section runs once more, with a graph, and hands on the gradient of what it read: memory holds the
         graph of one layer, never that of the model.
@@ -57,6 +65,7 @@ class Steps:
         found: dict[str, Tensor] = {}
         flow: Tensor | None = None  # the gradient of what this section gives; None for the loss
         for (section, start), read in zip(reversed(list(self.sections())), reversed(self.read), strict=True):
+            self.section = start
             names = [name for name in parameters if name.startswith(start)]
             if start == "head.":
                 names.append("embeddings.word.weight")  # read here too; the embeddings add their part at the end
@@ -88,7 +97,10 @@ class Steps:
     def embeddings(self) -> Iterator[tuple[str, Tensor]]:
         x = self.embed()
         yield "embeddings.sum", x
-        yield "embeddings.norm", self.dropout("embeddings.norm", self.layer_norm(x, self.model.embeddings.norm))
+        yield (
+            "embeddings.norm",
+            self.dropout("embeddings.norm", self.layer_norm("embeddings.norm", x, self.model.embeddings.norm)),
+        )
 
     def prediction(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         transformed = x
@@ -118,18 +130,22 @@ class Steps:
         update = x
         for name, update in self.attend(prefix, layer, x):
             yield name, update
-        x = self.layer_norm(update + x, layer.attention_norm)
+        x = self.add_and_norm(prefix + "attention_norm", x, update, layer.attention_norm)
         yield prefix + "attention_norm", x
         for name, update in self.feed_forward(prefix, layer, x):
             yield name, update
-        yield prefix + "feed_forward_norm", self.layer_norm(update + x, layer.feed_forward_norm)
+        name = prefix + "feed_forward_norm"
+        yield name, self.add_and_norm(name, x, update, layer.feed_forward_norm)
+
+    def add_and_norm(self, name: str, x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return self.layer_norm(name, update + x, norm)
 
     def attend(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         query, key, value = (self.split(part) for part in self.project(layer, x))  # each (B, H, S, K)
         yield prefix + "query", query
         yield prefix + "key", key
         yield prefix + "value", value
-        scores = self.masked(query @ key.transpose(-1, -2) * self.scale)
+        scores = self.masked(query @ key.transpose(-1, -2) * self.scale())
         yield prefix + "scores", scores
         name = prefix + "probabilities"
         probabilities = self.dropout(name, self.softmax(name, scores))
@@ -141,6 +157,9 @@ class Steps:
             prefix + "attention_output",
             self.dropout(prefix + "attention_output", self.square(context, output.weight, output.bias)),
         )
+
+    def scale(self) -> float:
+        return self.config.head_size**-0.5
 
     def project(self, layer: EncoderLayer, x: Tensor) -> tuple[Tensor, ...]:
         qkv = layer.attention.qkv
@@ -173,8 +192,12 @@ class Steps:
     def activation(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.config.hidden_act](x)
 
-    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, self.eps)
+    def layer_norm(self, name: str, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, self.eps(name))
+
+    def eps(self, name: str) -> float:
+        """Of the LayerNorm that gives the tensor `name`."""
+        return self.config.layer_norm_eps
 
     def dropout(self, name: str, x: Tensor) -> Tensor:
         return x
@@ -183,9 +206,12 @@ class Steps:
         head = self.model.head
         x = self.square(x, head.dense.weight, head.dense.bias)
         yield "head.dense", x
-        x = self.activation(x)
+        x = self.head_activation(x)
         yield "head.activation", x
-        yield "head.norm", self.layer_norm(x, head.norm)
+        yield "head.norm", self.layer_norm("head.norm", x, head.norm)
+
+    def head_activation(self, x: Tensor) -> Tensor:
+        return self.activation(x)
 
     def decode(self, x: Tensor) -> Tensor:
         return F.linear(x, self.decoder(), self.decoder_bias())

@@ -1,13 +1,13 @@
 """Traces in memory and in files: every named tensor of one pass through BERT.
 
-A trace is a safetensors file, so a port in any language can write one. table.py says which tensors it holds. Only
+A trace is a safetensors file, so a port in any language can write one; numpy's files will do too (stores.py).
+table.py says which tensors it holds. Only
 `input_ids` has to be there: what else is missing is reported, and the rest is compared.
 
 The file's metadata are strings. `format`, `version`, `config` (the keys of config.json, as JSON) and `dtype` (of the
 weights: float32, …) are required; `backend`, `device`, `torch` and `settings` are for people.
 """
 
-import json
 from dataclasses import dataclass
 from math import prod
 from os import PathLike
@@ -15,20 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minibert.checkpoint import DTYPES, read_header
+from minibert.atomic import whole_file
+from minibert.checkpoint import DTYPES
 from minibert.config import BertConfig
+from minibert.files import naming, parse_json
 from minibert.packing import PackedBatch
+from minibert.trace.forms import Forms, shown
 from minibert.trace.inputs import Inputs, check_inputs
+from minibert.trace.stores import open_store
 from minibert.trace.table import INPUTS, MEANINGS, TABLE, dtype_name, expected_names, expected_shape, row_of
 
 FORMAT, VERSION = "minibert-trace", "1"
 HOW_TO_WRITE = "minibert/parity/README.md shows how to write a trace from any language"
 # A file may claim anything. What is read stays within these, which BERT-large on 32 rows of 512 tokens does.
-MOST_HEADER, MOST_LAYERS, MOST_NUMBERS, MOST_IN_A_ROW = 2**24, 1000, 2**30, 2**26
+MOST_LAYERS, MOST_NUMBERS, MOST_IN_A_ROW = 1000, 2**30, 2**26
 
 
 @dataclass
@@ -39,6 +43,8 @@ class Trace:
     config: BertConfig
     metadata: dict[str, str]
     name: str = "the trace"
+    asked: Tensor | None = None  # (B, S) bool: where the logits are, if not everywhere
+    packed: Tensor | None = None  # (B, S) bool: where packed inputs are, once they are padded
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,10 +59,19 @@ class Trace:
 
     @property
     def title(self) -> str:
-        return f"{self.name} ({self.metadata.get('backend') or 'backend not said'}, {self.metadata['dtype']})"
+        backend = self.metadata.get("backend") or "backend not said"
+        return f"{shown(self.name)} ({shown(backend)}, {self.metadata['dtype']})"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype in which a tensor is stored: a port may write its bfloat16 numbers as float32."""
+        return self.tensors[name].dtype
+
+    def compared(self, name: str, mask: Tensor) -> Tensor:
+        """mask: (B, S) bool. The part of it in which this tensor is there to be compared."""
+        return mask & self.asked.to(mask.device) if name == "logits" and self.asked is not None else mask
 
     def read(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -74,113 +89,103 @@ class Trace:
             )
         found = self.shapes()
         try:
-            inputs = (self.read(name).long() if name in found else None for name in INPUTS)
+            inputs = [self.read(name).long() if name in found else None for name in INPUTS]
+            if inputs[1] is None and self.packed is not None:
+                inputs[1] = self.packed.long()
             return check_inputs(self.config, *inputs)  # type: ignore[arg-type]
         except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+            raise ValueError(f"{shown(self.name)}: {error}") from error
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it as a safetensors file: the whole file or none. Raises OSError if it cannot be written."""
+        """Write it as a safetensors file: the whole file, or none, and then the file that was there stays.
+
+        Raises OSError if it cannot be written.
+        """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         try:
-            save_file(tensors, path, metadata=self.metadata)
+            with whole_file(Path(path)) as scratch:
+                save_file(tensors, scratch, metadata=self.metadata)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
 
 
 class TraceFile(Trace):
-    """A trace in a file, of which only what is asked for is read.
+    """A trace in a file (or a folder, see stores.py), of which only what is asked for is read.
 
-    Raises OSError if the file is not there, and ValueError if it is not a trace. Each message names the file.
+    Tensors in another form that means the same (forms.py) are turned into the form of the table. Raises OSError if the
+    file is not there, and ValueError if it is not a trace. Each message names the file.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(path)
-        require_file(self.path, "a trace, one safetensors file")
-        with open(self.path, "rb") as start:
-            length = int.from_bytes(start.read(8), "little")
-        if MOST_HEADER < length <= self.path.stat().st_size:
-            raise ValueError(f"{path}: its header has {length} bytes, and a trace's has {MOST_HEADER} at most")
-        self.header = read_header(self.path)
-        with safe_open(self.path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        config = read_metadata(str(path), metadata)
-        _check_header(str(path), self.header, config)
-        super().__init__({}, config, dict(metadata), str(path))
+        self.store = open_store(Path(path))
+        metadata = self.store.metadata
+        with naming(Path(path)):
+            config = read_metadata(metadata)
+            _check_header(self.store.header, config)
+            found = Forms(self.store, config)
+        self.forms = found.forms
+        super().__init__({}, config, metadata, str(path), found.asked, found.packed)
         self.inputs()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(entry["shape"]) for name, entry in self.header.items()}
+        return {name: form.shape for name, form in self.forms.items()}
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        return DTYPES.get(self.store.header[self.forms[name].stored]["dtype"])
 
     def read(self, name: str) -> Tensor:
-        # The file is opened anew each time: until it is closed, the pages read so far count as memory of this process.
-        with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        form = self.forms[name]
+        return form.turn(self.store.read(form.stored))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        if not self.header[name]["shape"]:
+        form = self.forms[name]
+        if not form.shape:
             return self.read(name)
-        with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_slice(name)[start:stop]
-        return tensor
+        if not form.rowwise:
+            return self.read(name)[start:stop]
+        return form.turn(self.store.rows(form.stored, start, stop))
 
 
-def read_metadata(path: str, metadata: dict[str, str]) -> BertConfig:
+def read_metadata(metadata: dict[str, str]) -> BertConfig:
     """The configuration in a trace's metadata. Raises ValueError if the metadata are not those of a trace."""
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path}: its metadata give the format {metadata.get('format')!r}, and a trace gives {FORMAT!r}. Write one "
+            f"its metadata give the format {metadata.get('format')!r}, and a trace gives {FORMAT!r}. Write one "
             f"with `minibert trace`; {HOW_TO_WRITE}"
         )
     if metadata.get("version") != VERSION:
-        raise ValueError(f"{path}: a trace of version {metadata.get('version')!r}; this minibert reads {VERSION!r}")
+        raise ValueError(f"a trace of version {metadata.get('version')!r}; this minibert reads {VERSION!r}")
     if absent := [key for key in ("config", "dtype") if key not in metadata]:
-        raise ValueError(f"{path}: there is no {absent[0]} in its metadata; {HOW_TO_WRITE}")
+        raise ValueError(f"there is no {absent[0]} in its metadata; {HOW_TO_WRITE}")
     try:
-        config = BertConfig.from_dict(_json_object(metadata["config"]))
+        config = BertConfig.from_dict(parse_json(metadata["config"].encode()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: the config in its metadata: {error}") from error
+        raise ValueError(f"the config in its metadata: {error}") from error
     known = [dtype_name(dtype) for dtype in DTYPES.values()]
     if metadata["dtype"] not in known:
-        raise ValueError(f"{path}: dtype in its metadata is {metadata['dtype']!r}, and must be {', '.join(known)}")
+        raise ValueError(f"the dtype in its metadata is {metadata['dtype']!r}, and must be {', '.join(known)}")
     if config.num_hidden_layers > MOST_LAYERS:
-        raise ValueError(f"{path}: num_hidden_layers {config.num_hidden_layers}, and a trace has {MOST_LAYERS} at most")
+        raise ValueError(f"num_hidden_layers {config.num_hidden_layers}, and a trace has {MOST_LAYERS} at most")
     return config
 
 
-def _check_header(path: str, header: dict[str, dict[str, Any]], config: BertConfig) -> None:
+def _check_header(header: dict[str, dict[str, Any]], config: BertConfig) -> None:
     """Raise ValueError for tensors of a kind or a size that cannot be compared."""
     for name, entry in header.items():
         if row_of(name) not in MEANINGS:
-            continue  # it is not read, and `diff` says so
+            continue  # forms.py has a sentence for it
         wanted = ("I64", "I32", "I16", "I8", "U8", "BOOL") if name in INPUTS else tuple(DTYPES)
         if entry["dtype"] not in wanted:
-            raise ValueError(f"{path}: {name} is {entry['dtype']}, and must be one of {', '.join(wanted)}")
+            raise ValueError(f"{name} is {entry['dtype']}, and must be one of {', '.join(wanted)}")
         if 0 in entry["shape"]:
-            raise ValueError(f"{path}: {name} is empty, {tuple(entry['shape'])}: there is nothing to compare")
+            raise ValueError(f"{name} is empty, {tuple(entry['shape'])}: there is nothing to compare")
     shape = tuple(header["input_ids"]["shape"]) if "input_ids" in header else ()
+    if len(shape) == 1:  # one row, or packed tokens, of which there may be one long sequence
+        shape = (1, *shape)
     for name in [name for name, _, _ in TABLE[:-1]] if len(shape) == 2 else []:
         size = expected_shape(name, config, shape)
         if prod(size) > MOST_NUMBERS or prod(size[1:]) > MOST_IN_A_ROW:
             raise ValueError(
-                f"{path}: with this config and {shape[0]} × {shape[1]} tokens {name} has the shape {size}: at most "
+                f"with this config and {shape[0]} × {shape[1]} tokens {name} has the shape {size}: at most "
                 f"{MOST_NUMBERS:,} numbers are compared, {MOST_IN_A_ROW:,} of a row. Trace fewer or shorter rows"
             )
-
-
-def require_file(path: Path, what: str) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, and should be {what}")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; it should be {what}")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object, found {type(values).__name__}")
-    return values

@@ -11,7 +11,7 @@ from minibert.config import BertConfig
 from minibert.files import read_json
 from minibert.loss import IGNORE
 from minibert.tokenizer import encode
-from minibert.trace.files import require_file
+from minibert.trace.stores import require_file
 from minibert.trace.table import INPUTS
 
 

@@ -70,19 +70,24 @@ def _check_labels(config: BertConfig, input_ids: Tensor, attention_mask: Tensor,
 
 
 def standard_inputs(config: BertConfig) -> dict[str, Tensor]:
-    """Three rows of random ids, always the same, with all that ports get wrong: padding on the right and on the
-    left, two segments, and labels at a few places.
+    """Three rows of random ids, always the same, with all that ports get wrong. In every row the length, the padding
+    and the place where the second segment begins are different, so that one row's mask or types for all rows shows:
+
+        row 0   padded on the right, a little       row 1   padded on the right       row 2   padded on the left
+
+    There are labels at about a third of the tokens.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(16, config.max_position_embeddings)
     shape = (3, length)
     column = torch.arange(length)
-    short = max(1, 2 * length // 3)
-    mask = torch.stack([column < length, column < short, column >= length - short]).long()
+    long, short, left = (max(1, length * part // 16) for part in (14, 9, 11))
+    mask = torch.stack([column < long, column < short, column >= length - left]).long()
     ids = torch.randint(config.vocab_size, shape, generator=generator)
     labels = torch.where((torch.rand(shape, generator=generator) < 0.3) & (mask == 1), ids, IGNORE)
     labels[0, 0] = ids[0, 0]  # at least one, whatever was drawn
-    types = (column >= length // 2).long().clamp(max=config.type_vocab_size - 1).expand(shape).contiguous()
+    second = torch.tensor([[5], [3], [12]]) * length // 16  # where the second segment begins
+    types = (column >= second).long().clamp(max=config.type_vocab_size - 1)
     return dict(zip(INPUTS, (ids, mask, types, labels), strict=True))
 
 

@@ -1,11 +1,11 @@
 """Token files to training examples: an epoch is cut, shuffled into steps, and masked.
 
-An epoch goes through each text as often as its weight says. On each pass a text is cut afresh, so that the same words
-meet in other company: most of it into stretches that go on over the ends of lines, some of it into lines that stand
-alone, as a user's text will. Every token of a pass is in one example.
+An epoch goes through each text as often as its weight says. Each pass cuts the text at other places, so that a word is
+seen with other neighbours. Most of the text becomes rows that run on over the ends of lines. Some of it becomes rows of
+one line each, as a user's text will be. Every token of a pass is in exactly one row.
 
-All of it follows from (seed, epoch) and the token files, and a mask from (seed, epoch, number of the example). There is
-no other state: whoever makes an example, in whatever order, makes the same one.
+The rows follow from the token files, the seed and the epoch; a mask from the seed, the epoch and the number of the
+example. Nothing else is remembered. So any process can make any example, in any order, and it is the same one.
 """
 
 import math
@@ -26,31 +26,29 @@ REGION = 1000  # tokens: neighbouring lines that on one pass all stand alone, or
 
 @dataclass(frozen=True)
 class Example:
-    """A packed batch as the model sees it, the places that are scored, and the ids that belong there."""
+    """Rows to learn from."""
 
-    batch: PackedBatch
-    positions: Tensor  # (M,)
-    targets: Tensor  # (M,)
+    batch: PackedBatch  # what the model sees, some tokens masked
+    positions: Tensor  # (M,): of the tokens that it is asked about, counted from 0 to T − 1
+    targets: Tensor  # (M,): the ids that were there
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """The examples of an epoch, E of them: the file (E,) int32, the first token there (E,) int64, and how many (E,)
-    int32.
-    """
+    """Where the E examples of an epoch are in the token files."""
 
-    file: Tensor
-    start: Tensor
-    length: Tensor
+    file: Tensor  # (E,) int32: number of the file
+    start: Tensor  # (E,) int64: its first token there
+    length: Tensor  # (E,) int32: how many tokens, without [CLS] and [SEP]
 
 
 class Corpus:
-    """The examples of every epoch. Of the rows, about `short_fraction` are a line alone (or a part of one, if the line
-    is longer than a row). A row has at most `max_length` tokens, [CLS] and [SEP] included.
+    """The examples of every epoch. A row has at most `max_length` tokens, [CLS] and [SEP] included. About the share
+    `short_fraction` of the rows are one line alone, or a part of one that is longer than a row.
 
-    weight w of a text: an epoch goes through it ⌊w⌋ times, and once more through a share w − ⌊w⌋ of its rows.
+    With weight 2.5, an epoch goes through a text twice, and once more through half of its rows.
 
-    Raises ValueError for numbers that make no rows.
+    Raises ValueError for numbers with which no row can be made.
     """
 
     def __init__(
@@ -80,8 +78,8 @@ class Corpus:
         self._latest: tuple[int, Cuts] | None = None
 
     def steps(self, epoch: int) -> Iterator[list[int]]:
-        """The numbers of the examples of each step, all examples of the epoch in random order. A step has about
-        tokens_per_step tokens, and the last one as many as the first.
+        """The numbers of the examples of each step. All examples of the epoch come, in random order. Each step has
+        about tokens_per_step tokens, the last one too.
         """
         order = torch.randperm(len(self._cuts(epoch).length), generator=example_generator(self.seed, epoch, -1))
         lengths = self._cuts(epoch).length[order] + 2
@@ -137,8 +135,8 @@ class Corpus:
 
 
 def cut_into_rows(lines: Lines, room: int, short_fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Cut lines into rows of at most `room` tokens: first token (R,) int64 and number of tokens (R,) int32 of each row.
-    Every token is in one row.
+    """Cut lines into R rows of at most `room` tokens. Returns the first token (R,) int64 and the number of tokens (R,)
+    int32 of each row. Every token is in exactly one row.
     """
     begin, end = lines.starts[:-1], lines.starts[1:]  # (L,)
     total = int(end[-1])
@@ -166,14 +164,23 @@ def cut_into_rows(lines: Lines, room: int, short_fraction: float, generator: tor
     return row_start, (row_stop.minimum(stop[span]) - row_start).int()
 
 
-def masked_rows(rows: Sequence[Tensor], generators: Sequence[torch.Generator], tokenizer: Tokenizer) -> Example:
+def masked_rows(
+    rows: Sequence[Tensor],
+    generators: Sequence[torch.Generator],
+    tokenizer: Tokenizer,
+    vocab_size: int | None = None,
+) -> Example:
     """Rows of ids, each put between [CLS] and [SEP], as one packed batch, masked by BERT's recipe with the row's own
-    generator. A random token is one of the tokenizer's: a model may have more rows than there are tokens.
+    generator.
+
+    A random token is one of the tokenizer's: a model may have more rows than there are tokens. vocab_size: and it is
+    below this, if the model has fewer.
     """
+    known = count_ids(tokenizer) if vocab_size is None else min(vocab_size, count_ids(tokenizer))
     cls, sep, mask = (torch.tensor([require_id(tokenizer, token)]) for token in ("[CLS]", "[SEP]", "[MASK]"))
     ids = torch.cat([part for row in rows for part in (cls, row.long(), sep)])  # (T,)
     lengths = [len(row) + 2 for row in rows]
     special = torch.isin(ids, torch.tensor(special_ids(tokenizer)))
-    masked = mask_packed(ids, special, lengths, generators, vocab_size=count_ids(tokenizer), mask_token_id=int(mask))
+    masked = mask_packed(ids, special, lengths, generators, vocab_size=known, mask_token_id=int(mask))
     positions = (masked.labels >= 0).nonzero().flatten()  # (M,)
     return Example(PackedBatch.from_flat(masked.input_ids, lengths), positions, masked.labels[positions])

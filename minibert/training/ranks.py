@@ -18,11 +18,11 @@ from minibert.devices import find_device
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is number `rank` of `size`. The first one writes the files."""
+    """This process and how many there are. The first one writes the files."""
 
-    rank: int = 0
+    rank: int = 0  # number of this process, from 0
     size: int = 1
-    device: str = "cpu"
+    device: str = "cpu"  # of this process
 
     @property
     def first(self) -> bool:
@@ -38,7 +38,7 @@ class Ranks:
         return result
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have come to this point."""
         self.sum(0.0)
 
 
@@ -57,7 +57,7 @@ def join(device: str | None = None) -> Iterator[Ranks]:
         return
     if where.type == "cuda":
         if where.index is not None:
-            raise ValueError(f"--device {device} names one GPU, and there are {size} processes: say cuda")
+            raise ValueError(f"--device {device} names one GPU, and there are {size} processes: say --device cuda")
         if local >= torch.cuda.device_count():
             raise ValueError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
         where = torch.device("cuda", local)

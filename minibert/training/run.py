@@ -92,7 +92,7 @@ def train(
 def describe(
     init: str, config: BertConfig, tokenizer: Tokenizer, files: Sequence[TokenFile], settings: Settings
 ) -> dict[str, Any]:
-    """What a run is, for run.json. A run that goes on must be the same (`saving.open_run`). config: of the model."""
+    """What a run is, for run.json: a run that goes on must be the same. config: of the model that it starts from."""
     texts = {
         f"text {number}": f"{file.name}:{file.weight:g} (SHA-256 {file.sha256[:16]})"
         for number, file in enumerate(files, start=1)
@@ -124,7 +124,7 @@ def stopped_by_signals() -> Iterator[Event]:
 
 @contextmanager
 def _lost_workers() -> Iterator[None]:
-    """A worker process that was killed, for want of memory say, as an error that says so."""
+    """Turn the error of a worker process that was killed, perhaps for lack of memory, into one that says so."""
     try:
         yield
     except RuntimeError as error:  # BrokenProcessPool of the processes that tokenize, or DataLoader's own

@@ -92,9 +92,9 @@ def is_finished(out: Path) -> bool:
 
 
 def open_run(out: Path, described: Mapping[str, Any]) -> None:
-    """Write down what the run in `out` is, or check that it is still the same. `described` holds JSON scalars.
+    """Write down what the run in `out` is; or, if that stands there already, check that it is the same.
 
-    Raises ValueError, naming both values, if the run was started with others.
+    described: what must be the same, by name, as JSON scalars. Raises ValueError, naming both values, if one differs.
     """
     if not is_begun(out):
         with whole_file(out / RUN) as temporary:
@@ -122,8 +122,10 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Give the optimizer the moments that it had when `checkpoint` was written. The weights themselves are read by
-    `BertForMaskedLM.from_pretrained(checkpoint)`. Raises ValueError, naming the file, if it is not whole.
+    """Give the optimizer the moments that it had when `checkpoint` was written, and return how far the run was. (The
+    weights are read by `BertForMaskedLM.from_pretrained(checkpoint)`.)
+
+    Raises ValueError, naming the file, if it is not whole.
     """
     path, keys = checkpoint / OPTIMIZER, ("step", "exp_avg", "exp_avg_sq")
     expected = {f"{name}.{key}" for name, _ in model.named_parameters() for key in keys}
@@ -193,7 +195,7 @@ def save_model(folder: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> No
 
 
 def finish(out: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
-    """Save the model after the last step. The checkpoints are of no use any more."""
+    """Save the model after the last step, and delete the checkpoints, which are of no use any more."""
     save_model(out, model, tokenizer)
     for checkpoint in checkpoints(out):
         _remove(checkpoint)
@@ -209,14 +211,14 @@ def _told(target: Path, what_stands: str = "") -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Under its name there is the whole folder or nothing, here too."""
+    """Delete a folder. It loses its name first, so that nothing half deleted is found under it."""
     gone = folder.with_name(f".old-{folder.name}")
     os.rename(folder, gone)
     shutil.rmtree(gone)
 
 
 def _remove_leftovers(out: Path) -> None:
-    """What a run that was killed was writing or removing."""
+    """Delete what a killed run was still writing or deleting."""
     for path in [*out.glob(f"{SCRATCH}*"), *out.glob(f"best/{SCRATCH}*"), *out.glob(".old-*")]:
         if path.is_dir():
             shutil.rmtree(path)

@@ -55,12 +55,10 @@ WORTH_A_WORKER = 4_000_000  # bytes of text: with less, starting a process takes
 
 @dataclass(frozen=True)
 class Lines:
-    """Tokenized lines, memory-mapped. tokens (N,) uint16 or uint32: all of them end to end, without [CLS] and [SEP].
-    starts (lines + 1,) int64: where each line begins, and N.
-    """
+    """Tokenized lines, memory-mapped."""
 
-    tokens: Tensor
-    starts: Tensor
+    tokens: Tensor  # (N,) uint16 or uint32: all lines end to end, without [CLS] and [SEP]
+    starts: Tensor  # (lines + 1,) int64: where each line begins, and N
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -72,21 +70,19 @@ class Lines:
 
 @dataclass(frozen=True)
 class TokenFile(Lines):
-    """The lines of one text to train on, and those held out. weight: how often the text comes up in an epoch. sha256:
-    of the text.
-    """
+    """The lines of one text to train on, and those held out."""
 
     name: str
-    weight: float
+    weight: float  # how often the text comes up in an epoch
     held_out: Lines
-    sha256: str
+    sha256: str  # of the text
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text file that was asked for, under a name that no other text has that was asked for with it."""
+    """A text file to train on."""
 
-    name: str
+    name: str  # which no other text of the run has
     path: Path
     weight: float
 
@@ -97,7 +93,7 @@ def token_files(
     """The token files under `folder` of the texts that `specs` name (see `find_texts`), in that order. Those that are
     not there yet are made, by `workers` processes (default: one a core, or fewer for little text).
 
-    Texts and token files are read once, about a second a gigabyte, to see that they are what they were. Where another
+    Texts and token files are read once, about a second a gigabyte, to check that they have not changed. If another
     process is making token files in `folder`, this one waits.
 
     Raises FileNotFoundError for a text that is not there, and ValueError for one that is not UTF-8 or has no line to
@@ -138,7 +134,7 @@ def token_files(
     if tokens > LARGEST_EPOCH:
         raise ValueError(
             f"an epoch of these texts with these weights is {tokens:.3g} tokens, more than {LARGEST_EPOCH:.3g}, and "
-            "its rows must fit in memory: make the weights smaller, for only their proportions say what is learnt, or "
+            "its rows must fit in memory: make the weights smaller (only their proportions matter), or "
             "cut texts of a weight below 1 into several, and train on them in turn"
         )
     return files
@@ -150,9 +146,9 @@ def token_files(
 def find_texts(specs: Sequence[str]) -> list[Text]:
     """The texts that `specs` name. Each is PATH or PATH:WEIGHT, where PATH is a file, a folder (all .txt and .gz in it
     and below, but nothing hidden) or a glob (** goes below). The weight, 1 if there is none, is that of each text
-    found. What is there under the whole of a spec, with its colon, is that path.
+    found. If there is a path that has the whole spec as its name, colon and number included, that path is meant.
 
-    A text is called what its file is called, without .txt and .gz; or by its path, if another is called that too.
+    A text has the name of its file, without .txt and .gz; or its whole path, if two would have the same name.
     """
     found: dict[Path, tuple[Path, float, str]] = {}
     for spec in specs:
@@ -161,7 +157,7 @@ def find_texts(specs: Sequence[str]) -> list[Text]:
             if path.resolve() in found:
                 other = found[path.resolve()][2]
                 raise ValueError(
-                    f"{path} is named twice, by {other} and by {spec}: once is enough, and a weight makes it more"
+                    f"{path} is named twice, by {other} and by {spec}: name it once (a weight makes it count more)"
                 )
             found[path.resolve()] = (path, weight, spec)
     called = Counter(["all", *(_stem(path) for path, _, _ in found.values())])  # "all": the figures over all texts
@@ -196,7 +192,9 @@ def _paths(where: str) -> list[Path]:
         if path.is_dir():
             raise FileNotFoundError(f"{where}: there is no .txt or .gz file in this folder")
         if no_folders := [path for path in paths if not path.is_dir()]:
-            raise ValueError(f"{no_folders[0]} is not a file: a text is read twice, so save what comes out of it first")
+            raise ValueError(
+                f"{no_folders[0]} is not a file: a text is read twice, so save what comes from it in a file first"
+            )
         before, _, weight = where.rpartition(":")
         hint = f" (and {weight!r} is no weight of {before})" if before and Path(before).is_file() else ""
         raise FileNotFoundError(f"{where}: no such text file{hint}")
@@ -291,7 +289,7 @@ def _encoded(
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process, however that ends. What a killed one has left is removed."""
+    """Hold the folder's lock. What a killed process has left there is deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", wait=True):
         for unfinished in folder.glob(f"{SCRATCH}*"):
@@ -300,8 +298,9 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _is_complete(place: Path, maker: str) -> bool:
-    """Whether a text's token files are there and are what was written. Warns if they are not: they are made again.
-    Raises ValueError if the tokenizer with the SHA-256 `maker` has not made them.
+    """Whether the token files of a text are there, and whole. If they are damaged, it says so with a warning.
+
+    maker: the SHA-256 of the tokenizer. Raises ValueError if another one made them.
     """
     if not place.exists():
         return False

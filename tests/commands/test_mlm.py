@@ -11,6 +11,7 @@ from small import LONG, LONGEST, TEXT, VOCAB
 from minibert import BertForMaskedLM, load_tokenizer, mask_tokens
 from minibert.cli import main
 from minibert.mlm import mask_and_guess
+from minibert.tokenizer import from_vocabulary
 
 
 def mlm(run, *arguments):
@@ -214,3 +215,16 @@ def test_a_wrong_argument_of_the_function(fill, wrong):
     name = "position -1" if "positions" in wrong else next(iter(wrong))
     with pytest.raises(ValueError, match=name):
         mask_and_guess(fill.model, fill.tokenizer, TEXT, **wrong)
+
+
+def test_a_mask_of_another_name(fill):
+    """The text may say [MASK] all the same; what the model saw is shown under the tokenizer's own name."""
+    words = ["<mask>" if token == "[MASK]" else token for token in VOCAB]
+    tokenizer = from_vocabulary(words, {"mask_token": "<mask>"})
+    for text in ("the [MASK] is paris", "the <mask> is paris"):
+        result = mask_and_guess(fill.model, tokenizer, text)
+        assert [row.seen for row in result.scored] == ["<mask>"]
+        assert result.scored[0].predictions[0].token_str == fill("the [MASK] is paris")[0]["token_str"]
+    assert mask_and_guess(fill.model, tokenizer, TEXT, positions=[2]).input_ids[2] == VOCAB.index("[MASK]")
+    with pytest.raises(ValueError, match="would be cut off"):
+        mask_and_guess(fill.model, tokenizer, f"{LONG} [MASK]", truncate=True)

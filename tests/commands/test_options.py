@@ -39,6 +39,7 @@ def test_a_revision_reaches_the_model_that_is_loaded(command, folder, tmp_path, 
     arguments = {
         "fill-mask": ["[MASK]"],
         "mlm": ["the rain"],
+        "score": ["the rain"],
         "train": ["no.txt", "--steps", "1", "--out", str(out)],
         "trace": ["--out", str(out)],
         "diff": [str(trace), str(trace)],
@@ -46,7 +47,9 @@ def test_a_revision_reaches_the_model_that_is_loaded(command, folder, tmp_path, 
         "bench": ["--shapes", "1x8"],
     }
     model = "--init" if command == "train" else "--model"
-    line = fails(command, *arguments.get(command, []), model, str(folder), "--revision", "v1")
+    required = [action for action in parsers()[command]._actions if action.required]
+    others = [word for action in required for word in (*action.option_strings[:1], str(out))]  # a command added since
+    line = fails(command, *arguments.get(command, others), model, str(folder), "--revision", "v1")
     assert "revision 'v1'" in line
     assert "revisions are the hub's" in line
     assert not out.exists() or command == "train"

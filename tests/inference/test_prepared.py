@@ -135,9 +135,7 @@ def test_ways_that_are_not_there_are_refused():
             with pytest.raises(ValueError, match=f"linear='{linear}' cannot be had in {dtype} on this cpu: .*torch"):
                 prepare_for_inference(ours, dtype, linear=linear)
     assert prepare_for_inference(ours, torch.float64).linear == "torch"
-    with pytest.raises(
-        ValueError, match=r"linear='product' cannot be had in .* on this cuda: choose one of auto, torch"
-    ):
+    with pytest.raises(ValueError, match=r"'product' cannot be had in .* on this cuda: .* auto, torch"):
         _choose_way("product", torch.bfloat16, torch.device("cuda"))
     assert _choose_way("auto", torch.bfloat16, torch.device("cuda")) == "torch"
 

@@ -1,15 +1,17 @@
 """No false alarm: 200 small random models of every kind, ours against transformers', and no word of a fault."""
 
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import transformers
+from independent import RoundedOnce
 from twins import MASKS, copy_weights, make_batch
 
 from minibert import BertConfig, BertForMaskedLM
 from minibert.parity import diagnose, diff, trace
+from minibert.trace import standard_inputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,6 +46,33 @@ def random_pair(seed):
     batch["labels"][0] = torch.where(batch["attention_mask"][0] == 1, batch["input_ids"][0], -100)
     dtype = DTYPES[seed % 3]
     return ours.to(dtype), theirs.to(dtype), batch
+
+
+def deep_pair(layers, dtype):
+    """The bundled layers, repeated, with 2000 words of the vocabulary: ours and transformers'."""
+    base = BertForMaskedLM.from_pretrained("minibert-uncased")
+    ours = BertForMaskedLM(replace(base.config, num_hidden_layers=layers, vocab_size=2000)).eval()
+    state = base.state_dict()
+    for name, x in ours.state_dict().items():
+        parts = name.split(".")
+        if parts[0] == "layers":
+            parts[1] = str(int(parts[1]) % base.config.num_hidden_layers)
+        x.copy_(state[".".join(parts)][: len(x)])
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**asdict(ours.config))).eval()
+    copy_weights(ours, theirs)
+    return ours.to(dtype), theirs.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_alarm_in_a_deep_model(dtype):
+    """With a model and without, between two computations whose roundings have nothing in common."""
+    ours, theirs = deep_pair(24, dtype)
+    batch = standard_inputs(ours.config)
+    a = trace(ours, **batch)
+    with RoundedOnce():
+        b = trace(theirs, **batch)
+    for report in (diff(a, b), diff(a, b, ours)):
+        assert report.ok, "\n".join(report.lines())
 
 
 @pytest.mark.parametrize("start", range(10))

@@ -128,7 +128,7 @@ def test_diff_of_files_that_do_not_fit(made, capsys, tmp_path):
     assert main(["diff", files[0], str(tmp_path / "none")]) == 2
     assert "none: no such file; it should be a trace" in capsys.readouterr().err
     assert main(["diff", files[0], str(folder)]) == 2
-    assert f"{folder} is a folder, and should be a trace" in capsys.readouterr().err
+    assert f"{folder} is a folder without .npy files, and should be a trace" in capsys.readouterr().err
     assert main(["trace", "--model", str(folder), "--ids", str(write_ids(tmp_path)), "--out", files[1]]) == 0
     capsys.readouterr()
     assert main(["diff", *files]) == 2

@@ -165,7 +165,7 @@ def test_what_is_wrong_in_a_readable_trace_is_a_verdict(tmp_path, capsys):
         tensors = dict(a.tensors)
         tensors["layers.0.context"] = tensors["layers.0.context"].clone()
         tensors["layers.0.context"][0, 0, 0] = float(value)
-        tensors["mine"] = torch.ones(0, 3, dtype=torch.int32)  # nobody asked for it, and nobody minds
+        tensors["extra.mine"] = torch.ones(0, 3, dtype=torch.int32)  # nobody asked for it, and nobody minds
         save_file(tensors, tmp_path / "b.safetensors", metadata=a.metadata)
         files = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
         assert main(["diff", *files, "--model", str(tmp_path / "model")]) == 1

@@ -8,7 +8,7 @@ import torch
 
 from minibert.masking import example_generator, mask_tokens
 from minibert.tokenizer import from_vocabulary
-from minibert.training.data import Corpus, cut_into_rows
+from minibert.training.data import Corpus, cut_into_rows, masked_rows
 from minibert.training.tokens import Lines, TokenFile
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -206,6 +206,19 @@ def test_the_share_of_masked_tokens_is_berts():
     shown = example.batch.input_ids[example.positions]
     assert (shown == MASK).float().mean() == pytest.approx(0.8, abs=5 * (0.8 * 0.2 / chosen) ** 0.5)
     assert (shown == example.targets).float().mean() == pytest.approx(0.1, abs=5 * (0.1 * 0.9 / chosen) ** 0.5 + 1e-3)
+
+
+def test_a_random_token_is_one_that_the_tokenizer_has():
+    """A model may have more rows, to fill up its vocabulary."""
+    rows = [torch.arange(FIRST, 2005)] * 20
+    generators = [example_generator(0, 0, number) for number in range(20)]
+    example = masked_rows(rows, generators, TOKENIZER, 4096)
+    again = [example_generator(0, 0, number) for number in range(20)]
+    assert torch.equal(example.batch.input_ids, masked_rows(rows, again, TOKENIZER).batch.input_ids)
+    shown = example.batch.input_ids[example.positions]
+    drawn = shown[(shown != MASK) & (shown != example.targets)]
+    assert len(drawn) > 300
+    assert 1900 < int(drawn.max()) < 2005
 
 
 def test_numbers_that_make_no_rows_are_refused():

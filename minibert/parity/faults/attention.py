@@ -5,11 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from minibert.masked_lm import BertForMaskedLM
 from minibert.model import EncoderLayer
 from minibert.parity.steps import Steps
-from minibert.trace.files import Trace
-from minibert.trace.inputs import Inputs
 
 
 class QueryKeySwapped(Steps):
@@ -77,9 +74,8 @@ class Unscaled(Steps):
     remedy = "divide query · key by √K, K the size of a head"
     source = "mlc-ai/mlc-llm#3426: the fallback kernel of BERT's attention ran with a scale of 1"
 
-    def __init__(self, model: BertForMaskedLM, inputs: Inputs, given: Trace) -> None:
-        super().__init__(model, inputs, given)
-        self.scale = 1.0
+    def scale(self) -> float:
+        return 1.0
 
 
 class ScaledByHidden(Steps):
@@ -87,9 +83,8 @@ class ScaledByHidden(Steps):
     remedy = "divide query · key by √K, K the size of a head, not by √D of all heads together"
     source = "karpathy/ng-video-lecture#6; Vaswani et al. 2017, section 3.2.1: d_k is a head's"
 
-    def __init__(self, model: BertForMaskedLM, inputs: Inputs, given: Trace) -> None:
-        super().__init__(model, inputs, given)
-        self.scale = model.config.hidden_size**-0.5
+    def scale(self) -> float:
+        return self.config.hidden_size**-0.5
 
 
 class MaskIgnored(Steps):

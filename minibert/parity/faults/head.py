@@ -26,6 +26,15 @@ class ErfGelu(Steps):
         return F.gelu(x)
 
 
+class HeadActivationMissing(Steps):
+    title = "head activation missing"
+    remedy = "apply hidden_act between the head's dense layer and its LayerNorm"
+    source = "run_pretraining.py, get_masked_lm_output: the dense layer has activation=modeling.get_activation"
+
+    def head_activation(self, x: Tensor) -> Tensor:
+        return x
+
+
 class TransformSkipped(Steps):
     title = "head transform skipped"
     remedy = "dense, activation and LayerNorm (cls.predictions.transform) stand between the encoder and the decoder"
@@ -80,6 +89,7 @@ class DropoutOn(Steps):
 FAULTS: tuple[type[Steps], ...] = (
     TanhGelu,
     ErfGelu,
+    HeadActivationMissing,
     TransformSkipped,
     BiasMissing,
     BiasDoubled,

@@ -15,9 +15,8 @@ class Eps5(Steps):
     remedy = "set eps to config's layer_norm_eps (1e-12 for BERT)"
     source = "keras-team/keras-hub#642: 1e-5, Keras' default, in the layers of a BERT; 1e-5 is torch.nn.LayerNorm's too"
 
-    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        self.eps = 1e-5
-        return super().layer_norm(x, norm)
+    def eps(self, name: str) -> float:
+        return 1e-5
 
 
 class Eps6(Steps):
@@ -25,9 +24,17 @@ class Eps6(Steps):
     remedy = "set eps to config's layer_norm_eps (1e-12 for BERT)"
     source = "the default of flax.linen.LayerNorm"
 
-    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        self.eps = 1e-6
-        return super().layer_norm(x, norm)
+    def eps(self, name: str) -> float:
+        return 1e-6
+
+
+class Eps3(Steps):
+    title = "LayerNorm eps 1e-3"
+    remedy = "set eps to config's layer_norm_eps (1e-12 for BERT)"
+    source = "the default of keras.layers.LayerNormalization"
+
+    def eps(self, name: str) -> float:
+        return 1e-3
 
 
 class NormNotLoaded(Steps):
@@ -35,8 +42,8 @@ class NormNotLoaded(Steps):
     remedy = "load LayerNorm.gamma and LayerNorm.beta as weight and bias: they are still ones and zeros"
     source = "huggingface/transformers#11809: bert-base-uncased's file says gamma and beta, its model weight and bias"
 
-    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return F.layer_norm(x, norm.normalized_shape, None, None, self.eps)
+    def layer_norm(self, name: str, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x, norm.normalized_shape, None, None, self.eps(name))
 
 
 class SampleVariance(Steps):
@@ -44,9 +51,18 @@ class SampleVariance(Steps):
     remedy = "divide the variance by n (torch.var(..., correction=0))"
     source = "harvardnlp/annotated-transformer#119: torch.std divides by n - 1 unless told"
 
-    def layer_norm(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def layer_norm(self, name: str, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         variance, mean = torch.var_mean(x, -1, keepdim=True)
-        return (x - mean) / (variance + self.eps).sqrt() * norm.weight + norm.bias
+        return (x - mean) / (variance + self.eps(name)).sqrt() * norm.weight + norm.bias
+
+
+class ResidualAfterNorm(Steps):
+    title = "residual added after the LayerNorm"
+    remedy = "add what the block has read before the LayerNorm, not to its result: LayerNorm(x + update)"
+    source = "Liu et al. 2022, arXiv:2111.09883, figure 1: Swin Transformer V2 has it so (res-post-norm)"
+
+    def add_and_norm(self, name: str, x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return x + self.layer_norm(name, update, norm)
 
 
 class PreNorm(Steps):
@@ -55,12 +71,12 @@ class PreNorm(Steps):
     source = "mead-ml/mead-baseline#529; Xiong et al. 2020, arXiv:2002.04745, figure 1, has both"
 
     def layer(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        update = read = self.layer_norm(x, layer.attention_norm)
+        update = read = self.layer_norm(prefix + "attention_norm", x, layer.attention_norm)
         for name, update in self.attend(prefix, layer, read):
             yield name, update
         yield prefix + "attention_norm", read
         x = x + update
-        read = self.layer_norm(x, layer.feed_forward_norm)
+        read = self.layer_norm(prefix + "feed_forward_norm", x, layer.feed_forward_norm)
         for name, update in self.feed_forward(prefix, layer, read):
             yield name, update
         yield prefix + "feed_forward_norm", read
@@ -68,9 +84,11 @@ class PreNorm(Steps):
 
 
 FAULTS: tuple[type[Steps], ...] = (
+    Eps3,
     Eps5,
     Eps6,
     NormNotLoaded,
     SampleVariance,
+    ResidualAfterNorm,
     PreNorm,
 )

@@ -1,0 +1,159 @@
+"""`minibert score`."""
+
+import argparse
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any, TextIO
+
+from minibert.commands.options import add_json, add_model, add_truncate
+
+if TYPE_CHECKING:
+    from minibert.score import Pair, Score
+
+HELP = "How likely each sentence is: its pseudo-log-likelihood, in nats."
+WORTH_PREPARING = 4  # texts, each of which is computed once for every token: with fewer, preparing takes longer
+WORTH_WATCHING = 16  # texts: with more, there is a progress bar
+NOT_UTF_8 = "surrogateescape"  # bytes that are no UTF-8 come through: then the error can show the line that has them
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help='such as "The cat sat on the mat."; - reads lines')
+    parser.add_argument(
+        "--pairs",
+        metavar="FILE",
+        help="a good and a bad sentence a line, with a tab between (- is standard input): how often the good one wins",
+    )
+    parser.add_argument("--given", metavar="CONTEXT", help="a sentence before each text, which is seen and not scored")
+    parser.add_argument(
+        "--within-word",
+        choices=("l2r", "original"),
+        default="l2r",
+        help="l2r: of a word in pieces, those to the right are masked too; original: one token at a time "
+        "(default: %(default)s)",
+    )
+    add_truncate(parser)
+    add_model(parser)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from minibert import BertForMaskedLM, load_tokenizer, prepare_for_inference, pseudo_log_likelihood
+    from minibert.score import score_pairs
+
+    if options.pairs is not None and options.texts:
+        raise ValueError(f"--pairs {options.pairs} and the text {options.texts[0]!r}: give one of the two")
+    texts = read_texts(options.texts) if options.pairs is None else read_pairs(options.pairs)
+    first = list(islice(texts, WORTH_WATCHING + 1))
+    if not first:
+        raise ValueError("there is nothing to score: give texts, - for the lines of standard input, or --pairs FILE")
+    model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
+    tokenizer = load_tokenizer(options.model, revision=options.revision)
+    if len(first) >= WORTH_PREPARING:
+        model = prepare_for_inference(model)
+    score: Any = pseudo_log_likelihood if options.pairs is None else score_pairs
+    answers = score(
+        model,
+        tokenizer,
+        chain(first, texts),
+        within_word=options.within_word,
+        given=options.given,
+        truncate=options.truncate,
+    )
+    if len(first) > WORTH_WATCHING and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        answers = iter(tqdm(answers, unit=" texts" if options.pairs is None else " pairs"))
+    if options.pairs is not None:
+        print_pairs(answers, options.json)
+    elif options.json:
+        print_json(answers)
+    else:
+        print_table(answers)
+
+
+def read_texts(arguments: list[str]) -> Iterator[str]:
+    """The texts on the command line; "-" stands for the lines of standard input, blank ones too, so that the answers
+    can be counted like the lines.
+    """
+    for text in arguments:
+        if text == "-":
+            yield from (line.rstrip("\r\n") for line in standard_input())
+        else:
+            yield text
+
+
+def read_pairs(name: str) -> Iterator[tuple[str, str]]:
+    with nullcontext(standard_input()) if name == "-" else open(name, encoding="utf-8", errors=NOT_UTF_8) as file:
+        for number, line in enumerate(file, start=1):
+            columns = line.rstrip("\r\n").split("\t")
+            if len(columns) != 2:
+                where = f"{'standard input' if name == '-' else name}, line {number}"
+                raise ValueError(f"{where}: {len(columns)} columns, where a good and a bad sentence with a tab are due")
+            yield columns[0], columns[1]
+
+
+def standard_input() -> TextIO:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors=NOT_UTF_8)
+    return sys.stdin
+
+
+def print_json(scores: "Iterable[Score]") -> None:
+    """A list, with an object a line, which is written as soon as it is known."""
+    separator = "["
+    for score in scores:
+        tokens = [
+            {"token": one.token, "log_probability": one.log_probability, "start": one.start, "end": one.end}
+            for one in score.tokens
+        ]
+        result = {"text": score.text, "pll": score.pll, "pseudo_perplexity": score.pseudo_perplexity, "tokens": tokens}
+        print(separator, json.dumps(result, ensure_ascii=False, allow_nan=False), sep="\n", end="")
+        separator = ","
+    print("\n]")
+
+
+def print_table(scores: "Iterable[Score]") -> None:
+    """The likeliest text first, those without a token last; under several, the figures of all together."""
+    rows = [(score.pll, len(score.tokens), str(score.text)) for score in scores]
+    print(f"{'PLL':>12} {'per token':>10} {'pseudo-perplexity':>18}")
+    for pll, tokens, text in sorted(rows, key=lambda row: (row[1] == 0, -row[0])):
+        print(f"{figures(pll, tokens)}  {' '.join(text.split()) if tokens else f'(nothing to score in {text!r})'}")
+    if len(rows) > 1:
+        pll, tokens = sum(row[0] for row in rows), sum(row[1] for row in rows)
+        print(f"{figures(pll, tokens)}  all {len(rows)} texts, {tokens} tokens")
+
+
+def figures(pll: float, tokens: int) -> str:
+    from minibert.score import pseudo_perplexity
+
+    if not tokens:
+        return f"{'–':>12} {'–':>10} {'–':>18}"
+    return f"{pll:>12.3f} {pll / tokens:>10.3f} {pseudo_perplexity(pll, tokens):>18.2f}"
+
+
+def print_pairs(pairs: "Iterable[Pair]", as_json: bool) -> None:
+    from minibert.score import WinRate
+
+    outcomes: Counter[str] = Counter()
+    results = []
+    for pair in pairs:
+        outcomes[pair.outcome] += 1
+        if as_json:
+            sides = {"good": pair.good.text, "bad": pair.bad.text, "good_pll": pair.good.pll, "bad_pll": pair.bad.pll}
+            results.append({**sides, "outcome": pair.outcome})
+    rate = WinRate(outcomes["win"], outcomes["tie"], outcomes["loss"])
+    low, high = rate.interval
+    if as_json:
+        summary: dict[str, Any] = {"pairs": rate.pairs, "wins": rate.wins, "ties": rate.ties, "losses": rate.losses}
+        summary |= {"share": rate.share, "interval": [low, high], "results": results}
+        print(json.dumps(summary, ensure_ascii=False, allow_nan=False, indent=2))
+        return
+    print(f"the good one wins {rate.wins} of {rate.pairs}: {rate.share:.1%}, 95 % interval {low:.1%} to {high:.1%}")
+    if rate.ties:
+        ties = "1 tie, which counts" if rate.ties == 1 else f"{rate.ties} ties, which count"
+        print(f"{ties} as not won (no difference beyond rounding)")

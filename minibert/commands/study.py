@@ -1,0 +1,91 @@
+"""`minibert study`."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from minibert.commands.options import DEFAULT_MODEL, add_json, add_model, add_truncate, names
+from minibert.commands.printing import as_json
+
+if TYPE_CHECKING:
+    from minibert.study import Study
+
+HELP = "See what BERT does with a sentence: the guess after each layer, the words that matter, every head."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", nargs="?", metavar="TEXT", help='such as "Paris is the capital of [MASK]."')
+    parser.add_argument("--pair", metavar="TEXT", help="a second text, as the second segment")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="show what is in a trace instead; --model gives what needs weights"
+    )
+    parser.add_argument("--row", type=int, metavar="N", help="which text of the trace, counted from 0")
+    parser.add_argument("--out", metavar="FILE", help="write a page, one HTML file, instead of printing")
+    parser.add_argument("--force", action="store_true", help="replace a file that is not such a page")
+    parser.add_argument(
+        "--top-k", type=int, default=5, metavar="K", help="best words at each step (default: %(default)s)"
+    )
+    parser.add_argument("--targets", metavar="W,W", help="follow these words too")
+    add_truncate(parser)
+    add_model(parser, default=None)
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    from minibert.study.page import require_writable
+
+    if (options.text is None) == (options.trace is None):
+        raise ValueError("give a text, or --trace with a file: one of the two")
+    of_texts = {"--pair": options.pair, "--truncate": options.truncate or None}
+    others = of_texts if options.trace else {"--row": options.row}
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{name} belongs to {'a text' if options.trace else '--trace'}: leave it out")
+    if options.out is not None:
+        require_writable(options.out, force=options.force)
+    elif options.force:
+        raise ValueError("--force belongs to --out: leave it out")
+    found = study_of_trace(options) if options.trace else study_of_text(options)
+    if options.out is not None:
+        found.save(options.out, force=options.force)
+        print(f"{options.out}: open it in a browser", file=sys.stderr if options.json else sys.stdout)
+    if options.json:
+        print(as_json(found.to_dict()))
+    elif options.out is None:
+        print(found.to_text(), end="")
+
+
+def study_of_text(options: argparse.Namespace) -> "Study":
+    from minibert import BertForMaskedLM, load_tokenizer
+    from minibert.study import study
+
+    name = options.model or DEFAULT_MODEL
+    model = BertForMaskedLM.from_pretrained(name, revision=options.revision)
+    return study(
+        model,
+        load_tokenizer(name, revision=options.revision),
+        options.text,
+        options.pair,
+        options.top_k,
+        None if options.targets is None else names(options.targets),
+        truncate=options.truncate,
+        progress=sys.stderr.isatty(),
+        name=name,
+    )
+
+
+def study_of_trace(options: argparse.Namespace) -> "Study":
+    from minibert import BertForMaskedLM, load_tokenizer
+    from minibert.study import study_trace
+    from minibert.trace.files import TraceFile
+
+    recorded = TraceFile(options.trace)
+    rows = recorded.shapes().get("input_ids", (1,))[0]
+    if options.row is None and rows > 1:
+        raise ValueError(f"{options.trace} has {rows} texts: say which with --row, 0 to {rows - 1}")
+    model = tokenizer = None
+    if options.model is not None:
+        model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
+        tokenizer = load_tokenizer(options.model, revision=options.revision)
+    targets = None if options.targets is None else names(options.targets)
+    return study_trace(recorded, options.row or 0, model, tokenizer, options.top_k, targets)

@@ -1,0 +1,210 @@
+"""What an error looks like, whether its cause is known or not: where it is, and which simple rule gives it.
+
+Each sentence is checked against the numbers before it is said. A rule holds if what it leaves unexplained is within the
+tolerance, or a tiny part of the error.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minibert.masked_lm import BertForMaskedLM
+from minibert.names import hub_names
+from minibert.parity.yardstick import Error, Gap
+from minibert.trace.files import Trace
+from minibert.trace.inputs import hide_padding
+from minibert.trace.table import GRADIENT, SHAPES, row_of
+
+LEFT_OVER = 0.05  # A rule explains an error if at most this part of it is left.
+AXES = {"B": "row", "H": "head", "K": "entry of a head", "D": "entry", "F": "entry", "V": "word"}
+# The module whose bias, or whose LayerNorm, a tensor comes from.
+MODULES = {
+    "embeddings.norm": "embeddings.norm",
+    "layers.N.query": "layers.N.attention.qkv",
+    "layers.N.key": "layers.N.attention.qkv",
+    "layers.N.value": "layers.N.attention.qkv",
+    "layers.N.attention_output": "layers.N.attention.output",
+    "layers.N.attention_norm": "layers.N.attention_norm",
+    "layers.N.intermediate": "layers.N.feed_forward.intermediate",
+    "layers.N.feed_forward": "layers.N.feed_forward.output",
+    "layers.N.feed_forward_norm": "layers.N.feed_forward_norm",
+    "head.dense": "head.dense",
+    "head.norm": "head.norm",
+    "logits": "head",
+}
+
+
+class Wrong(NamedTuple):
+    """A wrong tensor. given: the trace it is from. x and truth: zeros in the padding. limit: the largest and the rms
+    error that are allowed, not relative to anything. mask: (B, S). model: whose trace it should be, if that is known.
+    """
+
+    given: Trace
+    name: str
+    x: Tensor
+    truth: Tensor
+    limit: Error
+    mask: Tensor
+    model: BertForMaskedLM | None = None
+
+    @property
+    def gap(self) -> Tensor:
+        return self.x.double() - self.truth.double()
+
+    def explained_by(self, guess: Tensor) -> bool:
+        """Whether `guess`, a tensor for `x`, leaves next to nothing of the error."""
+        left, whole = (_rms(hide_padding(row_of(self.name), y, self.mask) - self.x) for y in (guess, self.truth))
+        return left <= LEFT_OVER * whole or left <= min(self.limit.rms, whole / 3)
+
+
+def appearance(wrong: Wrong) -> Iterator[str]:
+    """Sentences about an error, the most telling ones first."""
+    if not bool(wrong.x.isfinite().all()):
+        yield f"{int((~wrong.x.isfinite()).sum()):,} of {wrong.x.numel():,} entries are not finite"
+        return
+    yield from _equal_to_another(wrong)
+    yield from _bias(wrong)
+    yield from _factor(wrong)
+    yield from _eps(wrong)
+    yield from _places(wrong)
+
+
+def _equal_to_another(wrong: Wrong) -> Iterator[str]:
+    """Is it an earlier tensor of the same section again, so that a step was left out?"""
+    if wrong.name.startswith(GRADIENT):
+        return
+    names = wrong.given.names
+    for name in reversed(names[max(0, names.index(wrong.name) - 12) : names.index(wrong.name)]):
+        if wrong.given.shapes()[name] == tuple(wrong.x.shape) and name.split(".")[:-1] == wrong.name.split(".")[:-1]:
+            other = hide_padding(row_of(name), wrong.given.read(name), wrong.mask)
+            if wrong.explained_by(other):
+                said = ": the activation is missing" if wrong.name.endswith(".activation") else ""
+                yield f"it equals {name}{said}"
+                return
+
+
+def _factor(wrong: Wrong) -> Iterator[str]:
+    x, truth = wrong.x.double(), wrong.truth.double()
+    size = truth.square().sum().item()
+    factor = (x * truth).sum().item() / size if size else 1.0
+    if abs(factor - 1) > 1e-6 and wrong.explained_by(factor * truth):
+        yield f"it is {factor:.4g} times the right values, everywhere"
+
+
+def _bias(wrong: Wrong) -> Iterator[str]:
+    """Is the same vector added at every token?"""
+    letters = SHAPES.get(row_of(wrong.name), [])
+    if letters[:1] != ["B"] or letters.count("S") != 1 or wrong.mask.sum() < 3:
+        return
+    gap = wrong.gap
+    if letters[1] == "H":
+        gap = gap.transpose(1, 2)  # (B, S, H, K)
+    vector = gap[wrong.mask].mean(0)
+    everywhere = vector.expand_as(gap)
+    guess = wrong.truth + (everywhere.transpose(1, 2) if letters[1] == "H" else everywhere)
+    if not wrong.explained_by(guess):
+        return
+    said = "the same vector is added at every token: a bias"
+    if (found := _bias_of(wrong)) is not None:
+        name, bias = found
+        bias = bias.to(vector).reshape(vector.shape)
+        size = bias.square().sum().item()
+        times = (bias * vector).sum().item() / size if size else 0.0
+        if times and _rms(vector - times * bias) < 0.1 * _rms(vector):
+            said = f"{name} is missing" if abs(times + 1) < 0.05 else f"{name} is added {times + 1:.3g} times"
+    yield said
+
+
+def _bias_of(wrong: Wrong) -> tuple[str, Tensor] | None:
+    """The bias that belongs to a tensor, with its name in a checkpoint."""
+    if wrong.model is None or row_of(wrong.name) not in MODULES:
+        return None
+    path = _path(wrong.name)
+    bias = wrong.model.get_parameter(f"{path}.bias").detach()
+    hubs = hub_names(f"{path}.bias")
+    part = ("query", "key", "value").index(wrong.name.split(".")[-1]) if len(hubs) == 3 else 0
+    return hubs[part], bias.chunk(len(hubs))[part]
+
+
+def _eps(wrong: Wrong) -> Iterator[str]:
+    if (found := fitted_eps(wrong)) is not None:
+        assert wrong.model is not None
+        yield f"LayerNorm eps fits {found:.1e} here; the configuration says {wrong.model.config.layer_norm_eps:.0e}"
+
+
+def fitted_eps(wrong: Wrong) -> float | None:
+    """The eps that gives a wrong LayerNorm from what the trace says it has read. None if no eps does."""
+    read = _read_by(wrong)
+    if read is None or wrong.model is None:
+        return None
+    norm = wrong.model.get_submodule(_path(wrong.name))
+    assert isinstance(norm, nn.LayerNorm)
+    read = read.double()
+    some, x = read[wrong.mask][:512], wrong.x[wrong.mask][:512].double()
+    weight, bias = (parameter.detach().to(x) for parameter in (norm.weight, norm.bias))
+
+    def left(power: float) -> float:
+        return _rms(F.layer_norm(some, weight.shape, weight, bias, 10.0**power) - x)
+
+    best = min((step / 4 for step in range(-60, 1)), key=left)
+    for width in (0.1, 0.02, 0.004, 8e-4, 1.6e-4, 3.2e-5, 6.4e-6):
+        best = min((best + step * width for step in range(-3, 4)), key=left)
+    guess = F.layer_norm(read, weight.shape, weight, bias, 10.0**best)
+    far = abs(best - math.log10(wrong.model.config.layer_norm_eps)) > 0.02
+    return 10.0**best if far and wrong.explained_by(guess) else None
+
+
+def _read_by(wrong: Wrong) -> Tensor | None:
+    """What a LayerNorm has read, if the trace has it."""
+    section = wrong.name.rpartition(".")[0]
+    number = int(section.split(".")[1]) if section.startswith("layers.") else 0
+    before = f"layers.{number - 1}.feed_forward_norm" if number else "embeddings.norm"
+    parts = {
+        "embeddings.norm": ["embeddings.sum"],
+        "layers.N.attention_norm": [f"{section}.attention_output", before],
+        "layers.N.feed_forward_norm": [f"{section}.feed_forward", f"{section}.attention_norm"],
+        "head.norm": ["head.activation"],
+    }.get(row_of(wrong.name))
+    shapes = wrong.given.shapes()
+    if parts is None or any(shapes.get(part) != tuple(wrong.x.shape) for part in parts):
+        return None
+    return sum((wrong.given.read(part).double().to(wrong.x.device) for part in parts), torch.zeros(()).double())
+
+
+def _places(wrong: Wrong) -> Iterator[str]:
+    """Rows, heads, positions or keys outside which everything is right."""
+    letters = SHAPES.get(row_of(wrong.name), [])
+    apart = wrong.gap.abs() > wrong.limit.largest
+    if not letters or not bool(apart.any()) or apart.dim() != len(letters):
+        return
+    seen_anywhere = wrong.mask.any(0).sum().item()
+    for axis, letter in enumerate(letters):
+        others = tuple(each for each in range(apart.dim()) if each != axis)
+        found = apart.any(others).nonzero().flatten().tolist()
+        possible = seen_anywhere if letter == "S" else apart.shape[axis]
+        if len(found) * 2 > possible or possible < 2:
+            continue
+        what = ("key" if axis == 3 else "position") if letter == "S" else AXES[letter]
+        whole = found == list(range(found[0], found[-1] + 1))
+        listed = f"{what} {found[0]}" if len(found) == 1 else f"{what}s {', '.join(map(str, found[:4]))}"
+        if len(found) > 2 and whole:
+            listed = f"{what}s {found[0]} to {found[-1]}"
+        elif len(found) > 4:
+            listed += f" and {len(found) - 4} more"
+        yield f"only in {listed} of {apart.shape[axis]}"
+
+
+def _path(name: str) -> str:
+    """The module in our model that gives a tensor."""
+    number = name.split(".")[1] if name.startswith("layers.") else ""
+    return MODULES[row_of(name)].replace(".N.", f".{number}.")
+
+
+def _rms(x: Tensor) -> float:
+    gap = Gap()
+    gap.add(x.double(), torch.zeros_like(x, dtype=torch.float64))
+    return gap.relative(1.0).rms

@@ -1,0 +1,85 @@
+"""The page: one HTML file that opens from the disk and loads nothing.
+
+page.html is its frame, page.css its looks; heads.js and page.js, one script, draw what the JSON says. The
+Content-Security-Policy lets only this script and this style run, by their hashes. Texts get into the page as JSON, and
+from there as text, never as markup.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from html import escape
+from importlib.resources import files
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from minibert.atomic import whole_file
+from minibert.study.says import plain
+
+OURS = '<meta name="generator" content="minibert study">'  # how a page of ours is told from other files
+HEAD = 1000  # characters in which OURS stands
+
+
+def to_html(data: dict[str, Any]) -> str:
+    """The page from `Study.to_dict()`. The same data give the same bytes."""
+    room = files("minibert.study")
+    names = ("page.html", "page.css", "heads.js", "page.js")
+    frame, style, *scripts = (room.joinpath(name).read_text(encoding="utf-8") for name in names)
+    script = "".join(scripts)
+    clean = _plain(data)
+    filling = clean["reading"]["filling"]
+    words = [answer["best"][0]["token"] for answer in clean["answers"]] or ["…"] * (len(filling) - 1)
+    filled = "".join(text + word for text, word in zip(filling, [*words, ""], strict=True))
+    parts = {
+        "title": escape(f"BERT reads: {filled[:100]}"),
+        "style": style,
+        "style_hash": _hash(style),
+        "script": script,
+        "script_hash": _hash(script),
+        # No < in it: so no </script> and no <!-- can end or change the element that it stands in.
+        "data": json.dumps(clean, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], frame)
+
+
+def require_writable(path: str | PathLike[str], *, force: bool = False) -> None:
+    """Raise OSError if no page can be written there, or FileExistsError if `path` is a file that is no such page, and
+    `force` is not given.
+    """
+    target = Path(path)
+    if target.is_dir() or not target.name:
+        raise IsADirectoryError(f"{target} is a folder, and should be the page's file")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent}: make it first")
+    if target.exists() and not force:
+        with open(target, encoding="utf-8", errors="replace") as file:
+            if OURS not in file.read(HEAD):
+                raise FileExistsError(f"{target} is there and is no page of minibert study: --force replaces it")
+
+
+def save(html: str, path: str | PathLike[str], *, force: bool = False) -> None:
+    """Write a page: the whole file or none. Raises OSError as `require_writable` does."""
+    require_writable(path, force=force)
+    with whole_file(Path(path)) as scratch:
+        scratch.write_text(html, encoding="utf-8", newline="\n")
+
+
+def in_a_notebook(html: str) -> str:
+    """The page as an element of another page, which it cannot reach."""
+    return (
+        f'<iframe srcdoc="{escape(html)}" sandbox="allow-scripts" width="100%" height="900" frameborder="0"></iframe>'
+    )
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value

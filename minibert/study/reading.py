@@ -1,0 +1,152 @@
+"""What BERT reads: the tokens of a text, with their words and segments. All that is asked of a tokenizer is asked here.
+
+A *piece* is a token's text ("break", "##fast"). A *word* is what the tokenizer cut the pieces from. An *added* token is
+one that the tokenizer put around the text ([CLS] and [SEP] in most BERTs).
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Encoding, Tokenizer
+
+from minibert.config import BertConfig
+from minibert.tokenizer import own_mask, require_id
+
+
+@dataclass(frozen=True)
+class Reading:
+    """S tokens. `words` counts the words of text and pair together; it is None for added tokens. `masks` are the places
+    where the model is asked. `filling` is the text around them: len(masks) + 1 strings.
+    """
+
+    text: str | None
+    pair: str | None
+    pieces: list[str]
+    ids: list[int]
+    segments: list[int]
+    words: list[int | None]
+    added: list[bool]
+    masks: list[int]
+    filling: list[str]
+
+    def groups(self) -> list[list[int]]:
+        """The words that can be hidden: the places of each one's pieces. A word that is asked for is not among them."""
+        places: dict[int, list[int]] = {}
+        for place, word in enumerate(self.words):
+            if word is not None and place not in self.masks:
+                places.setdefault(word, []).append(place)
+        return list(places.values())
+
+    def is_punctuation(self, place: int) -> bool:
+        """Whether a piece is made of punctuation and symbols alone."""
+        return not self.added[place] and all(unicodedata.category(c)[0] in "PS" for c in self.pieces[place])
+
+
+def mask_id(tokenizer: Tokenizer) -> int:
+    return require_id(tokenizer, "[MASK]")
+
+
+def read_text(
+    tokenizer: Tokenizer, config: BertConfig, text: str, pair: str | None = None, *, truncate: bool = False
+) -> Reading:
+    """A text, or two, as the model reads them.
+
+    truncate: cut the end of the longer text until both fit. Raises ValueError for a text that is empty, no Unicode, or
+    too long; for a pair where the model knows one segment; and where a cut would take a [MASK] away.
+    """
+    for one in (text, pair):
+        if one is not None and any("\ud800" <= letter <= "\udfff" for letter in one):
+            raise ValueError(f"the text {one[:60]!r} is not Unicode: it holds half a surrogate pair")
+    if pair is not None and config.type_vocab_size < 2:
+        raise ValueError(f"this model knows {config.type_vocab_size} segment: it cannot tell a pair of texts apart")
+    text = own_mask(tokenizer, text)
+    pair = None if pair is None else own_mask(tokenizer, pair)
+    encoding = _encode(tokenizer, config.max_position_embeddings, text, pair, truncate)
+    masks = [place for place, token in enumerate(encoding.ids) if token == mask_id(tokenizer)]
+    numbers: dict[tuple[int, int], int] = {}
+    words = [
+        None if word is None else numbers.setdefault((segment or 0, word), len(numbers))
+        for segment, word in zip(encoding.sequence_ids, encoding.word_ids, strict=True)
+    ]
+    filling, start = [], 0
+    whole = text if pair is None else f"{text} {pair}"
+    for place in masks:
+        shift = len(text) + 1 if encoding.sequence_ids[place] else 0
+        filling.append(whole[start : encoding.offsets[place][0] + shift])
+        start = encoding.offsets[place][1] + shift
+    return Reading(
+        text=text,
+        pair=pair,
+        pieces=list(encoding.tokens),
+        ids=list(encoding.ids),
+        segments=list(encoding.type_ids),
+        words=words,
+        added=[bool(added) for added in encoding.special_tokens_mask],
+        masks=masks,
+        filling=[*filling, whole[start:]],
+    )
+
+
+def read_ids(ids: Sequence[int], segments: Sequence[int], asked: Sequence[int], tokenizer: Tokenizer | None) -> Reading:
+    """The tokens of a trace. Without a tokenizer a piece is its id, and each token a word of its own.
+
+    asked: the places where the trace asks. The model is also asked at its mask tokens.
+    """
+    added, prefix, mask = set[int](), "", -1
+    pieces = [f"#{token}" for token in ids]
+    if tokenizer is not None:
+        added = set(tokenizer.encode("", "").ids)  # what stands around a text without words
+        prefix = getattr(tokenizer.model, "continuing_subword_prefix", "")
+        mask = mask_id(tokenizer)
+        pieces = [tokenizer.id_to_token(token) or f"#{token}" for token in ids]
+    masks = sorted({*asked, *(place for place, token in enumerate(ids) if token == mask)})
+    words: list[int | None] = []
+    count = -1
+    for token, piece in zip(ids, pieces, strict=True):
+        count += not (prefix and piece.startswith(prefix)) and token not in added
+        words.append(None if token in added else max(count, 0))
+    filling = [""]
+    for place, piece in enumerate(pieces):
+        if place in masks:
+            filling[-1] += " "
+            filling.append("")
+        elif ids[place] not in added:
+            glued = bool(prefix) and piece.startswith(prefix)
+            filling[-1] += piece.removeprefix(prefix) if glued else f" {piece}"
+    return Reading(
+        text=None,
+        pair=None,
+        pieces=pieces,
+        ids=list(ids),
+        segments=list(segments),
+        words=words,
+        added=[token in added for token in ids],
+        masks=masks,
+        filling=[part.lstrip() if number == 0 else part for number, part in enumerate(filling)],
+    )
+
+
+def _encode(tokenizer: Tokenizer, limit: int, text: str, pair: str | None, truncate: bool) -> Encoding:
+    encoding = tokenizer.encode(text, pair) if pair is not None else tokenizer.encode(text)
+    if all(encoding.special_tokens_mask):
+        raise ValueError("the text is empty: there is nothing to read")
+    if len(encoding.ids) <= limit:
+        return encoding
+    if not truncate:
+        raise ValueError(
+            f"the text is {len(encoding.ids)} tokens long and the model takes {limit}: shorten it, or cut it with "
+            "--truncate (truncate=True)"
+        )
+    bodies = [tokenizer.encode(one, add_special_tokens=False) for one in (text, pair) if one is not None]
+    lengths = [len(body.ids) for body in bodies]
+    while sum(lengths) > limit - tokenizer.num_special_tokens_to_add(pair is not None):
+        lengths[lengths.index(max(lengths))] -= 1
+    for body, length in zip(bodies, lengths, strict=True):
+        lost = body.ids[length:].count(mask_id(tokenizer))
+        if lost:
+            raise ValueError(
+                f"cutting the text to {limit} tokens would take {lost} of its mask tokens away: shorten it"
+            )
+        body.truncate(length)
+    return tokenizer.post_process(bodies[0], bodies[1] if pair is not None else None)

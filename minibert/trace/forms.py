@@ -1,0 +1,156 @@
+"""Other forms of a tensor that mean the same, and how each becomes the form of the table.
+
+Heads that are not split or not exchanged, no batch axis for one row, packed tokens, logits only where a label asks for
+them, a loss with an axis, and LayerNorm's older names. What is none of these stays as it is, and is judged so.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minibert.config import BertConfig
+from minibert.loss import IGNORE
+from minibert.trace.stores import Store
+from minibert.trace.table import GRADIENT, INPUTS, SHAPES, expected_names, expected_shape, row_of
+
+PACKED = "cu_seqlens"  # where each sequence starts in packed tokens, and the end: (B + 1,)
+MOST_PADDED = 2**20  # places that packed tokens may take when they are padded
+EXTRA = "extra."  # Tensors whose names begin so belong to the port alone.
+OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a stored tensor becomes a tensor of the table. shape: then. rowwise: whether rows can be turned alone."""
+
+    stored: str
+    shape: tuple[int, ...]
+    turn: Callable[[Tensor], Tensor] = lambda x: x
+    rowwise: bool = True
+
+
+class Forms:
+    """The form of every tensor in a store. Raises ValueError for names that are not in the table.
+
+    mask: (B, S), where there are tokens. packed: the same, if the inputs are packed. asked: (B, S), where the logits
+    are, or None if they are everywhere.
+    """
+
+    def __init__(self, store: Store, config: BertConfig) -> None:
+        self.config = config
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in store.header.items()}
+        self.names = _known_names(store.header, config)
+        self.asked: Tensor | None = None
+        self.packed: Tensor | None = None
+        self.mask = self._mask(store)
+        self.labels: Tensor | None = None
+        self.forms = {name: self._form(name, stored) for name, stored in self.names.items() if name in INPUTS}
+        if "labels" in self.forms:
+            self.labels = self.forms["labels"].turn(store.read(self.names["labels"]))
+        self.forms |= {name: self._form(name, stored) for name, stored in self.names.items() if name not in INPUTS}
+
+    def _mask(self, store: Store) -> Tensor:
+        """(B, S), true for tokens; as far as the shape of input_ids says what B and S are."""
+        shape = self.shapes.get("input_ids", (1, 1))
+        if len(shape) == 1 and PACKED in self.shapes:
+            starts = store.read(PACKED).long().flatten()
+            lengths = starts.diff()
+            if len(starts) < 2 or int(starts[0]) != 0 or int(starts[-1]) != shape[0] or bool((lengths < 1).any()):
+                raise ValueError(
+                    f"{PACKED} is {starts.tolist()[:9]} for {shape[0]} packed tokens: it must grow from 0 to {shape[0]}"
+                )
+            if len(lengths) * int(lengths.max()) > MOST_PADDED:
+                raise ValueError(
+                    f"{PACKED}: {len(lengths)} sequences, the longest of {int(lengths.max())}: trace fewer"
+                )
+            self.packed = torch.arange(int(lengths.max())) < lengths[:, None]
+            return self.packed
+        if len(shape) == 1:
+            shape = (1, shape[0])
+        if len(shape) == 2 and self.shapes.get("attention_mask", ()) in (shape, shape[1:]):
+            given = store.read(self.names["attention_mask"])
+            if bool(((given == 0) | (given == 1)).all()):  # otherwise a sentence of its own follows
+                return given.bool().reshape(shape)
+        return torch.ones(shape if len(shape) == 2 else (1, 1), dtype=torch.bool)
+
+    def _form(self, name: str, stored: str) -> Form:
+        shape, size = self.shapes[stored], tuple(self.mask.shape)
+        wanted = expected_shape(name, self.config, size)
+        letters = "" if name.startswith(GRADIENT) else " ".join(SHAPES[row_of(name)])
+        heads, head_size = self.config.num_attention_heads, self.config.head_size
+        tokens = int(self.mask.sum())
+        if shape == wanted:
+            return Form(stored, shape)
+        if name == "loss" and shape in ((1,), (1, 1)):
+            return Form(stored, (), lambda x: x.reshape(()), rowwise=False)
+        if letters == "B H S K":
+            split = (*size, heads, head_size)
+            if shape in (split, (*size, heads * head_size)):
+                return Form(stored, wanted, lambda x: x.reshape(len(x), *split[1:]).transpose(1, 2))
+            if size[0] == 1 and shape in (split[1:], (size[1], heads * head_size)):
+                return Form(stored, wanted, lambda x: x.reshape(split).transpose(1, 2), rowwise=False)
+            if shape in ((tokens, heads, head_size), (tokens, heads * head_size)):
+                return Form(
+                    stored, wanted, lambda x: self._unpack(x.reshape(tokens, *split[2:])).transpose(1, 2), False
+                )
+        if letters.startswith("B") and size[0] == 1 and shape == wanted[1:]:
+            return Form(stored, wanted, lambda x: x[None], rowwise=False)
+        if letters.startswith("B S") and shape == (tokens, *wanted[2:]):
+            return Form(stored, wanted, lambda x: self._unpack(x, IGNORE if name == "labels" else 0), rowwise=False)
+        if name == "logits" and self.labels is not None and self.labels.shape == self.mask.shape:
+            asked = (self.labels != IGNORE) & self.mask
+            if shape == (int(asked.sum()), *wanted[2:]):
+                self.asked = asked
+                return Form(stored, wanted, lambda x: self._place(x, asked, 0), rowwise=False)
+        return Form(stored, shape)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return self._unpack(x).transpose(1, 2)
+
+    def _unpack(self, x: Tensor, filler: int = 0) -> Tensor:
+        return self._place(x, self.mask, filler)
+
+    def _place(self, x: Tensor, where: Tensor, filler: int) -> Tensor:
+        result = x.new_full((*where.shape, *x.shape[1:]), filler)
+        result[where] = x
+        return result
+
+
+def _known_names(header: Iterable[str], config: BertConfig) -> dict[str, str]:
+    """Name in the table → name in the store. Raises ValueError for others, with the name that may be meant."""
+    known = set(expected_names(config))
+    result: dict[str, str] = {}
+    unknown = []
+    for stored in header:
+        name = stored
+        if stored.startswith(GRADIENT):
+            for old, new in OLD_NAMES.items():
+                name = name.replace(old, new)
+        if name in result:
+            raise ValueError(f"{shown(stored)} and {shown(result[name])} are the same tensor: leave one out")
+        if name in known:
+            result[name] = stored
+        elif stored != PACKED and not stored.startswith(EXTRA):
+            unknown.append(stored)
+    if unknown:
+        listed = ", ".join(_with_guess(name, known) for name in sorted(unknown)[:12])
+        more = f" and {len(unknown) - 12} more" if len(unknown) > 12 else ""
+        raise ValueError(
+            f"no trace of this model has {listed}{more}. minibert/parity/README.md lists the names; a tensor of your "
+            f"own may be called {EXTRA}…, and is then not compared"
+        )
+    return result
+
+
+def _with_guess(name: str, known: Iterable[str]) -> str:
+    guesses = difflib.get_close_matches(name, known, 1, 0.8)
+    return f"{shown(name)} (is it {guesses[0]}?)" if guesses else shown(name)
+
+
+def shown(text: Any) -> str:
+    """A text from a file, with what is not printable escaped: a line feed could look like a verdict of ours."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))

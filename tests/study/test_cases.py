@@ -1,0 +1,251 @@
+"""Texts, models and traces that are unlike the usual ones."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from studied import PAIR, SIZES, TEXT, VOCABULARY, inputs, pair_of_models, tokenizer
+
+from minibert.study import study, study_trace
+from minibert.tokenizer import from_vocabulary
+from minibert.trace import TraceFile, trace
+
+VIEWS = ("shares", "guesses", "influence", "looks", "takes", "changes", "cost")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pair_of_models()[0]
+
+
+def shown(found):
+    """The views that are there. Whatever is, can be shown in every way."""
+    data = found.to_dict()
+    assert found.to_text()
+    assert found.to_html() == found.to_html()
+    assert set(data["says"]) <= {"answer", "reading", "guesses", "influence", "looks", "changes", "cost"}
+    return {view for view in VIEWS if getattr(found, view)}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(num_attention_heads=1),
+        dict(num_hidden_layers=24),
+        dict(num_hidden_layers=1),
+        dict(type_vocab_size=1),
+        dict(vocab_size=len(VOCABULARY) + 20),
+    ],
+    ids=str,
+)
+def test_models_of_other_sizes(sizes):
+    ours, _ = pair_of_models(**sizes)
+    found = study(ours, tokenizer(), TEXT)
+    assert shown(found) == set(VIEWS)
+    assert len(found.guesses[0].steps) == 2 * ours.config.num_hidden_layers + 1
+
+
+def test_ids_that_are_no_words_never_win():
+    ours, _ = pair_of_models(vocab_size=len(VOCABULARY) + 20)
+    with torch.no_grad():
+        ours.head.bias[len(VOCABULARY) :] = 100
+    found = study(ours, tokenizer(), TEXT)
+    ids = [guess.id for step in found.guesses[0].steps for guess in step.best]
+    ids += [guess.id for guess in found.answers[0].best]
+    assert max(ids) < len(VOCABULARY)
+    assert found.guesses[0].steps[-1].answer.rank == 1
+    assert {one.winner for word in found.influence for one in word.hidden + word.alone} <= set(VOCABULARY)
+
+
+def test_a_text_without_a_mask(model):
+    found = study(model, tokenizer(), "Paris is cold.")
+    assert shown(found) == {"shares", "looks", "takes", "changes", "cost"}
+    assert "no mask" in found.left_out["guesses"]
+    assert "no mask" in found.left_out["influence"]
+
+
+def test_a_text_of_masks_alone(model):
+    found = study(model, tokenizer(), "[MASK] " * 34)
+    assert shown(found) == set(VIEWS) - {"influence"}
+    assert len(found.answers) == 34
+    assert len(found.guesses) == 32
+    assert "no word" in found.left_out["influence"]
+
+
+def test_a_text_of_unknown_words_alone(model):
+    found = study(model, tokenizer(), "Zyzzyva qwertz")
+    assert [found.reading.pieces[place] for place in (1, 2)] == ["[UNK]", "[UNK]"]
+    assert shown(found) == {"shares", "looks", "takes", "changes", "cost"}
+
+
+def test_no_name_of_a_special_token_is_taken_for_granted(model):
+    names = {"[PAD]": "<pad>", "[UNK]": "<unk>", "[CLS]": "<s>", "[SEP]": "</s>", "[MASK]": "<mask>"}
+    settings = {f"{usual.strip('[]').lower()}_token": own for usual, own in names.items()}
+    other = from_vocabulary([names.get(word, word) for word in VOCABULARY], settings)
+    found, usual = study(model, other, TEXT), study(model, tokenizer(), TEXT)
+    assert found.reading.ids == usual.reading.ids
+    assert found.reading.masks == usual.reading.masks
+    assert found.guesses[0].answer.id == usual.guesses[0].answer.id
+    assert {"<s>", "</s>"} <= set(found.looks[0].habits)
+
+
+@pytest.mark.parametrize(
+    ("text", "pair", "message"),
+    [
+        ("", None, "empty"),
+        (" \n", None, "empty"),
+        ("cold \udce9", None, "not Unicode"),
+        ("cold", "cold \ud800", "not Unicode"),
+        ("cold " * 50, None, "52 tokens long and the model takes 40"),
+    ],
+)
+def test_texts_that_cannot_be_read(model, text, pair, message):
+    with pytest.raises(ValueError, match=message):
+        study(model, tokenizer(), text, pair)
+
+
+def test_a_pair_needs_two_segments():
+    with pytest.raises(ValueError, match="1 segment"):
+        study(pair_of_models(type_vocab_size=1)[0], tokenizer(), TEXT, PAIR)
+
+
+def test_a_long_text_is_cut_when_asked(model):
+    found = study(model, tokenizer(), "the [MASK] is " + "cold " * 50, "of france", truncate=True)
+    assert len(found.reading.ids) == SIZES["max_position_embeddings"]
+    assert found.reading.pieces[-3:] == ["of", "france", "[SEP]"]
+    assert found.guesses
+    with pytest.raises(ValueError, match="take 1 of its mask tokens away"):
+        study(model, tokenizer(), "cold " * 50 + "[MASK]", truncate=True)
+
+
+def test_wrong_questions(model):
+    for wrong in (0, 21):
+        with pytest.raises(ValueError, match=f"top_k must be 1 to 20, not {wrong}"):
+            study(model, tokenizer(), TEXT, top_k=wrong)
+    with pytest.raises(ValueError, match="not one token"):
+        study(model, tokenizer(), TEXT, targets=["unbelievably"])
+    assert len(study(model, tokenizer(), TEXT, top_k=20).answers[0].best) == 20
+
+
+def test_models_that_cannot_be_asked():
+    ours, _ = pair_of_models(hidden_dropout_prob=0.1)
+    with pytest.raises(ValueError, match="training mode"):
+        study(ours.train(), tokenizer(), TEXT)
+    ours, _ = pair_of_models()
+    with torch.no_grad():
+        ours.layers[1].feed_forward.output.bias[3] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.1\.feed_forward_norm holds numbers that are not finite"):
+        study(ours, tokenizer(), TEXT)
+    with pytest.raises(ValueError, match="they are not of one checkpoint"):
+        study(pair_of_models(vocab_size=50)[0], tokenizer(), TEXT)
+
+
+# --------------------------------------------------------------------------------------------------------------- traces
+
+
+@pytest.fixture(scope="module")
+def recorded(model):
+    """A trace of two texts: the second is padded, on the left."""
+    reading = study(model, tokenizer(), TEXT, PAIR).reading
+    ids, types = inputs(reading).values()
+    short = torch.tensor([[2, 5, 6, 4, 3]])
+    rows = torch.cat([ids, torch.nn.functional.pad(short, (ids.shape[1] - 5, 0))])
+    types = torch.cat([types, torch.zeros_like(ids)])
+    mask = torch.ones_like(rows)
+    mask[1, :-5] = 0
+    return trace(model, rows, mask, types)
+
+
+def near(one, other, what="", tolerance=2e-5):
+    """Two JSON values with the same words, and nearly the same numbers."""
+    assert type(one) is type(other), what
+    if isinstance(one, dict):
+        assert list(one) == list(other), what
+        for key in one:
+            near(one[key], other[key], f"{what}.{key}", tolerance)
+    elif isinstance(one, list):
+        assert len(one) == len(other), what
+        for number, (first, second) in enumerate(zip(one, other, strict=True)):
+            near(first, second, f"{what}[{number}]", tolerance)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, abs=tolerance, rel=1e-4), what
+    else:
+        assert one == other, what
+
+
+def test_a_trace_with_its_model_tells_the_same(model, recorded):
+    whole = study(model, tokenizer(), TEXT, PAIR, targets=["tea"])
+    found = study_trace(recorded, 0, model, tokenizer(), targets=["tea"])
+    assert shown(found) == set(VIEWS) - {"influence"}
+    assert "cannot be asked again" in found.left_out["influence"]
+    for view in ("answers", "guesses", "shares", "looks", "takes", "changes", "cost", "targets"):
+        near(found.to_dict()[view], whole.to_dict()[view], view)
+    for field in ("ids", "pieces", "segments", "masks", "words", "added"):
+        assert getattr(found.reading, field) == getattr(whole.reading, field)
+
+
+def test_a_padded_row_of_a_trace(model, recorded):
+    found = study_trace(recorded, 1, model, tokenizer())
+    assert found.reading.pieces == ["[CLS]", "paris", "is", "[MASK]", "[SEP]"]
+    assert len(found.changes[0].cosine) == 5
+    assert found.maps.side == 5
+
+
+def test_a_trace_alone(recorded, tmp_path):
+    recorded.save(tmp_path / "t.safetensors")
+    found = study_trace(TraceFile(tmp_path / "t.safetensors"), 0)
+    assert shown(found) == {"looks", "changes", "cost"}
+    assert found.reading.pieces[0] == "#2"
+    assert all(layer.mixing is None for layer in found.changes)
+    assert "give the model" in found.left_out["shares"]
+    with pytest.raises(ValueError, match="words can be followed only"):
+        study_trace(recorded, 0, targets=["tea"])
+
+
+def test_a_trace_asks_where_its_label_is_another_token(model):
+    ids = torch.tensor([[2, 5, 6, 4, 3]])
+    labels = torch.tensor([[-100, 5, 9, 8, -100]])
+    found = study_trace(trace(model, ids, labels=labels))
+    assert found.reading.masks == [2, 3]
+    assert [answer.position for answer in found.answers] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("gone", "views"),
+    [
+        ("layers.1.probabilities", {"shares", "guesses", "changes", "cost"}),
+        ("layers.1.feed_forward", {"shares", "guesses", "looks", "takes", "cost"}),
+        ("layers.0.value", {"shares", "guesses", "looks", "changes", "cost"}),
+        ("embeddings.norm", {"shares", "looks", "takes", "cost"}),
+        ("logits", {"shares", "guesses", "looks", "takes", "changes", "cost"}),
+    ],
+)
+def test_a_trace_with_less_in_it_shows_less(model, recorded, gone, views):
+    less = replace(recorded, tensors={name: x for name, x in recorded.tensors.items() if name != gone})
+    found = study_trace(less, 0, model, tokenizer())
+    assert shown(found) == views
+    assert found.answers
+
+
+def test_traces_that_are_not_of_this_model_or_broken(model, recorded):
+    with pytest.raises(ValueError, match="num_hidden_layers is 3, the model's 2"):
+        study_trace(recorded, 0, pair_of_models(num_hidden_layers=2)[0], tokenizer())
+    with pytest.raises(ValueError, match="the texts 0 to 1, and no text 2"):
+        study_trace(recorded, 2)
+    broken = replace(recorded, tensors={**recorded.tensors, "layers.0.probabilities": torch.ones(2, 4, 3, 3)})
+    with pytest.raises(ValueError, match=r"layers\.0\.probabilities is"):
+        study_trace(broken, 0)
+    other = replace(recorded, tensors={**recorded.tensors, "embeddings.sum": recorded.tensors["embeddings.sum"] * 2})
+    assert "not those of this model" in study_trace(other, 0, model, tokenizer()).left_out["shares"]
+
+
+def test_a_model_in_half_precision():
+    ours, _ = pair_of_models()
+    whole, half = study(ours, tokenizer(), TEXT), study(ours.to(torch.bfloat16), tokenizer(), TEXT)
+    assert shown(half) == set(VIEWS)
+    near(half.to_dict()["shares"], whole.to_dict()["shares"], tolerance=0.02)
+    assert half.answers[0].best[0].probability == pytest.approx(whole.answers[0].best[0].probability, rel=0.1)
+
+
+def test_progress_changes_nothing_but_the_screen(model):
+    assert study(model, tokenizer(), TEXT, progress=True) == study(model, tokenizer(), TEXT)

@@ -1,0 +1,188 @@
+"""The page as a file: what is in it, what is not, how large it is, and when it is written."""
+
+import base64
+import hashlib
+import json
+import re
+import zipfile
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from studied import PAIR, TEXT, pair_of_models, tokenizer
+
+import minibert
+from minibert.study import study
+from minibert.study.maps import unpack
+from minibert.study.page import OURS
+
+MOST_BYTES = 3_000_000  # of a page
+FETCHES = re.compile(
+    r"https?:|//[\w.]+/|url\(|@import|\bsrc=|\bhref=|\bfetch\(|XMLHttpRequest|WebSocket|import\(", re.I
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pair_of_models()[0]
+
+
+@pytest.fixture(scope="module")
+def page(model):
+    return study(model, tokenizer(), TEXT, PAIR).to_html()
+
+
+class Elements(HTMLParser):
+    """The elements of a page, their attributes, and the text in each script and style."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.found, self.texts, self.inside = [], {}, None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        self.inside = dict(attributes).get("type", tag) if tag in ("script", "style", "title") else None
+
+    def handle_data(self, data):
+        if self.inside is not None:
+            self.texts[self.inside] = self.texts.get(self.inside, "") + data
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+
+def data_of(page):
+    return json.loads(Elements(page).texts["application/json"])
+
+
+def test_the_data_of_the_page_are_the_json(model, page):
+    found = study(model, tokenizer(), TEXT, PAIR)
+    assert data_of(page) == found.to_dict() == json.loads(found.to_json())
+
+
+def test_the_same_text_gives_the_same_bytes(model, page):
+    assert study(model, tokenizer(), TEXT, PAIR).to_html() == page
+
+
+def test_nothing_can_be_fetched(page):
+    frame = page.replace(Elements(page).texts["application/json"], "")
+    known = frame.replace('"http://www.w3.org/2000/svg"', "")  # the name of SVG, which nobody opens
+    assert not FETCHES.findall(known)
+    tags = {tag for tag, _ in Elements(page).found}
+    assert not tags & {"link", "img", "iframe", "object", "embed", "form", "a", "base", "video", "audio"}
+
+
+def test_only_this_script_and_this_style_may_run(page):
+    elements = Elements(page)
+    policy = next(found["content"] for _, found in elements.found if "http-equiv" in found)
+    hashes = {
+        kind: base64.b64encode(hashlib.sha256(elements.texts[kind].encode()).digest()).decode()
+        for kind in ("script", "style")
+    }
+    assert policy == f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'"
+    assert not [
+        found for _, found in elements.found if "style" in found or any(name.startswith("on") for name in found)
+    ]
+
+
+def test_the_script_sets_texts_and_never_markup(page):
+    script = Elements(page).texts["script"]
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", script)
+
+
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<!-- <script>",
+    "\u202ethgir ot tfel\u202c [MASK]",
+    "\x1b[31m red \x07 bell \x00 [MASK]",
+    "{{script}} {{data}} [MASK]",
+    "' onload='x \" & &lt; [MASK]",
+    "\u2028 \u2029 \ufeff [MASK]",
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(exclude_categories=["Cs"]), max_size=20)),
+    st.booleans(),
+)
+def test_a_hostile_text_stays_text(text, second):
+    ours = pair_of_models()[0]
+    texts = ("Paris is [MASK].", text) if second else (f"{text}.", None)
+    found = study(ours, tokenizer(), *texts, truncate=True)
+    page = found.to_html()
+    elements = Elements(page)
+    assert [tag for tag, _ in elements.found].count("script") == 2
+    assert "<" not in elements.texts["application/json"]
+    assert not re.findall(  # controls, and what turns the direction of writing
+        "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", unescape(page) + found.to_text()
+    )
+    shown = data_of(page)["reading"]
+    assert len(shown["pieces"]) == len(found.reading.pieces)
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "tokens", "full"),
+    [(6, 12, 128, True), (12, 12, 128, True), (12, 12, 512, False), (24, 16, 256, False)],
+)
+def test_a_page_is_never_larger_than_3_mb(layers, heads, tokens, full, monkeypatch):
+    monkeypatch.setattr("minibert.study.words.MOST_TOKENS", 1024)  # fewer passes: they add little to the page
+    ours, _ = pair_of_models(
+        num_hidden_layers=layers, num_attention_heads=heads, hidden_size=2 * heads, max_position_embeddings=512
+    )
+    with torch.no_grad():
+        for layer in ours.layers:
+            layer.attention.qkv.weight.mul_(2)  # attention that is neither even nor on one token: hard to compress
+    words = "she drank a cup before breakfast of cold tea , the capital of france is paris .".split()
+    text = " ".join((words * 40)[: tokens - 6]) + " [MASK] [MASK] [MASK] [MASK]"
+    found = study(ours, tokenizer(), text)
+    assert len(found.reading.ids) == tokens
+    assert (found.maps.side == tokens) == full
+    page = found.to_html()
+    assert len(page.encode()) < MOST_BYTES
+    if not full:
+        rows = unpack(found.maps.rows).view(layers, heads, -1, tokens)
+        assert found.maps.row_places == found.reading.masks[: rows.shape[2]]
+        assert (rows.sum(-1) - 1).abs().max() < 0.05  # the root keeps a row of many small weights
+
+
+def test_saving(model, page, tmp_path):
+    found, target = study(model, tokenizer(), TEXT, PAIR), tmp_path / "page.html"
+    found.save(target)
+    assert target.read_text(encoding="utf-8") == page
+    found.save(target)  # a page of ours may be replaced
+    target.write_text("my notes", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="no page of minibert study"):
+        found.save(target)
+    assert target.read_text(encoding="utf-8") == "my notes"
+    found.save(target, force=True)
+    assert OURS in target.read_text(encoding="utf-8")
+    assert list(tmp_path.iterdir()) == [target]
+    with pytest.raises(IsADirectoryError):
+        found.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        found.save(tmp_path / "nowhere" / "page.html")
+
+
+def test_in_a_notebook_the_page_is_a_frame_of_its_own(model, page):
+    frame = study(model, tokenizer(), TEXT, PAIR)._repr_html_()
+    ((tag, attributes),) = Elements(frame).found
+    assert tag == "iframe"
+    assert attributes["srcdoc"] == page
+    assert attributes["sandbox"] == "allow-scripts"
+
+
+def test_the_wheel_has_the_page_and_not_the_picture(tmp_path):
+    hatchling = pytest.importorskip("hatchling.builders.wheel")
+    root = Path(minibert.__file__).parents[1]
+    if not (root / "pyproject.toml").exists():
+        pytest.skip("installed from a wheel: there is nothing to build")
+    (wheel,) = hatchling.WheelBuilder(str(root)).build(directory=str(tmp_path), versions=["standard"])
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"minibert/study/{name}" for name in ("page.html", "page.css", "heads.js", "page.js")} <= set(names)
+    assert not [name for name in names if "picture" in name]

@@ -1,0 +1,252 @@
+"""Other forms of a trace that mean the same are read; what is nearly right is an error that says what is meant."""
+
+import json
+import os
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import save_file
+from traced import traced
+
+from minibert.cli import main
+from minibert.parity import Trace, TraceFile, diff, trace
+from minibert.trace.table import INPUTS
+
+ROW = {"input_ids": [[5, 6, 7, 8, 9]], "labels": [[-100, 6, -100, 8, -100]]}
+
+
+@pytest.fixture
+def given():
+    """(a trace with padding and gradients, its model)"""
+    a, _, ours = traced()
+    return a, ours
+
+
+def stored(path, given, changes=None, without=(), **metadata):
+    """The trace in a file, with some tensors changed."""
+    tensors = {name: x for name, x in {**given.tensors, **(changes or {})}.items() if name not in without}
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata={**given.metadata, **metadata})
+    return TraceFile(path)
+
+
+def require_same(given, read, names=None):
+    for name in names or given.names:
+        torch.testing.assert_close(read.read(name), given.read(name), rtol=0, atol=0)
+        if given.tensors[name].dim():
+            torch.testing.assert_close(read.rows(name, 1, 3), given.rows(name, 1, 3), rtol=0, atol=0)
+    assert diff(given, read).ok
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["B S D", "B S H K"])
+def test_heads_that_are_not_exchanged_or_not_split(given, tmp_path, merged):
+    a, _ = given
+    names = [f"layers.{n}.{part}" for n in range(2) for part in ("query", "key", "value")]
+    other = {name: a.tensors[name].transpose(1, 2) for name in names}
+    if merged:
+        other = {name: x.flatten(-2) for name, x in other.items()}
+    require_same(a, stored(tmp_path / "a.safetensors", a, other))
+
+
+def test_a_loss_with_an_axis_and_older_names(given, tmp_path):
+    a, _ = given
+    changes, without = {"loss": a.tensors["loss"].reshape(1)}, []
+    for name in a.names:
+        if name.startswith("gradient.") and "LayerNorm" in name:
+            changes[name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")] = (
+                a.tensors[name]
+            )
+            without.append(name)
+    assert without
+    require_same(a, stored(tmp_path / "a.safetensors", a, changes, without))
+
+
+def test_one_row_without_a_batch_axis(given, tmp_path):
+    _, ours = given
+    a = trace(ours, **{name: torch.tensor(x) for name, x in ROW.items()})
+    bare = {name: x[0] for name, x in a.tensors.items() if x.dim()}
+    bare["layers.0.query"] = bare["layers.0.query"].transpose(0, 1)
+    bare["layers.1.key"] = bare["layers.1.key"].transpose(0, 1).flatten(-2)
+    require_same(a, stored(tmp_path / "a.safetensors", a, bare))
+
+
+def test_packed_tokens(given, tmp_path):
+    a, ours = given
+    mask = a.tensors["attention_mask"].bool()
+    packed = {name: x[mask] for name, x in a.tensors.items() if x.shape[:2] == mask.shape and name not in INPUTS}
+    for name in ("layers.0.query", "layers.0.key"):
+        packed[name] = a.tensors[name].transpose(1, 2)[mask]
+    packed["layers.0.key"] = packed["layers.0.key"].flatten(-2)
+    assert len(packed) > 10
+    require_same(a, stored(tmp_path / "a.safetensors", a, packed))
+
+    # and with the inputs packed too, where the rows are padded on the right
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
+    labels = torch.where(mask == 1, 5, -100)
+    a = trace(ours, torch.randint(1, 99, mask.shape) * mask, mask, labels=labels)
+    mask = mask.bool()
+    packed = {name: x[mask] for name, x in a.tensors.items() if x.shape[:2] == mask.shape}
+    packed |= {"cu_seqlens": torch.tensor([0, 3, 7, 9], dtype=torch.int32)}
+    scores = ("scores", "probabilities", "query", "key", "value")
+    without = ["attention_mask", *(name for name in a.names if name.endswith(scores))]
+    read = stored(tmp_path / "b.safetensors", a, packed, without)
+    assert diff(a, read).ok
+    assert diff(a, read, ours).ok
+    with pytest.raises(ValueError, match="it must grow from 0 to 9"):
+        stored(tmp_path / "b.safetensors", a, {**packed, "cu_seqlens": torch.tensor([0, 3, 8])}, without)
+
+
+def test_logits_only_where_asked(given, tmp_path):
+    a, ours = given
+    asked = a.tensors["labels"] != -100
+    read = stored(tmp_path / "a.safetensors", a, {"logits": a.tensors["logits"][asked]})
+    for model in (None, ours):
+        assert diff(a, read, model).ok
+    wrong = a.tensors["logits"][asked] * 1.01
+    read = stored(tmp_path / "a.safetensors", a, {"logits": wrong})
+    for model in (None, ours):
+        assert diff(a, read, model).rows[-1].name == "logits"
+
+
+def test_coarser_and_finer_storage(tmp_path):
+    _, _, ours = traced(grad=False)
+    ids = {name: torch.tensor(x) for name, x in ROW.items()}
+    a = trace(ours.double(), **ids)
+    read = stored(tmp_path / "a.safetensors", a, {"loss": a.tensors["loss"].float()})
+    assert diff(a, read, ours).ok
+    a = trace(ours.bfloat16(), **ids)
+    wider = {name: x.float() for name, x in a.tensors.items() if x.is_floating_point()}
+    read = stored(tmp_path / "a.safetensors", a, wider)
+    assert (read.dtype, read.read("logits").dtype) == (torch.bfloat16, torch.float32)
+    assert diff(a, read, ours).ok
+
+
+@pytest.mark.parametrize("folder", [True, False], ids=["a folder of .npy", ".npz"])
+def test_numpy_files(given, tmp_path, folder):
+    a, ours = given
+    arrays = {name: x.numpy() for name, x in a.tensors.items()}
+    path = tmp_path / "a"
+    if folder:
+        path.mkdir()
+        for name, x in arrays.items():
+            numpy.save(path / f"{name}.npy", x)
+        (path / "metadata.json").write_text(json.dumps(a.metadata))
+    else:
+        path = tmp_path / "a.npz"
+        numpy.savez(path, metadata=json.dumps(a.metadata), **arrays)
+    read = TraceFile(path)
+    require_same(a, read)
+    assert diff(a, read, ours).ok
+
+
+def test_numpy_files_that_are_no_traces(given, tmp_path):
+    a, _ = given
+    numpy.savez(tmp_path / "a.npz", input_ids=numpy.array([None]))  # a pickle inside
+    for said in ("dtype '|O'",):
+        with pytest.raises(ValueError, match="not a whole set of numpy arrays") as error:
+            TraceFile(tmp_path / "a.npz")
+        assert said in str(error.value)
+    numpy.savez(tmp_path / "a.npz", input_ids=a.tensors["input_ids"].numpy())
+    with pytest.raises(ValueError, match="give the format None"):
+        TraceFile(tmp_path / "a.npz")
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="numpy arrays"):
+        TraceFile(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("layers.0.querys", r"layers.0.querys \(is it layers.0.query\?\)"),
+        ("layer.1.context", r"layer.1.context \(is it layers.1.context\?\)"),
+        ("embedding.sum", r"is it embeddings.sum\?"),
+        ("pooler", "no trace of this model has pooler. "),
+        ("logits\nboth right", r"logits\\nboth right"),
+    ],
+)
+def test_names_that_are_not_ours(given, tmp_path, name, words):
+    a, _ = given
+    with pytest.raises(ValueError, match=words):
+        stored(tmp_path / "a.safetensors", a, {name: torch.ones(2)})
+    assert stored(tmp_path / "b.safetensors", a, {f"extra.{name}": torch.ones(2)}).names == a.names
+
+
+def test_what_a_file_says_cannot_look_like_a_verdict(given, tmp_path, capsys):
+    a, ours = given
+    ours.save_pretrained(tmp_path / "model")
+    stored(tmp_path / "a.safetensors", a, {"loss": a.tensors["loss"] + 1}, backend="mine)\nlogits: both right\x1b[2J")
+    assert main(["diff", str(tmp_path / "a.safetensors"), "--model", str(tmp_path / "model")]) == 1
+    out = capsys.readouterr().out
+    assert "\nlogits: both right" not in out
+    assert "\x1b" not in out
+    assert r"mine)\nlogits: both right\x1b[2J" in out
+
+
+def test_a_pipe_does_not_hang(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["diff", str(tmp_path / "pipe"), str(tmp_path / "pipe")]) == 2
+    assert "is a pipe or a device" in capsys.readouterr().err
+
+
+def test_diff_with_one_trace(given, tmp_path, capsys):
+    a, ours = given
+    ours.save_pretrained(tmp_path / "model")
+    a.save(tmp_path / "a.safetensors")
+    command = ["diff", str(tmp_path / "a.safetensors")]
+    assert main([*command, "--model", str(tmp_path / "model")]) == 0
+    assert "both right for float32" in capsys.readouterr().out
+    assert main(command) == 2
+    assert "give --model, or a second trace" in capsys.readouterr().err
+
+
+def test_reports_in_markdown(given, tmp_path, capsys):
+    a, ours = given
+    ours.save_pretrained(tmp_path / "model")
+    stored(tmp_path / "a.safetensors", a, {"logits": a.tensors["logits"] * 2})
+    for command in (["diff"], ["diagnose"]):
+        words = [*command, str(tmp_path / "a.safetensors"), "--model", str(tmp_path / "model"), "--format"]
+        assert main([*words, "markdown"]) == 1
+        said = capsys.readouterr().out
+        assert "\n- " in said
+        assert "it is 2 times the right values, everywhere" in said
+        assert main([*words, "json"]) == 1
+        json.loads(capsys.readouterr().out)
+    assert main(["diff", *words[1:-1], "--format", "markdown"]) == 1
+    assert "| logits | 3 11 131 |" in capsys.readouterr().out
+    assert main(["parity", "--model", str(tmp_path / "model"), "--format", "markdown"]) == 0
+    assert "| gradients |" in capsys.readouterr().out
+
+
+def test_a_quantised_port_gets_a_report_without_a_verdict(given, tmp_path, capsys):
+    a, ours = given
+    ours.save_pretrained(tmp_path / "model")
+    for parameter in ours.parameters():
+        if parameter.dim() == 2:
+            step = parameter.detach().abs().amax(1, keepdim=True) / 127
+            parameter.data = (parameter / step).round() * step
+    inputs = {name: a.tensors[name] for name in INPUTS}
+    trace(ours, **inputs).save(tmp_path / "a.safetensors")
+    command = ["diff", str(tmp_path / "a.safetensors"), "--model", str(tmp_path / "model")]
+    assert main([*command, "--quantised"]) == 0
+    said = capsys.readouterr().out
+    assert "the product of weights that adds the most error: " in said
+    assert "the likeliest word is the same at " in said
+    assert "no verdict" in said
+    assert main(command) == 1
+    assert "--quantised" in capsys.readouterr().out  # it looks like eight bits, and says so
+    assert main([*command, "--quantised", "--format", "json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert 0 < report["divergence"] < 0.1
+    assert 0.8 < report["top1"] <= 1
+    assert main(["diff", command[1], *command[1:], "--quantised"]) == 2
+    a.tensors["logits"] = a.tensors["logits"] * 2
+    a.save(tmp_path / "b.safetensors")
+    assert main(["diff", str(tmp_path / "b.safetensors"), "--model", str(tmp_path / "model")]) == 1
+    assert "--quantised" not in capsys.readouterr().out
+
+
+def test_in_memory_names_are_still_only_noted(given):
+    a, _ = given
+    extra = Trace({**a.tensors, "mine": torch.ones(2)}, a.config, a.metadata)
+    assert any("B has mine" in note for note in diff(a, extra).notes)
