@@ -12,6 +12,8 @@ from twins import CONFIGS
 
 from minibert import BertConfig, BertForMaskedLM, FillMask, load_tokenizer, writing
 from minibert.mlm import mask_and_guess
+from minibert.score import pseudo_log_likelihood
+from minibert.study import study
 from minibert.tokenizer import as_tokenizer, from_vocabulary
 from minibert.training.tokens import token_files
 
@@ -72,6 +74,9 @@ def test_a_tokenizer_of_transformers_is_taken_everywhere(tmp_path):
     text = "The cat sat , [MASK] a cafe sat !"
     assert FillMask(model, theirs)(text) == FillMask(model, ours)(text)
     assert mask_and_guess(model, theirs, text) == mask_and_guess(model, ours, text)
+    scores = [list(pseudo_log_likelihood(model, each, ["a cat sat"])) for each in (theirs, ours)]
+    assert scores[0] == scores[1]
+    assert study(model, theirs, text).guesses == study(model, ours, text).guesses
     (tmp_path / "text.txt").write_text("\n".join([text.replace("[MASK]", "sat")] * 30))
     found = [token_files([str(tmp_path / "text.txt")], each, tmp_path / "tokens")[0] for each in (theirs, ours)]
     assert found[0].sha256 == found[1].sha256
