@@ -5,6 +5,7 @@ pieces that the vocabulary has (WordPiece; all but a word's first piece start wi
 google-research/bert, tokenization.py.
 """
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,32 @@ def load_tokenizer(
     )
     tokenizer.load_report = report  # type: ignore[attr-defined]
     return tokenizer
+
+
+def as_tokenizer(tokenizer: Any) -> Tokenizer:
+    """A tokenizers.Tokenizer as it is, or a copy of the one inside a fast tokenizer of transformers, without the
+    padding and truncation that its calls turn on. Raises TypeError for anything else.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    inside = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(inside, Tokenizer):
+        what = (
+            f"{tokenizer!r}: load_tokenizer makes one of it"
+            if isinstance(tokenizer, str | os.PathLike)
+            else (f"a {type(tokenizer).__name__}: one that is computed in Python cannot be used here")
+        )
+        raise TypeError(f"a tokenizers.Tokenizer is needed, or a fast tokenizer of transformers, not {what}")
+    copy = Tokenizer.from_str(inside.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = inside.encode_special_tokens
+    named = {role: getattr(tokenizer, f"{role}_token", None) for role in ROLES}
+    roles = {role: str(token) for role, token in named.items() if token is not None}
+    copy.load_report = TokenizerReport(  # type: ignore[attr-defined]
+        str(getattr(tokenizer, "name_or_path", "")), (), ("from transformers",), roles
+    )
+    return copy
 
 
 def _bert(found: TokenizerFiles) -> Tokenizer:
@@ -276,6 +303,32 @@ def count_ids(tokenizer: Tokenizer) -> int:
     vocabulary to a multiple of 8 or 64.
     """
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def as_files(tokenizer: Any, max_length: int) -> dict[str, str]:
+    """File name → text: what `load_tokenizer` and transformers' AutoTokenizer read as this tokenizer. max_length: the
+    positions that the model has; AutoTokenizer truncates to that, if it is asked to truncate.
+    """
+    tokenizer = as_tokenizer(tokenizer)
+    settings: dict[str, Any] = {
+        # It says that tokenizer.json holds as it stands; without it, transformers would lower the case of any text.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "split_special_tokens": tokenizer.encode_special_tokens,
+        # With these here, files of an earlier tokenizer that lie in the folder (added_tokens.json, …) are not read.
+        "added_tokens_decoder": {
+            str(number): {
+                "content": token.content,
+                **{flag: getattr(token, flag) for flag in ("lstrip", "normalized", "rstrip", "single_word", "special")},
+            }
+            for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
+        },
+    }
+    for role in ROLES:
+        if (token := own_token(tokenizer, f"[{role.upper()}]")) is not None:
+            settings[f"{role}_token"] = token
+    return {TOKENIZER: tokenizer.to_str(pretty=True), SETTINGS: json.dumps(settings, indent=2) + "\n"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts
