@@ -1,16 +1,12 @@
-"""Tensors ↔ files: a checkpoint is read into exactly the tensors that are wanted, and written whole.
+"""Files → tensors: a checkpoint is read into exactly the tensors that are wanted. (writing.py writes one.)
 
 This module knows no layer. It is told which tensors of which shape are wanted, and answers with exactly those,
 or with an error that names the file and the tensor. It opens safetensors files and never a pickle.
 """
 
-import json
-import os
-import stat
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from minibert import atomic
 from minibert.config import BertConfig
 from minibert.config_keys import defaulted_keys, ignored_keys, unknown_keys
 from minibert.files import looks_like, naming, parse_json, read_json, sha256
-from minibert.hub import CONFIG, NEXT, WEIGHTS, WeightFiles
+from minibert.hub import CONFIG, WeightFiles
 from minibert.names import HEAD, Spelling, hub_names, layers, nearest, read_names, several
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -314,67 +308,3 @@ def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.dev
     if name == "head.dense.weight":
         return torch.eye(shape[0], dtype=dtype, device=device)
     return (torch.ones if name == "head.norm.weight" else torch.zeros)(shape, dtype=dtype, device=device)
-
-
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-def write(folder: str | os.PathLike[str], config: BertConfig, state: Mapping[str, Tensor]) -> None:
-    """config.json and model.safetensors in `folder`, which is made if need be.
-
-    Raises OSError if they cannot be written. Then, and also if the process is killed, a model that was in `folder`
-    before still loads as it did. Other files in `folder` are not touched.
-    """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        hubs = hub_names(name)
-        for hub, part in zip(hubs, tensor.detach().cpu().chunk(len(hubs)), strict=True):
-            tensors[hub] = part.clone() if len(hubs) > 1 else part.contiguous()
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    values = {**config.to_dict(), "dtype": dtype}
-    try:
-        with atomic.scratch_folder(target) as scratch:
-            (scratch / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})
-            (scratch / WEIGHTS).chmod(stat.S_IMODE((scratch / CONFIG).stat().st_mode))  # save_file makes it private
-            _replace_model(scratch, target, values)
-    except SafetensorError as error:  # a full disk, for one
-        raise OSError(f"{target / WEIGHTS}: could not be written: {error}") from error
-
-
-def _replace_model(scratch: Path, target: Path, values: dict[str, Any]) -> None:
-    """Move the two files of a model from `scratch` to `target`, as if it were one step.
-
-    A file is renamed in one step, but there are two of them, and the weights of one model with the configuration of
-    another may even load. If `target` has this very configuration, only the weights are replaced. If it has none, it
-    comes last: without it, nobody takes `target` for a model. If it has another, the new one is first put beside it as
-    NEXT, with the SHA-256 of the weights that it belongs to; `hub.read_config` reads it there once they are in place.
-    """
-    old = (target / CONFIG).read_bytes() if (target / CONFIG).is_file() else None
-    names = [WEIGHTS] if old == (scratch / CONFIG).read_bytes() else [WEIGHTS, CONFIG]
-    journal = old is not None and len(names) == 2
-    if journal:
-        belongs = {"weights_sha256": sha256(scratch / WEIGHTS), "config": values}
-        (scratch / NEXT).write_text(json.dumps(belongs), encoding="utf-8")
-    atomic.to_disk(scratch)
-    before, had_weights = scratch / "before", (target / WEIGHTS).exists()
-    if journal:
-        with suppress(OSError):  # a file system without second names: then NEXT has to do alone
-            os.link(target / WEIGHTS, before)
-        os.replace(scratch / NEXT, target / NEXT)
-    try:
-        for name in names:
-            os.replace(scratch / name, target / name)
-    except BaseException:
-        if before.exists():
-            os.replace(before, target / WEIGHTS)
-        elif not had_weights:
-            (target / WEIGHTS).unlink(missing_ok=True)
-        else:
-            raise  # NEXT stays, and says which configuration belongs to the weights that are there now
-        (target / NEXT).unlink(missing_ok=True)
-        raise
-    (target / NEXT).unlink(missing_ok=True)
-    atomic.to_disk(target, files=False)

@@ -3,7 +3,7 @@
 The rest of the package can then take its input for granted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
 import torch
@@ -16,25 +16,71 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TAKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
 # What transformers' tokenizers give, and what no model reads.
 FROM_TOKENIZERS = ("special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
-# What transformers' call takes and this one does not, and what does the same here.
+# What functions of transformers take and those of the same name here do not, and what does the same here. None is what
+# may be given as None, or as the value that holds here anyway.
+DECODERS = "that is for decoders, and BERT is an encoder"
+SAFE = "the only files are safetensors, each read and written whole"
 INSTEAD = {
     "inputs_embeds": "put the vectors there with a forward hook on model.embeddings.word",
     "head_mask": "set the head's columns in layers[N].attention.output.weight to 0",
-    "encoder_hidden_states": "that is for decoders, and BERT is an encoder",
-    "encoder_attention_mask": "that is for decoders, and BERT is an encoder",
-    "past_key_values": "that is for decoders, and BERT is an encoder",
-    "use_cache": "that is for decoders, and BERT is an encoder",
+    "encoder_hidden_states": DECODERS,
+    "encoder_attention_mask": DECODERS,
+    "past_key_values": DECODERS,
+    "use_cache": DECODERS,
+    "low_cpu_mem_usage": "the weights are held once in any case",
     "next_sentence_label": "that is of the next-sentence head, which this model does not have",
+    "num_items_in_batch": "the loss is a mean: scale it yourself, or set accepts_loss_kwargs = False for the Trainer",
+    # from_pretrained
+    "config": "the sizes come from the checkpoint's config.json; for an untrained model, BertForMaskedLM(config)",
+    "device_map": 'give device="cuda"; the model is not cut into parts',
+    "attn_implementation": "the fastest is chosen for each batch; minibert.kernels.use_kernel(…) forces one",
+    "quantization_config": "prepare_for_inference(model, dtype=torch.bfloat16) makes it smaller and faster",
+    "load_in_8bit": "prepare_for_inference(model, dtype=torch.bfloat16) makes it smaller and faster",
+    "load_in_4bit": "prepare_for_inference(model, dtype=torch.bfloat16) makes it smaller and faster",
+    "trust_remote_code": "no code of a checkpoint is ever run",
+    "token": "set HF_TOKEN, or log in with `hf auth login`",
+    "use_auth_token": "set HF_TOKEN, or log in with `hf auth login`",
+    "cache_dir": "set HF_HUB_CACHE",
+    "force_download": "delete the checkpoint in the cache: `hf cache rm`",
+    "output_loading_info": "model.load_report says what was read",
+    "ignore_mismatched_sizes": "a tensor of another size belongs to another model",
+    "from_tf": "convert it first, with the program that wrote it: only safetensors are read",
+    "from_flax": "convert it first, with the program that wrote it: only safetensors are read",
+    "subfolder": "give the folder itself",
+    "variant": "only model.safetensors is read",
+    # save_pretrained
+    "max_shard_size": "one file is written",
+    "push_to_hub": "save to a folder, and upload that: `hf upload owner/name folder`",
+}
+# May be given, with the value that holds here anyway.
+HOLDS = {
+    "trust_remote_code": False,
+    "low_cpu_mem_usage": True,
+    "use_safetensors": True,
+    "safe_serialization": True,
+    "push_to_hub": False,
+    "force_download": False,
+    "ignore_mismatched_sizes": False,
+    "output_loading_info": False,
+    "load_in_8bit": False,
+    "load_in_4bit": False,
 }
 
 
-def refuse_others(others: Mapping[str, object]) -> None:
-    """Raise TypeError, as Python does, for an argument that the padded call does not have, and say what to use."""
+def refuse_others(others: Mapping[str, object], taken: Sequence[str] = TAKEN, what: str = "the model") -> None:
+    """Raise TypeError, as Python does, for an argument that a function does not have, and say what to use. `taken` are
+    those that it has. What a tokenizer gives to the model may be passed on to it.
+    """
     for name, value in others.items():
-        if name not in FROM_TOKENIZERS and not (name in INSTEAD and value is None):
-            like = get_close_matches(name, TAKEN, 1)
-            hint = INSTEAD.get(name) or (f"did you mean {like[0]}?" if like else "its docstring lists what it takes")
-            raise TypeError(f"the model takes no argument {name!r}: {hint}")
+        if (name in FROM_TOKENIZERS and taken is TAKEN) or (name in INSTEAD and value is None):
+            continue
+        if taken is not TAKEN and name in HOLDS:
+            if value is HOLDS[name]:
+                continue
+            raise TypeError(f"{what} has {name}={HOLDS[name]} only, not {value!r}: {INSTEAD.get(name, SAFE)}")
+        like = get_close_matches(name, taken, 1)
+        hint = INSTEAD.get(name) or (f"did you mean {like[0]}?" if like else "its docstring lists what it takes")
+        raise TypeError(f"{what} takes no argument {name!r}: {hint}")
 
 
 def require_tensors(**given: object) -> None:

@@ -42,19 +42,39 @@ NULL_IS_FIXED = FIXED_KEYS.keys() - {"model_type", "tie_word_embeddings"}
 
 # Keys of models that call themselves BERT and compute something else, often without a tensor that would show it. With a
 # value that switches it off (null, false, 0, nothing in it) they change nothing.
-OTHER_MODELS = re.compile(
-    r"""quantization_config | compression_config                        # weights that are stored as whole numbers
-    | rope_.* | rotary_.* | use_rotary.* | .*alibi.* | relative_attention.* | max_relative_positions  # positions
-    | pre_?norm | norm_first | normalize_before | layer_norm_first | use_pre_layer_norm | use_rms_?norm | norm_type
-    | feed_forward_type | use_glu.* | .*swiglu.* | hidden_mlp_type | mlp_type
-    | layer_types | mlp_layer_types | per_layer_config | sliding_window | attention_window
-    | attention_type | num_random_blocks | num_key_value_heads | num_kv_heads
-    | embed_scale | scale_embedding | embedding_multiplier | residual_multiplier | logits_scaling | logit_scale
-    | .*softcapping | attention_scale | softmax_scale | qk_norm | qk_layernorm
-    | num_hidden_groups | inner_group_num | share_layers | share_.*_layers   # ALBERT: one layer, many times
-    | use_bottleneck | true_hidden_size | num_feedforward_networks           # MobileBERT
-    | pre_seq_len | prefix_projection | num_experts | num_local_experts | moe_.*""",
-    re.VERBOSE,
+OTHER_MODELS = tuple(
+    (re.compile("|".join(keys.split())), what)
+    for keys, what in (
+        ("quantization_config compression_config", "its weights are quantised, and minibert reads floats"),
+        (
+            "rope_.* rotary_.* use_rotary.* .*alibi.* relative_attention.* max_relative_positions",
+            "it has other positions than BERT's, which are added to the embeddings",
+        ),
+        (
+            "pre_?norm norm_first normalize_before layer_norm_first use_pre_layer_norm use_rms_?norm norm_type",
+            "it normalises elsewhere than BERT, or in another way",
+        ),
+        ("feed_forward_type use_glu.* .*swiglu.* hidden_mlp_type mlp_type", "it has another feed-forward than BERT's"),
+        (
+            "sliding_window attention_window attention_type num_random_blocks num_key_value_heads num_kv_heads",
+            "not every token attends to every other one with a key of its own, as in BERT",
+        ),
+        (
+            "embed_scale scale_embedding embedding_multiplier residual_multiplier logits_scaling logit_scale"
+            " .*softcapping attention_scale softmax_scale qk_norm qk_layernorm",
+            "it scales what BERT does not",
+        ),
+        (
+            "num_hidden_groups inner_group_num share_layers share_.*_layers layer_types mlp_layer_types"
+            " per_layer_config",
+            "its layers are not all alike, or not each one's own, as in BERT",
+        ),
+        (
+            "use_bottleneck true_hidden_size num_feedforward_networks pre_seq_len prefix_projection num_experts"
+            " num_local_experts moe_.*",
+            "it has parts that BERT does not have",
+        ),
+    )
 )
 
 # Keys that real config.json files carry and that change no number of the masked language model: bookkeeping,
@@ -93,10 +113,9 @@ def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
                 f"{key} is {value!r}, and minibert computes only {wanted!r}: this checkpoint is another architecture"
             )
     for key, value in values.items():
-        if OTHER_MODELS.fullmatch(key) and value and key not in OWN_KEYS:
+        if value and key not in OWN_KEYS and (what := other_model(key)):
             raise ValueError(
-                f"{key} is {value!r}: this is not the BERT of the paper, and minibert computes only that. If you know "
-                "that the key changes nothing here, take it out of config.json"
+                f"{key} is {value!r}: {what}. If you know that the key changes nothing here, take it out of config.json"
             )
     own_code = values.get("auto_map")
     if isinstance(own_code, dict) and (models := [key for key in own_code if key.startswith("AutoModel")]):
@@ -107,6 +126,11 @@ def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(own.get("hidden_act"), str):
         own["hidden_act"] = ACTIVATION_NAMES.get(own["hidden_act"], own["hidden_act"])
     return own
+
+
+def other_model(key: str) -> str:
+    """What a model with this key does that BERT does not; "" if the key is not of OTHER_MODELS."""
+    return next((what for pattern, what in OTHER_MODELS if pattern.fullmatch(key)), "")
 
 
 def ignored_keys(values: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 import torch
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str | torch.device) -> torch.device:
     """The device with this name: "cpu", "cuda", "cuda:1", …
 
     Raises ValueError, naming what there is, if torch knows no such device or this machine has none.
@@ -15,6 +15,6 @@ def find_device(name: str) -> torch.device:
         gpus = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "no cuda"
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"--device {name} cannot be used here, where there is cpu and {gpus} ({reason}). --device cpu is everywhere"
+            f"the device {name} cannot be used here, where there is cpu and {gpus} ({reason}). cpu is everywhere"
         ) from error
     return device

@@ -12,7 +12,7 @@ from minibert import checks
 from minibert.batching import BATCH_TOKENS, batches_by_length
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
-from minibert.tokenizer import encode, own_mask, own_token, require_id
+from minibert.tokenizer import as_tokenizer, encode, own_mask, own_token, require_id
 
 WINDOW = 1024  # texts that are sorted by length together
 
@@ -25,7 +25,8 @@ class FillMask:
     random, so there a question is a ValueError.
     """
 
-    def __init__(self, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: BertForMaskedLM, tokenizer: Any) -> None:
+        tokenizer = as_tokenizer(tokenizer)
         self.model = model
         self.tokenizer = tokenizer
         self.mask_id = require_id(tokenizer, "[MASK]")

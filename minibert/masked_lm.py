@@ -4,25 +4,33 @@ What is computed is in model.py. Here is what surrounds it in a user's program, 
 BertForMaskedLM.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minibert import checkpoint, checks, hub
+from minibert import checkpoint, checks, hub, state_dicts, writing
 from minibert.attention import equation_1, formula
 from minibert.checkpoint import LoadReport
 from minibert.config import BertConfig
+from minibert.devices import find_device
 from minibert.files import naming
 from minibert.loss import masked_lm_loss
 from minibert.model import Bert, EncoderLayer
 from minibert.output import MaskedLMOutput
 from minibert.packing import PackedBatch
+from minibert.recomputing import is_recomputing, set_recomputing
 from minibert.shapes import shapes_only
+from minibert.tokenizer import as_files
 from minibert.tracing import Rectangle, being_traced, rectangle
+
+# What from_pretrained and save_pretrained take.
+LOADING = ("dtype", "torch_dtype", "device", "revision", "local_files_only", "init_missing_head")
+SAVING = ("tokenizer", "state_dict", "is_main_process", "save_function")
 
 
 class BertForMaskedLM(Bert):
@@ -34,6 +42,16 @@ class BertForMaskedLM(Bert):
     """
 
     load_report: LoadReport | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.embeddings.word.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its numbers."""
+        return self.embeddings.word.weight.dtype
 
     def forward(
         self,
@@ -162,6 +180,7 @@ class BertForMaskedLM(Bert):
         revision: str | None = None,
         local_files_only: bool = False,
         init_missing_head: bool = False,
+        **others: object,
     ) -> "BertForMaskedLM":
         """A checkpoint as a model, in evaluation mode (`model.train()` turns dropout on). `model.load_report`
         tells what was read.
@@ -175,6 +194,8 @@ class BertForMaskedLM(Bert):
 
         Raises ValueError for a file that is not exactly this model, FileNotFoundError for one that is not there.
         """
+        checks.refuse_others(others, LOADING, "from_pretrained")
+        device = None if device is None else find_device(device)
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype is {dtype!r} and torch_dtype {torch_dtype!r}: give one of the two")
         source = hub.locate(name_or_path, revision=revision, local_files_only=local_files_only)
@@ -196,8 +217,84 @@ class BertForMaskedLM(Bert):
         model.load_report = report
         return model.eval()
 
-    def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write config.json and model.safetensors, under the names that transformers (and `from_pretrained`)
-        reads.
+    def save_pretrained(
+        self,
+        folder: str | PathLike[str],
+        *,
+        tokenizer: Any = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        save_function: object = None,
+        **others: object,
+    ) -> None:
+        """Write config.json and model.safetensors, under the names that transformers (and `from_pretrained`) reads.
+
+        tokenizer: a tokenizers.Tokenizer, or a fast tokenizer of transformers, to be written beside them, for
+        `load_tokenizer` and AutoTokenizer. The others are those of accelerate. state_dict: write these tensors, and not
+        the model's own, which may be spread over several processes. is_main_process: another one writes nothing.
+        save_function: has no effect, as in transformers, where it does not write safetensors either.
+
+        Raises ValueError if the tensors are not those of a model of this size, OSError if they cannot be written.
         """
-        checkpoint.write(folder, self.config, self.state_dict())
+        checks.refuse_others(others, SAVING, "save_pretrained")
+        if not is_main_process:
+            return
+        with shapes_only():
+            wanted = Bert(self.config).state_dict()
+        state = self.state_dict() if state_dict is None else state_dict
+        state_dicts.require_state(state, wanted)
+        files = None if tokenizer is None else as_files(tokenizer, self.config.max_position_embeddings)
+        writing.write(folder, self.config, state, files)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch. For tensors under transformers' names there is `minibert.state_dicts.from_transformers`."""
+        state_dicts.refuse_transformers(state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """How many numbers the model has learned; or how many of them still learn."""
+        return sum(x.numel() for x in self.parameters() if x.requires_grad or not only_trainable)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The vectors of the words, which the head also compares its answer with."""
+        return self.embeddings.word
+
+    def resize_token_embeddings(self, new_num_tokens: int) -> nn.Embedding:
+        """Give the model a vocabulary of so many tokens. New ones start as the mean of the old ones, so that they are
+        no likelier than others (Hewitt 2021); fewer cuts off the last ones. The weights become new tensors, so make the
+        optimizer after this.
+
+        Raises ValueError if pad_token_id would be cut off.
+        """
+        config = replace(self.config, vocab_size=new_num_tokens)
+        word, head = self.embeddings.word, self.head
+        word.weight, head.bias = resized(word.weight, new_num_tokens), resized(head.bias, new_num_tokens)
+        word.num_embeddings = new_num_tokens
+        self.config = config
+        return word
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """From now on, in training, each layer keeps only what it read, and is computed again for the gradient: a third
+        more time, and far less memory (recomputing.py). It is done as with {"use_reentrant": False}.
+        """
+        if dict(gradient_checkpointing_kwargs or {}) not in ({}, {"use_reentrant": False}):
+            raise ValueError(
+                f"gradient_checkpointing_kwargs is {gradient_checkpointing_kwargs}, and {{'use_reentrant': False}} is "
+                "what there is: leave it out"
+            )
+        set_recomputing(self.layers, True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The opposite."""
+        set_recomputing(self.layers, False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return is_recomputing(self.layers)
+
+
+def resized(tensor: Tensor, length: int) -> nn.Parameter:
+    """The tensor with another first dimension: cut, or filled up with the mean of its rows."""
+    old = tensor.detach()
+    new = old.mean(0, dtype=torch.float32).to(old.dtype).expand(max(0, length - len(old)), *old.shape[1:])
+    return nn.Parameter(torch.cat([old[:length], new]), requires_grad=tensor.requires_grad)

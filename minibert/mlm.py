@@ -19,7 +19,7 @@ from minibert.loss import IGNORE, masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import MaskedTokens, Outcome, mask_tokens
 from minibert.packing import PackedBatch
-from minibert.tokenizer import count_ids, encode, own_mask, require_id, special_ids
+from minibert.tokenizer import as_tokenizer, count_ids, encode, own_mask, require_id, special_ids
 
 RECIPES = ("bert", "plain", "whole-word")
 SCORES = ("masked", "all")
@@ -98,6 +98,7 @@ def mask_and_guess(
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
     checks.require_no_dropout(model)
+    tokenizer = as_tokenizer(tokenizer)
     encoding = _encode(model, tokenizer, text, truncate)
     ids = torch.tensor(encoding.ids)  # (S,)
     own = ids == require_id(tokenizer, "[MASK]")  # (S,)

@@ -33,7 +33,7 @@ from minibert import checks
 from minibert.batching import BATCH_TOKENS, batches_by_length
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
-from minibert.tokenizer import count_ids, encode, own_mask, own_token, require_id, special_ids
+from minibert.tokenizer import as_tokenizer, count_ids, encode, own_mask, own_token, require_id, special_ids
 
 WITHIN_WORD = ("l2r", "original")
 WINDOW = 256  # texts whose copies are sorted by length together
@@ -109,6 +109,7 @@ def pseudo_log_likelihood(
         raise ValueError(f"texts must be several texts, not {texts[:60]!r} alone: put it into a list")
     if within_word not in WITHIN_WORD:
         raise ValueError(f"within_word must be one of {', '.join(WITHIN_WORD)}, not {within_word!r}")
+    tokenizer = as_tokenizer(tokenizer)
     checks.require_no_dropout(model)
     checks.require_vocabulary(count_ids(tokenizer), model.config)
     return Scorer(model, tokenizer, within_word, given, truncate).stream(texts)

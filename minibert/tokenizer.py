@@ -5,6 +5,7 @@ pieces that the vocabulary has (WordPiece; all but a word's first piece start wi
 google-research/bert, tokenization.py.
 """
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,32 @@ def load_tokenizer(
     return tokenizer
 
 
+def as_tokenizer(tokenizer: Any) -> Tokenizer:
+    """A tokenizers.Tokenizer as it is, or a copy of the one inside a fast tokenizer of transformers, without the
+    padding and truncation that its calls turn on. Raises TypeError for anything else.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    inside = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(inside, Tokenizer):
+        what = (
+            f"{tokenizer!r}: load_tokenizer makes one of it"
+            if isinstance(tokenizer, str | os.PathLike)
+            else (f"a {type(tokenizer).__name__}: one that is computed in Python cannot be used here")
+        )
+        raise TypeError(f"a tokenizers.Tokenizer is needed, or a fast tokenizer of transformers, not {what}")
+    copy = Tokenizer.from_str(inside.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = inside.encode_special_tokens
+    named = {role: getattr(tokenizer, f"{role}_token", None) for role in ROLES}
+    roles = {role: str(token) for role, token in named.items() if token is not None}
+    copy.load_report = TokenizerReport(  # type: ignore[attr-defined]
+        str(getattr(tokenizer, "name_or_path", "")), (), ("from transformers",), roles
+    )
+    return copy
+
+
 def _bert(found: TokenizerFiles) -> Tokenizer:
     """BERT's tokenizer, from a vocabulary and settings."""
     vocabulary = found.vocabulary
@@ -110,11 +137,8 @@ def from_vocabulary(
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
+    _require_roles(tokenizer, roles, added or {})
     _add_tokens(tokenizer, added or {}, list(roles.values()), extra_tokens(settings))
-    for role in ROLES:
-        if tokenizer.token_to_id(content[role]) is None:
-            size = len(vocabulary)
-            raise ValueError(f"the {role}_token {content[role]!r} is not in the vocabulary of {size} tokens")
     cls, sep = content["cls"], content["sep"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
@@ -136,11 +160,9 @@ def _as_it_stands(found: TokenizerFiles) -> Tokenizer:
     tokenizer.no_padding()
     _require_template(tokenizer, found.whole.get("post_processor"))
     missing = {number: token for number, token in found.added.items() if tokenizer.token_to_id(token.content) is None}
-    named = list(special_tokens(found.settings).items())
-    for role, token in named:
-        if role in ROLES and tokenizer.token_to_id(token.content) is None and token.content not in map(str, missing):
-            raise ValueError(f"the {role}_token {token.content!r} is not in the vocabulary")
-    _add_tokens(tokenizer, missing, [token for _, token in named], extra_tokens(found.settings))
+    named = special_tokens(found.settings)
+    _require_roles(tokenizer, named, missing)
+    _add_tokens(tokenizer, missing, list(named.values()), extra_tokens(found.settings))
     if "split_special_tokens" in found.settings:
         tokenizer.encode_special_tokens = found.settings["split_special_tokens"]
     tokenizer.decode(tokenizer.encode("a", "b").ids)  # what the library does not find when it reads, it finds here
@@ -171,11 +193,20 @@ def _require_template(tokenizer: Tokenizer, post_processor: Any) -> None:
             )
 
 
+def _require_roles(tokenizer: Tokenizer, named: Mapping[str, AddedToken], added: Mapping[int, AddedToken]) -> None:
+    """Raise ValueError if the mask token, or another one that BERT needs, is neither in the vocabulary nor added."""
+    more = {token.content for token in added.values()}
+    for role, token in named.items():
+        if role in ROLES and token.content not in more and tokenizer.token_to_id(token.content) is None:
+            size = tokenizer.get_vocab_size()
+            raise ValueError(f"the {role}_token {token.content!r} is not in the vocabulary of {size} tokens")
+
+
 def _add_tokens(
     tokenizer: Tokenizer, added: Mapping[int, AddedToken], named: Sequence[AddedToken], extra: Sequence[str]
 ) -> None:
     """Tokens that are never cut: those in `added` with their ids, then the special ones. A token that is in the
-    vocabulary keeps its id there. Special tokens that have a role must be there already.
+    vocabulary keeps its id there; others get the next ones.
     """
     tokenizer.add_tokens([added[number] for number in sorted(added)])
     for number, token in added.items():
@@ -185,9 +216,8 @@ def _add_tokens(
                 f"{tokenizer.get_vocab_size()} tokens with it, and added ones follow without a gap"
             )
     there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    known = [token for token in named if tokenizer.token_to_id(token.content) is not None]
-    more = [*known, *(AddedToken(text, special=True) for text in extra)]
-    tokenizer.add_special_tokens([token for token in more if token.content not in there])
+    special = [*named, *(AddedToken(text, special=True) for text in extra)]
+    tokenizer.add_special_tokens([token for token in special if token.content not in there])
 
 
 def _notes(found: TokenizerFiles) -> list[str]:
@@ -273,6 +303,32 @@ def count_ids(tokenizer: Tokenizer) -> int:
     vocabulary to a multiple of 8 or 64.
     """
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def as_files(tokenizer: Any, max_length: int) -> dict[str, str]:
+    """File name → text: what `load_tokenizer` and transformers' AutoTokenizer read as this tokenizer. max_length: the
+    positions that the model has; AutoTokenizer truncates to that, if it is asked to truncate.
+    """
+    tokenizer = as_tokenizer(tokenizer)
+    settings: dict[str, Any] = {
+        # It says that tokenizer.json holds as it stands; without it, transformers would lower the case of any text.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "split_special_tokens": tokenizer.encode_special_tokens,
+        # With these here, files of an earlier tokenizer that lie in the folder (added_tokens.json, …) are not read.
+        "added_tokens_decoder": {
+            str(number): {
+                "content": token.content,
+                **{flag: getattr(token, flag) for flag in ("lstrip", "normalized", "rstrip", "single_word", "special")},
+            }
+            for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
+        },
+    }
+    for role in ROLES:
+        if (token := own_token(tokenizer, f"[{role.upper()}]")) is not None:
+            settings[f"{role}_token"] = token
+    return {TOKENIZER: tokenizer.to_str(pretty=True), SETTINGS: json.dumps(settings, indent=2) + "\n"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts

@@ -15,13 +15,14 @@ PACKAGE = Path(minibert.__file__).parent
 # Each room may import those in the lines above its own. Rooms in one line do not import each other.
 LEVELS = """
     atomic files names config_keys devices memory tracing output shapes
-    hub loss
+    hub loss state_dicts
     config
-    checks checkpoint tokenizer_files
+    checks checkpoint writing tokenizer_files
     masking packing tokenizer
     attention
     kernels
     model
+    recomputing
     masked_lm
     batching
     fill_mask mlm score inference.fixed inference.onednn inference.cuda_graphs

@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from minibert import BertForMaskedLM, load_tokenizer
+    from minibert.tokenizer import TokenizerReport
 
     model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
     report = model.load_report
@@ -32,6 +33,8 @@ def run(options: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(options.model, revision=options.revision).load_report  # type: ignore[attr-defined]
     except FileNotFoundError:
         tokenizer = None
+    except ValueError as error:  # such as one for Japanese: the model can be used all the same
+        tokenizer = TokenizerReport(options.model, (), (f"it cannot be read: {error}",))
     parts = {"embeddings": model.embeddings, "encoder layers": model.layers, "masked-language-model head": model.head}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     counts["total"] = sum(p.numel() for p in model.parameters())

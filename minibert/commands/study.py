@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minibert.commands.options import DEFAULT_MODEL, add_json, add_model, add_truncate, names
@@ -70,7 +71,7 @@ def study_of_text(options: argparse.Namespace) -> "Study":
         None if options.targets is None else names(options.targets),
         truncate=options.truncate,
         progress=sys.stderr.isatty(),
-        name=name,
+        name=Path(name).resolve().name if Path(name).is_dir() else name,  # a page that is sent tells no folder
     )
 
 

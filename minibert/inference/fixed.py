@@ -35,6 +35,12 @@ class Fixed(nn.Module):
         """What the padded call goes through while a program is recorded."""
         raise ValueError(f"{PREPARED} cannot be recorded: export or trace the one it was made from")
 
+    def resize_token_embeddings(self, *arguments: Any, **settings: Any) -> NoReturn:
+        raise ValueError(f"{PREPARED} keeps its size: resize the one it was made from, and prepare that")
+
+    def gradient_checkpointing_enable(self, *arguments: Any, **settings: Any) -> NoReturn:
+        raise ValueError(f"{PREPARED} cannot be trained: train the one it was made from")
+
     def save_pretrained(self, *arguments: Any, **settings: Any) -> NoReturn:
         raise ValueError(f"{PREPARED} cannot be saved: save the one it was made from")
 

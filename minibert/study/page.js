@@ -155,7 +155,7 @@ function drawReading() {
     "data-token": place, class: [joined(place) && "inside", joined(place + 1) && "held"].filter(Boolean).join(" "),
     onclick: () => chooseToken(place),
   },
-  number(String(place)), make("td", {}, piece(place)), number(String(reading.ids[place])), number(String(reading.segments[place])),
+  number(String(reading.positions[place])), make("td", {}, piece(place)), number(String(reading.ids[place])), number(String(reading.segments[place])),
   kinds.length ? make("td", { class: "wide", title: kinds.map((kind) => `${kind} ${percent(data.shares[kind][place])}`).join(", ") },
     bar(kinds.map((kind) => [data.shares[kind][place], kind]))) : null,
   kinds.length ? number(percent(data.shares.word[place])) : null));
@@ -167,7 +167,11 @@ function drawReading() {
   body("reading").replaceChildren(kinds.length ? legend : why("shares"), tokens);
 }
 
-const why = (view) => make("p", { class: "note" }, `Not here: ${data.left_out[view]}.`);
+// A view that is left out says why, instead of what to look for.
+function why(view) {
+  document.getElementById(view === "shares" ? "reading" : view).classList.add("absent");
+  return make("p", { class: "note" }, `Not here: ${data.left_out[view]}.`);
+}
 
 // Rank against step, both for the answer and for the words that are followed. The best rank is at the top.
 function rankChart(one) {

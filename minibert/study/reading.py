@@ -16,8 +16,9 @@ from minibert.tokenizer import own_mask, require_id
 
 @dataclass(frozen=True)
 class Reading:
-    """S tokens. `words` counts the words of text and pair together; it is None for added tokens. `masks` are the places
-    where the model is asked. `filling` is the text around them: len(masks) + 1 strings.
+    """S tokens. `positions` count from 0; after padding on the left of a trace they start later. `words` counts the
+    words of text and pair together; it is None for added tokens. `masks` are the places where the model is asked.
+    `filling` is the text around them: len(masks) + 1 strings.
     """
 
     text: str | None
@@ -25,6 +26,7 @@ class Reading:
     pieces: list[str]
     ids: list[int]
     segments: list[int]
+    positions: list[int]
     words: list[int | None]
     added: list[bool]
     masks: list[int]
@@ -81,6 +83,7 @@ def read_text(
         pieces=list(encoding.tokens),
         ids=list(encoding.ids),
         segments=list(encoding.type_ids),
+        positions=list(range(len(encoding.ids))),
         words=words,
         added=[bool(added) for added in encoding.special_tokens_mask],
         masks=masks,
@@ -88,7 +91,13 @@ def read_text(
     )
 
 
-def read_ids(ids: Sequence[int], segments: Sequence[int], asked: Sequence[int], tokenizer: Tokenizer | None) -> Reading:
+def read_ids(
+    ids: Sequence[int],
+    segments: Sequence[int],
+    positions: Sequence[int],
+    asked: Sequence[int],
+    tokenizer: Tokenizer | None,
+) -> Reading:
     """The tokens of a trace. Without a tokenizer a piece is its id, and each token a word of its own.
 
     asked: the places where the trace asks. The model is also asked at its mask tokens.
@@ -120,6 +129,7 @@ def read_ids(ids: Sequence[int], segments: Sequence[int], asked: Sequence[int], 
         pieces=pieces,
         ids=list(ids),
         segments=list(segments),
+        positions=list(positions),
         words=words,
         added=[token in added for token in ids],
         masks=masks,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from minibert.study.says import says
 from minibert.study.text import to_text
 from minibert.study.vocabulary import Vocabulary
 from minibert.study.words import influence, neighbours
+from minibert.tokenizer import as_tokenizer
 from minibert.trace.files import Trace
 from minibert.trace.recorder import trace
 
@@ -78,6 +80,7 @@ def study(
     training mode, and weights that are not finite.
     """
     checks.require_no_dropout(model)
+    tokenizer = as_tokenizer(tokenizer)
     vocabulary = Vocabulary(tokenizer, model.config)
     reading = read_text(tokenizer, model.config, text, pair, truncate=truncate)
     given = torch.tensor([reading.ids]), None, torch.tensor([reading.segments])  # no mask: every token is there
@@ -128,11 +131,12 @@ def study_trace(
         raise ValueError(f"{recorded.name} is of another model: its {key} is {theirs[key]}, the model's {mine[key]}")
     if targets is not None and tokenizer is None:
         raise ValueError("words can be followed only where a model's tokenizer is given")
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     vocabulary = Vocabulary(tokenizer, recorded.config)
     chosen = Row(recorded, row)
-    reading = read_ids(chosen.ids, chosen.segments, chosen.asked, tokenizer)
+    reading = read_ids(chosen.ids, chosen.segments, chosen.positions, chosen.asked, tokenizer)
     followed = [] if targets is None or tokenizer is None else target_ids(tokenizer, targets)
-    title = name or recorded.title
+    title = name or recorded.title.replace(recorded.name, Path(recorded.name).name)  # a page tells no folder
     return _study(chosen, reading, model, vocabulary, top_k, followed, title)
 
 

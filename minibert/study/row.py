@@ -21,6 +21,7 @@ class Row:
         if not len(self.kept):
             raise ValueError(f"text {number} of {trace.name} is padding alone")
         self.ids: list[int] = inputs.input_ids[number, self.kept].tolist()
+        self.positions: list[int] = self.kept.tolist()
         self.segments: list[int] = inputs.token_type_ids[number, self.kept].tolist()
         # The model is asked where a label is another token than the one that stands there.
         labels = self.ids if inputs.labels is None else inputs.labels[number, self.kept].tolist()

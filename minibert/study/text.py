@@ -55,7 +55,7 @@ def _reading(facts: Facts) -> Iterator[str]:
     yield "    #  piece           id      segment" + "  word  position  segment" * bool(facts.shares)
     for place, piece in enumerate(reading.pieces):
         parts = [percent(values[place]) for values in facts.shares.values()]
-        row = f"  {place:>3}  {piece:<14} {reading.ids[place]:>6}  {reading.segments[place]:>7}"
+        row = f"  {reading.positions[place]:>3}  {piece:<14} {reading.ids[place]:>6}  {reading.segments[place]:>7}"
         yield row + "".join(f"{part:>{width}}" for part, width in zip(parts, (6, 10, 9), strict=False))
 
 

@@ -73,7 +73,9 @@ def answers(
 
 def sum_shares(row: Row, model: BertForMaskedLM) -> dict[str, list[float]]:
     """What word, position and segment give to each sum. Empty if the trace's sums are not this model's."""
-    batch = PackedBatch.from_lists([row.ids], [row.segments], device=_device(model))
+    given = (torch.tensor([numbers], device=_device(model)) for numbers in (row.ids, row.segments, row.positions))
+    ids, segments, positions = given
+    batch = PackedBatch.from_padded(ids, None, segments, positions)
     parts = [part.float().cpu() for part in embedding_parts(model, batch)]
     if row.has("embeddings.sum"):
         recorded, total = row.read("embeddings.sum"), sum(parts[1:], parts[0])

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from minibert.loss import masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import example_generator
+from minibert.tokenizer import as_tokenizer
 from minibert.training.data import masked_rows
 from minibert.training.ranks import ALONE, Ranks
 from minibert.training.tokens import TokenFile
@@ -30,6 +31,7 @@ def evaluate(
     together under "all". Of each file the first `lines` are taken, one line a row, masked by BERT's recipe. Where
     nothing is masked, loss and accuracy are None. The ranks share the work.
     """
+    tokenizer = as_tokenizer(tokenizer)
     device = model.embeddings.word.weight.device
     sums: dict[str, list[float]] = {}  # loss, right answers, masked tokens
     for file in files:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from minibert.masked_lm import BertForMaskedLM
-from minibert.tokenizer import count_ids, require_id
+from minibert.tokenizer import as_tokenizer, count_ids, require_id
 from minibert.training import saving
 from minibert.training.batches import shares
 from minibert.training.data import Corpus
@@ -43,6 +43,7 @@ def train_steps(
     before the weights are touched, if the loss or the gradient is not a number any more; OSError if a file cannot be
     written. After an error the last checkpoint stands.
     """
+    tokenizer = as_tokenizer(tokenizer)
     require_fit(model, tokenizer, settings)
     corpus = Corpus(
         files,

@@ -32,13 +32,10 @@ from minibert.checkpoint import read_header
 from minibert.files import read_json
 from minibert.hub import CONFIG
 from minibert.masked_lm import BertForMaskedLM
-from minibert.tokenizer import own_token
-from minibert.tokenizer_files import SETTINGS, TOKENIZER
 from minibert.training.locks import locked
 
 RUN, METRICS, LOCK = "run.json", "metrics.jsonl", ".lock"
 OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"
-SPECIAL = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
 
 
 @dataclass
@@ -179,7 +176,7 @@ def save_checkpoint(
     }
     stands = f"; {before[-1]} stands, go on from it with --resume" if before else ""
     with _told(folder, stands), whole_folder(folder) as new:
-        _write_model(new, model, tokenizer)
+        model.save_pretrained(new, tokenizer=tokenizer)
         save_file(moments, new / OPTIMIZER)
         (new / PROGRESS).write_text(json.dumps(asdict(progress), indent=2, allow_nan=False) + "\n")
     for older in before:
@@ -194,7 +191,7 @@ def save_model(folder: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> No
     """
     with _told(folder):
         folder.mkdir(exist_ok=True)
-        _write_model(folder, model, tokenizer)
+        model.save_pretrained(folder, tokenizer=tokenizer)
 
 
 def finish(out: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
@@ -202,19 +199,6 @@ def finish(out: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
     save_model(out, model, tokenizer)
     for checkpoint in checkpoints(out):
         _remove(checkpoint)
-
-
-def _write_model(folder: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
-    # The class says that tokenizer.json holds as it stands; without it, transformers would lower the case of any text.
-    special = {f"{usual.strip('[]').lower()}_token": own_token(tokenizer, usual) for usual in SPECIAL}
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{role: x for role, x in special.items() if x is not None},
-    }
-    for name, text in ((TOKENIZER, tokenizer.to_str(pretty=True)), (SETTINGS, json.dumps(settings, indent=2) + "\n")):
-        with whole_file(folder / name) as new:
-            new.write_text(text, encoding="utf-8")
-    model.save_pretrained(folder)  # its config.json comes last: without it nobody takes this for a model
 
 
 @contextmanager

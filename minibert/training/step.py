@@ -8,19 +8,18 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as recompute
 
 from minibert.kernels import quick_dropout
 from minibert.loss import masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.model import EncoderLayer
 from minibert.packing import PackedBatch
+from minibert.recomputing import RecomputedLayer, is_recomputing, set_recomputing
 from minibert.training.batches import Share
 from minibert.training.data import Example
 from minibert.training.ranks import Ranks
@@ -116,19 +115,23 @@ def wrapped_layers(
     """In this block the encoder layers are compiled, or keep only their input for the backward pass, as asked. On the
     CPU dropout takes a quicker form, unless the layers are compiled.
     """
+    before = is_recomputing(model.layers)
     with ExitStack() as around:
         if not compile and model.embeddings.word.weight.is_cpu:
             around.enter_context(quick_dropout(model))
         try:
-            for layer in model.layers:
+            if checkpoint_activations:
+                set_recomputing(model.layers, True)
+            for layer in model.layers if compile else ():
                 assert isinstance(layer, EncoderLayer)
-                if compile:
-                    # Attention stays outside: its loop over the lengths would make another graph of every batch.
-                    vars(layer.attention)["forward"] = torch.compiler.disable(layer.attention.forward)
-                    vars(layer)["forward"] = torch.compile(layer.forward, dynamic=True)
-                if checkpoint_activations:
-                    vars(layer)["forward"] = partial(recompute, layer.forward, use_reentrant=False)
+                # Attention stays outside: its loop over the lengths would make another graph of every batch.
+                vars(layer.attention)["forward"] = torch.compiler.disable(layer.attention.forward)
+                name = "once" if isinstance(layer, RecomputedLayer) else "forward"
+                vars(layer)[name] = torch.compile(getattr(layer, name), dynamic=True)
             yield
         finally:
             for module in model.modules():
                 vars(module).pop("forward", None)
+                vars(module).pop("once", None)
+            if checkpoint_activations:
+                set_recomputing(model.layers, before)

@@ -40,6 +40,7 @@ from tqdm import tqdm
 
 from minibert.atomic import SCRATCH, whole_folder
 from minibert.files import sha256
+from minibert.tokenizer import as_tokenizer
 from minibert.training.locks import locked
 from minibert.training.workers import encode, tokenizing
 
@@ -101,7 +102,8 @@ def token_files(
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # not the caller's own: it may be set to cut what is long
+    # Not the caller's own: it may be set to cut what is long.
+    tokenizer = Tokenizer.from_str(as_tokenizer(tokenizer).to_str())
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer_json = tokenizer.to_str()

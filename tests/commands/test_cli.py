@@ -46,6 +46,17 @@ def test_info_of_a_model_without_a_tokenizer(folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["tokenizer"] is None
 
 
+def test_info_of_a_model_with_a_tokenizer_that_minibert_does_not_have(folder, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "vocab.txt").write_text("[PAD]\n", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}', encoding="utf-8")
+    assert main(["info", "--model", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "tensors loaded" in said
+    assert re.search(r"tokenizer\n  it cannot be read: .*BertJapaneseTokenizer", said)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -49,7 +49,7 @@ def kind(key):
         return "one value only"
     if key in config_keys.HARMLESS_KEYS:
         return "harmless"
-    return "another model" if config_keys.OTHER_MODELS.fullmatch(key) else "unknown"
+    return "another model" if config_keys.other_model(key) else "unknown"
 
 
 def test_own_keys_are_the_fields():

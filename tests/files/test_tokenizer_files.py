@@ -103,6 +103,13 @@ FOLDERS = {
     ),
     "a token of another kind of model": dict(vocab=TOKENS, settings={**BERT, "image_token": "<image>"}),
     "begin and end": dict(vocab=[*TOKENS, "</s>"], settings={**BERT, "bos_token": "[CLS]", "eos_token": "</s>"}),
+    "an end that is not in the vocabulary": dict(
+        vocab=TOKENS, settings={**BERT, "eos_token": "</s>", "extra_special_tokens": ["[E1]"]}
+    ),
+    "a mask that was added": dict(
+        vocab=TOKENS,
+        settings={**BERT, "mask_token": "<mask>", "added_tokens_decoder": {str(len(TOKENS)): flags("<mask>")}},
+    ),
     "other names in the settings": dict(vocab=RENAMED, settings={**BERT, **NAMES}),
     "other names in special_tokens_map.json": dict(vocab=RENAMED, settings=BERT, special_map=NAMES),
     "other names in special_tokens_map.json alone": dict(vocab=RENAMED, special_map=NAMES),
@@ -121,8 +128,6 @@ FOLDERS = {
             **BERT,
             "model_max_length": 5,
             "padding_side": "left",
-            "clean_up_tokenization_spaces": True,
-            "name_or_path": "x",
             "never_split": None,
             "add_bos_token": False,
             "do_basic_tokenize": True,

@@ -22,7 +22,7 @@ from checkpoints import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minibert import BertConfig, BertForMaskedLM, checkpoint, hub
+from minibert import BertConfig, BertForMaskedLM, hub, writing
 
 # -------------------------------------------------------------------------------------------------------------- writing
 
@@ -92,7 +92,7 @@ def interrupt_save_file(monkeypatch, error):
         Path(path).write_bytes(Path(path).read_bytes()[:1000])
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(writing, "save_file", half)
 
 
 def interrupt_replace(nth):

@@ -36,6 +36,7 @@ NOT_RUN = {
     "git clone": "the network",
     "minibert train corpus.txt": "an hour",
     "minibert bench": "minutes, and a quiet machine",
+    "python -m minibert.bench.scoring": "minutes, and a quiet machine",
     "bash weights/train.sh": "an hour and a half, and the texts",
     "python weights/build_corpus.py": "the texts are fetched from a package registry",
 }

@@ -187,6 +187,9 @@ def test_a_trace_with_its_model_tells_the_same(model, recorded):
 def test_a_padded_row_of_a_trace(model, recorded):
     found = study_trace(recorded, 1, model, tokenizer())
     assert found.reading.pieces == ["[CLS]", "paris", "is", "[MASK]", "[SEP]"]
+    start = recorded.tensors["input_ids"].shape[1] - 5
+    assert found.reading.positions == list(range(start, start + 5))
+    assert "shares" in shown(found)  # the sums are those of these positions
     assert len(found.changes[0].cosine) == 5
     assert found.maps.side == 5
 
@@ -196,6 +199,7 @@ def test_a_trace_alone(recorded, tmp_path):
     found = study_trace(TraceFile(tmp_path / "t.safetensors"), 0)
     assert shown(found) == {"looks", "changes", "cost"}
     assert found.reading.pieces[0] == "#2"
+    assert str(tmp_path) not in found.to_html()
     assert all(layer.mixing is None for layer in found.changes)
     assert "give the model" in found.left_out["shares"]
     with pytest.raises(ValueError, match="words can be followed only"):

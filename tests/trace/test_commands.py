@@ -76,10 +76,10 @@ def test_ids_that_are_wrong(tmp_path, capsys, wrong, words):
         (["--out", "FOLDER/none/t"], "there is no such folder"),
         (["--out", ""], "needs the name of a file"),
         (["--out", "FOLDER"], "needs the name of a file"),
-        (["--out", "FOLDER/t", "--device", "meta:x"], "--device cpu is everywhere"),
+        (["--out", "FOLDER/t", "--device", "meta:x"], "cpu is everywhere"),
         (["--out", "FOLDER/t", "--ids", "FOLDER"], "is a folder, and should be a JSON file of ids"),
         (["--out", "FOLDER/t", "--ids", "FOLDER/none"], "no such file; it should be a JSON file of ids"),
-        (["--text", "a", "--device", "moon", "--out", "FOLDER/t"], "--device moon"),
+        (["--text", "a", "--device", "moon", "--out", "FOLDER/t"], "the device moon"),
     ],
 )
 def test_options_that_are_wrong(tmp_path, capsys, options, words):

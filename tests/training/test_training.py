@@ -313,7 +313,7 @@ def test_weights_that_are_not_numbers_stop_at_the_first_step(tiny, tmp_path):
         ("--warmup 2", "warmup is a share, from 0 to 1, not 2"),
         ("--schedule sudden", "invalid choice: 'sudden'"),
         ("--dtype float16", "invalid choice: 'float16'"),
-        ("--device abacus", "--device abacus cannot be used here"),
+        ("--device abacus", "the device abacus cannot be used here"),
         ("--workers 0", "workers must be at least 1, not 0"),
         (f"--seed {2**70}", "seed must fit in 64 bits"),
         ("--init no/such.json", "no/such.json: no such file"),

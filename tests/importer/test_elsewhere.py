@@ -1,0 +1,219 @@
+"""Training by other programs: accelerate, transformers' Trainer, PEFT, FSDP2."""
+
+import copy
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from twins import CONFIGS, make_batch, pack, twins
+
+import minibert
+from minibert import BertForMaskedLM
+
+SIZES = {**CONFIGS["batch 13, gelu"], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@pytest.fixture
+def pair():
+    return twins(SIZES)
+
+
+@pytest.fixture
+def given():
+    return make_batch(SIZES, "right", (8, 7))
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    """accelerate's settings are those of the whole process; the next test has its own."""
+    yield
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(True)
+
+
+def same(one, other):
+    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------ transformers' Trainer
+
+
+def for_trainer():
+    """The class as the cookbook shows it."""
+    page = (Path(minibert.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^(class ForTrainer.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    names = {"torch": torch, "nn": nn}
+    exec(block, names)
+    return names["ForTrainer"]
+
+
+def trained(model, out, resume=None, **settings):
+    """The losses of each step, and the one of the evaluation."""
+    import transformers
+
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {name: torch.randint(5, 99, (7,), generator=generator) for name in ("input_ids", "labels")} for _ in range(16)
+    ]
+    arguments = transformers.TrainingArguments(
+        str(out),
+        **dict(max_steps=6, save_steps=3, logging_steps=1, per_device_train_batch_size=4, learning_rate=1e-3),
+        **dict(lr_scheduler_type="constant", use_cpu=True, report_to=[], disable_tqdm=True, seed=3, **settings),
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train(resume_from_checkpoint=resume)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 6
+    return [*losses, trainer.evaluate()["eval_loss"]]
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.1}])
+def test_the_trainer_trains_as_it_trains_transformers_own(settings, pair, tmp_path):
+    pytest.importorskip("accelerate")
+    ours, theirs = pair
+    got = trained(for_trainer()(ours), tmp_path / "ours", **settings)
+    theirs.accepts_loss_kwargs = False  # the mean of each pass, as for any other model
+    expected = trained(theirs, tmp_path / "theirs", **settings)
+    assert got == pytest.approx(expected, abs=2e-5)  # six steps of AdamW, whose first ones amplify rounding
+    assert got[5] < got[0]
+
+
+def test_the_trainer_goes_on_where_it_was(pair, tmp_path):
+    pytest.importorskip("accelerate")
+    ours, again = pair[0], copy.deepcopy(pair[0])
+    expected = trained(for_trainer()(ours), tmp_path)
+    assert trained(for_trainer()(again), tmp_path, resume=str(tmp_path / "checkpoint-3")) == expected
+    assert same(again, ours)
+
+
+# ----------------------------------------------------------------------------------------------------------- accelerate
+
+
+def test_accelerate_trains_and_saves(pair, given, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    ours, plain = pair[0], copy.deepcopy(pair[0])
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(ours, torch.optim.SGD(ours.parameters(), lr=0.1))
+    accelerator.backward(model(**given).loss)
+    optimizer.step()
+    accelerator.unwrap_model(model).save_pretrained(
+        tmp_path,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(model),
+    )
+    plain(**given).loss.backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    assert same(BertForMaskedLM.from_pretrained(tmp_path), plain)
+
+
+def test_accelerate_in_half_precision(pair, given):
+    accelerate = pytest.importorskip("accelerate")
+    expected = pair[0](**given).loss
+    model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(pair[0])
+    out = model(**given)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=0.02)  # bfloat16 has 8 bits
+    assert out["logits"].shape == (8, 7, 99)
+
+
+# ----------------------------------------------------------------------------------------------------------------- PEFT
+
+EACH = ["qkv", "attention.output", "feed_forward.intermediate", "feed_forward.output"]
+
+
+@pytest.mark.parametrize(("targets", "count"), [(["qkv"], 5), (EACH, 20), ("all-linear", 21)])
+def test_lora_learns_is_saved_and_merged(targets, count, pair, given, tmp_path):
+    peft = pytest.importorskip("peft")
+    ours, fresh = pair[0], copy.deepcopy(pair[0])
+    before = ours(**given).loss.item()
+    model = peft.get_peft_model(ours, peft.LoraConfig(target_modules=targets, r=2))
+    assert sum(name.endswith("lora_A.default") for name, _ in model.named_modules()) == count
+    optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=0.02)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(**given).loss.backward()
+        optimizer.step()
+    after = model(**given).loss.item()
+    assert after < before
+    with pytest.raises(ValueError, match="of an adapter: merge it"):
+        ours.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    assert again(**given).loss.item() == after
+    again.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = BertForMaskedLM.from_pretrained(tmp_path / "merged")
+    assert merged(**given).loss.item() == pytest.approx(after, abs=1e-5)  # one sum in another order
+
+
+def test_lora_with_activation_checkpointing(pair, given):
+    peft = pytest.importorskip("peft")
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        ours = copy.deepcopy(pair[0])
+        if on:
+            ours.gradient_checkpointing_enable()
+        model = peft.get_peft_model(ours, peft.LoraConfig(target_modules=["qkv"], r=2))
+        model(**given).loss.backward()
+        gradients.append([x.grad for x in model.parameters() if x.requires_grad])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------- FSDP2
+
+
+@pytest.fixture
+def mesh(monkeypatch):
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("parts", [["layers", "model"], ["layers", "head", "model"], ["layers", "head"]])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_fsdp_with_mixed_precision(parts, recomputed, pair, given, mesh):
+    ours, whole = pair[0], copy.deepcopy(pair[0])
+    whole(**given).loss.backward()
+    if recomputed:
+        ours.gradient_checkpointing_enable()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for part in parts:
+        for module in {"layers": ours.layers, "head": [ours.head], "model": [ours]}[part]:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    out = ours(**given)
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    for name, parameter in ours.named_parameters():
+        got, expected = parameter.grad, whole.get_parameter(name).grad
+        got = got.full_tensor() if hasattr(got, "full_tensor") else got
+        assert parameter.dtype == got.dtype == torch.float32
+        # bfloat16 has 8 bits; a gradient is a sum of many products of such numbers.
+        assert (got - expected).abs().max() <= 0.1 * expected.abs().max() + 1e-4, name
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_fsdp_with_the_packed_call(pair, given, mesh):
+    ours, expected = pair[0], copy.deepcopy(pair[0]).predict(pack(given), torch.tensor([0, 3]))
+    for module in [*ours.layers, ours]:
+        fully_shard(module, mesh=mesh)
+    register_fsdp_forward_method(ours, "predict")
+    torch.testing.assert_close(ours.predict(pack(given), torch.tensor([0, 3])), expected)
+
+
+# ----------------------------------------------------------------------------------------------------- other processes
+
+
+def test_a_process_that_is_spawned_has_the_same_answers(pair, given):
+    model, batch, positions = pair[0].requires_grad_(False), pack(given), torch.arange(3)
+    expected = model.predict(batch, positions)  # used before: a fork would not survive that
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert torch.equal(pool.apply(model.predict, (batch, positions)), expected)
