@@ -161,8 +161,9 @@ def test_the_notebooks_shapes():
         assert tuple(model(ids).keys()) == ("logits",)
         assert tuple(model(ids, labels=ids).keys()) == ("loss", "logits")
         assert model(ids)["logits"].shape == (1, 62, 30522)
+        assert model(ids)[0].shape == (1, 62, 30522)
         with pytest.raises(KeyError, match="only logits"):
-            model(ids)[0]
+            model(ids)["loss"]
         out = model(ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
         assert out.loss is None
         assert out.logits.shape == (1, 62, 30522)
