@@ -1,13 +1,15 @@
 """The page in Chromium: it opens from the disk, loads nothing, shows the numbers of the JSON, and can be used."""
 
 import json
+import re
 import time
 
 import pytest
 import torch
-from studied import PAIR, TEXT, browser, pair_of_models, tokenizer
+from studied import PAIR, TEXT, browser, inputs, pair_of_models, tokenizer
 
 from minibert.study import study, study_trace
+from minibert.study.heads import taken, written
 from minibert.study.maps import unpack
 from minibert.study.says import percent, signed
 from minibert.trace import trace
@@ -128,7 +130,18 @@ def test_the_switch_shows_what_is_taken(driver, page, found):
     assert take.get_attribute("aria-pressed") == "true"
     assert look.get_attribute("aria-pressed") == "false"
     assert driver.execute_script("return document.querySelector('.heads canvas').toDataURL()") != before
-    assert "takes from" in find(driver, "#reads")[0].text
+    recorded = trace(pair_of_models()[0], **inputs(found.reading))
+    alpha, value = (recorded.read(f"layers.1.{name}")[0] for name in ("probabilities", "value"))
+    weight = pair_of_models()[0].layers[1].attention.output.weight.detach()
+    place = found.reading.masks[0]
+    row = taken(alpha, written(value, weight).norm(dim=-1))[2, place]
+    find(driver, "[data-head='2.3']")[0].click()
+    told = find(driver, "#reads")[0].text
+    assert f"(token {place}) takes from" in told
+    first = float(re.search(r"takes from \S+ (\d+(?:\.\d)?) %", told)[1])
+    assert first == pytest.approx(
+        100 * row.max().item(), abs=1.5
+    )  # the root keeps α to 0.004, and whole percents are shown
     named = {head.name for head in found.takes if head.name}
     shown = " ".join(texts(driver, ".habits dt"))
     assert all(f"on {name}" in shown for name in named)

@@ -1,5 +1,8 @@
 """Every number of a study beside transformers on the same weights, or beside a plain loop."""
 
+import base64
+import zlib
+
 import pytest
 import torch
 from studied import PAIR, SIZES, TEXT, inputs, pair_of_models, tokenizer
@@ -163,9 +166,18 @@ def test_a_token_that_reads_itself_alone_mixes_nothing():
     assert ratio.abs().max() < ROUNDING
 
 
-def test_how_much_a_layer_changes(found, theirs):
+def test_how_much_a_layer_changes(models, found, theirs):
     states = theirs[0]
     for number, layer in enumerate(found.changes):
+        hub = models[1].bert.encoder.layer[number]
+        with torch.inference_mode():
+            attended = hub.attention.output.dense(hub.attention.self(states[2 * number][None])[0])[0]
+            worked = hub.output.dense(hub.intermediate(states[2 * number + 1]))
+        for got, update, x in (
+            (layer.attention, attended, states[2 * number]),
+            (layer.feed_forward, worked, states[2 * number + 1]),
+        ):
+            assert got == pytest.approx((update.norm(dim=-1) / x.norm(dim=-1)).tolist(), rel=1e-4)
         expected = torch.cosine_similarity(states[2 * number], states[2 * number + 2], dim=-1)
         assert layer.cosine == pytest.approx(expected.tolist(), abs=ROUNDING)
 
@@ -268,6 +280,15 @@ def test_maps_that_are_too_many_are_folded(monkeypatch, limit):
     rows = unpack(kept.rows).view(3, 2, -1, 100)
     assert (rows - torch.stack(weights)[:, :, kept.row_places]).abs().max() < 0.004
     assert kept.row_places == [7, 50]
+
+
+def test_the_lengths_of_what_is_given_are_kept():
+    """To a share of 1 / 65,535 of the longest: 16 bits each."""
+    weights, lengths = [torch.softmax(torch.randn(2, 9, 9), -1)], [torch.rand(2, 9) * 7]
+    kept = maps(weights, [taken(weights[0], lengths[0])], lengths, [])
+    shares = torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(kept.lengths))), dtype=torch.uint16)
+    back = shares.float().view(1, 2, 9) / 65535 * torch.tensor(kept.longest)[..., None]
+    assert (back - lengths[0]).abs().max() < 7 / 65535
 
 
 def test_folding_keeps_a_diagonal():
