@@ -1,7 +1,7 @@
 """Activation checkpointing: encoder layers that keep only what they read, and are computed again for the gradient.
 
-It takes more time, since each layer is computed twice, and lets a batch several times as large fit into memory. The gradients are the same:
-dropout draws the same numbers again.
+It takes more time, since each layer is computed twice, and lets a batch several times as large fit into memory. The
+gradients are the same: dropout draws the same numbers again.
 
 Chen et al.: "Training Deep Nets with Sublinear Memory Cost", 2016, https://arxiv.org/abs/1604.06174.
 """
