@@ -16,8 +16,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TAKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
 # What transformers' tokenizers give, and what no model reads.
 FROM_TOKENIZERS = ("special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
-# What functions of transformers take and those of the same name here do not, and what does the same here. None is what
-# may be given as None, or as the value that holds here anyway.
+# Arguments that transformers has and we do not, and what to use instead. Each may be given as None.
 DECODERS = "that is for decoders, and BERT is an encoder"
 SAFE = "the only files are safetensors, each read and written whole"
 INSTEAD = {

@@ -81,7 +81,7 @@ def export(model: BertForMaskedLM, path: str | PathLike[str]) -> Exported:
         raise ValueError(f"this model is {word.dtype} on {word.device}: load it in float32 on the CPU, and export that")
     for package in ("onnx", "onnxscript", "onnxruntime") if target.suffix == ".onnx" else ():
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f'{package} is not installed: pip install "minibert-mlm[export]"')
+            raise ValueError(f'{package} is not installed: pip install -c constraints.txt -e ".[export]"')
     training = model.training
     model.eval()
     try:

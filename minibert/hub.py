@@ -238,12 +238,24 @@ def read_config(source: Source) -> tuple[Path, dict[str, Any]]:
     """The path of config.json and what is in it; or of NEXT, if a save was cut off after the new weights were in place,
     and before their configuration was.
     """
-    if source.folder is not None and (source.folder / NEXT).is_file() and (source.folder / WEIGHTS).is_file():
-        following = read_json(source.folder / NEXT)
-        if following.get("weights_sha256") == sha256(source.folder / WEIGHTS):
-            return source.folder / NEXT, following["config"]
+    if source.folder is not None and (following := unfinished_config(source.folder)) is not None:
+        return source.folder / NEXT, following
     path = source.require(CONFIG)
     return path, read_json(path)
+
+
+def unfinished_config(folder: Path) -> dict[str, Any] | None:
+    """What is in NEXT, if it belongs to the weights that are there; None if there is none, or one of other weights."""
+    if not (folder / NEXT).is_file() or not (folder / WEIGHTS).is_file():
+        return None
+    try:
+        following = read_json(folder / NEXT)
+    except ValueError:  # nobody's save wrote this: it is whole when it appears
+        return None
+    config = following.get("config")
+    if not isinstance(config, dict) or following.get("weights_sha256") != sha256(folder / WEIGHTS):
+        return None
+    return config
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ def attention(
     if kernel == "formula":
         return formula(query, key, value, batch, dropout)[0]
     if kernel == "varlen":
+        if dropout is not None:
+            raise ValueError("flash attention on packed tokens has no dropout: use another kernel, or model.eval()")
         return varlen(query, key, value, batch)
     if kernel == "sequences":
         return sequences(query, key, value, batch, dropout)
@@ -55,7 +57,7 @@ def choose_kernel(query: Tensor, batch: PackedBatch, dropout: bool = False) -> s
         return forced
     half = query.dtype in (torch.float16, torch.bfloat16)
     if query.is_cpu:
-        if not batch.uniform or (dropout and query.requires_grad):
+        if len(query) and (not batch.uniform or (dropout and query.requires_grad)):
             return "sequences"
         if half and query.requires_grad:
             return "formula"

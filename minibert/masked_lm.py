@@ -19,7 +19,7 @@ from minibert.checkpoint import LoadReport
 from minibert.config import BertConfig
 from minibert.devices import find_device
 from minibert.files import naming
-from minibert.loss import masked_lm_loss
+from minibert.loss import IGNORE, masked_lm_loss
 from minibert.model import Bert, EncoderLayer
 from minibert.output import MaskedLMOutput
 from minibert.packing import PackedBatch
@@ -61,20 +61,22 @@ class BertForMaskedLM(Bert):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         *,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        return_dict: bool = True,
+        output_hidden_states: bool | None = False,
+        output_attentions: bool | None = False,
+        return_dict: bool | None = True,
         **others: object,
     ) -> MaskedLMOutput:
-        """Padded in, padded out. All tensors are (B, S); see `PackedBatch.from_padded` for what each may be left out
-        for. What a tokenizer of transformers gives beside them (special_tokens_mask, …) may be passed on, and is not
+        """Padded in, padded out. All tensors are (B, S); `PackedBatch.from_padded` says what holds when one is left
+        out. What a tokenizer of transformers gives beside them (special_tokens_mask, …) may be passed on, and is not
         read; any other name is an error.
 
         labels are ids where a prediction is scored and −100 elsewhere; the loss is the mean over the scored positions.
         output_hidden_states: N + 1 of (B, S, D). output_attentions: N of (B, H, S, S), by the formula, without dropout.
         return_dict=False: a tuple of what is not None.
 
-        Raises ValueError for wrong shapes, dtypes, ids, or a label where the attention mask is 0.
+        Raises ValueError for wrong shapes, dtypes, ids, or a label where the attention mask is 0. While the call is
+        recorded (torch.compile, torch.export, torch.jit.trace), only shapes and dtypes can be checked, labels where the
+        mask is 0 are left out, and there are no attention maps.
         """
         checks.refuse_others(others)
         checks.require_tensors(
@@ -86,7 +88,7 @@ class BertForMaskedLM(Bert):
         )
         if being_traced():
             output = self._forward_rectangle(
-                rectangle(input_ids, attention_mask, token_type_ids, position_ids), labels, output_hidden_states
+                rectangle(input_ids, attention_mask, token_type_ids, position_ids), labels, bool(output_hidden_states)
             )
             if output_attentions:
                 raise ValueError("attention maps cannot be had from a program that is recorded: leave them out")
@@ -104,7 +106,7 @@ class BertForMaskedLM(Bert):
                 tuple(batch.unpack(x) for x in states) if output_hidden_states else None,
                 tuple(self._padded_maps(states, batch)) if output_attentions else None,
             )
-        return output if return_dict else output.to_tuple()  # type: ignore[return-value]
+        return output.to_tuple() if return_dict is False else output  # type: ignore[return-value]
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -114,10 +116,13 @@ class BertForMaskedLM(Bert):
         states = [self.embeddings(batch)]  # (B, S, D)
         for layer in self.layers:
             states.append(layer(states[-1], batch))  # (B, S, D)
-        seen = batch.attention_mask[..., None]
+        unseen = ~batch.attention_mask[..., None]
         logits = self.head(states[-1], self.embeddings.word.weight)  # (B, S, V)
-        loss = None if labels is None else masked_lm_loss(logits, labels).mean
-        return MaskedLMOutput(loss, logits * seen, tuple(x * seen for x in states) if with_states else None)
+        loss = None
+        if labels is not None:
+            loss = masked_lm_loss(logits, labels.masked_fill(~batch.attention_mask, IGNORE)).mean
+        shown = tuple(x.masked_fill(unseen, 0) for x in states) if with_states else None
+        return MaskedLMOutput(loss, logits.masked_fill(unseen, 0), shown)
 
     def _padded_maps(self, states: Sequence[Tensor], batch: PackedBatch) -> Iterator[Tensor]:
         """The attention probabilities of each layer, (B, H, S, S), S being the padded length."""

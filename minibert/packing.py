@@ -117,6 +117,8 @@ class PackedBatch:
         """Ids that are end to end already: input_ids (T,) int64 on the CPU, of which the first lengths[0] are the first
         sequence, and so on. token_type_ids (T,) (default: all 0). Positions count from 0 in each sequence.
         """
+        if sum(lengths) != len(input_ids):
+            raise ValueError(f"lengths add up to {sum(lengths)}, and input_ids has {len(input_ids)} ids")
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         counts = torch.tensor(lengths, dtype=torch.int64)
         row = torch.arange(len(lengths)).repeat_interleave(counts, output_size=len(input_ids))

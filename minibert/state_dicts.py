@@ -76,5 +76,7 @@ def require_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
             f"{several('tensor', [key for key in wrong if (key in wanted) == (what == 'missing')])} {what}"
         )
     for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, and weights are floating-point numbers")
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, and the model's is {tuple(wanted[name].shape)}")

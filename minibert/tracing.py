@@ -31,14 +31,22 @@ class Rectangle:
 def rectangle(
     input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None
 ) -> Rectangle:
-    """The arguments of the padded call, with nothing left out. What they hold is not checked: nobody can be asked."""
+    """The arguments of the padded call, with nothing left out, and 0 in the padding. What they hold is not checked, for
+    nobody can be asked; their shapes are. Raises ValueError.
+    """
+    for name, given in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        if given is not None and given.shape != input_ids.shape:
+            raise ValueError(f"{name} is {tuple(given.shape)}, but input_ids is {tuple(input_ids.shape)}")
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    return Rectangle(input_ids, token_type_ids, position_ids, attention_mask.bool())
+    mask = attention_mask.bool()
+    position_ids = position_ids.expand(input_ids.shape)
+    ids, types, positions = (x.masked_fill(~mask, 0) for x in (input_ids, token_type_ids, position_ids))
+    return Rectangle(ids, types, positions, mask)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, batch: Rectangle, dropout: nn.Dropout | None = None) -> Tensor:

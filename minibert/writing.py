@@ -15,7 +15,7 @@ from torch import Tensor
 from minibert import atomic
 from minibert.config import BertConfig
 from minibert.files import sha256
-from minibert.hub import CONFIG, NEXT, WEIGHTS
+from minibert.hub import CONFIG, NEXT, WEIGHTS, unfinished_config
 from minibert.state_dicts import to_transformers
 
 
@@ -28,7 +28,9 @@ def write(
     """config.json and model.safetensors in `folder`, which is made if need be; and others: name → text.
 
     Raises OSError if they cannot be written. Then, and also if the process is killed, a model that was in `folder`
-    before still loads as it did. Other files in `folder` are not touched.
+    before is still loaded by minibert as it was. (Another program may meet new weights with the old configuration, and
+    anybody the new `others` with the old weights, if the process is killed between the renames.) Other files in
+    `folder` are not touched.
     """
     others = others or {}
     target = Path(folder)
@@ -47,6 +49,15 @@ def write(
         raise OSError(f"{target / WEIGHTS}: could not be written: {error}") from error
 
 
+def _finish_earlier(target: Path) -> None:
+    """Give the weights that a killed save has left their configuration, which still waits in NEXT."""
+    waiting = unfinished_config(target)
+    if waiting is not None:
+        with atomic.whole_file(target / CONFIG) as path:
+            path.write_text(json.dumps(waiting, indent=2) + "\n", encoding="utf-8")
+    (target / NEXT).unlink(missing_ok=True)
+
+
 def _replace_model(scratch: Path, target: Path, values: dict[str, Any], others: list[str]) -> None:
     """Move the files of a model from `scratch` to `target`, as if it were one step.
 
@@ -56,6 +67,7 @@ def _replace_model(scratch: Path, target: Path, values: dict[str, Any], others: 
     NEXT, with the SHA-256 of the weights that it belongs to; `hub.read_config` reads it there once they are in place.
     The others (a tokenizer) come right before the weights.
     """
+    _finish_earlier(target)
     old = (target / CONFIG).read_bytes() if (target / CONFIG).is_file() else None
     weights = [WEIGHTS] if old == (scratch / CONFIG).read_bytes() else [WEIGHTS, CONFIG]
     names = [*others, *weights]
@@ -76,7 +88,7 @@ def _replace_model(scratch: Path, target: Path, values: dict[str, Any], others: 
             os.replace(scratch / name, target / name)
     except BaseException:
         if any(not (before / name).exists() for name in had):
-            raise  # NEXT stays, and says which configuration belongs to the weights that are there now
+            raise  # nothing to go back to. NEXT stays, and says which configuration belongs to the weights there now
         for name in names:
             if name in had:
                 os.replace(before / name, target / name)

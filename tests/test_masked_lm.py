@@ -57,3 +57,12 @@ def test_a_prepared_model_has_them_too(pair, given):
     torch.testing.assert_close(
         fast.layer_guesses(batch, positions), ours.layer_guesses(batch, positions), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_empty_batch_has_an_empty_answer(pair, training):
+    model = pair[0].train(training)
+    assert model(torch.zeros(0, 4, dtype=torch.int64)).logits.shape == (0, 4, SIZES["vocab_size"])
+    assert model(torch.zeros(2, 0, dtype=torch.int64)).logits.shape == (2, 0, SIZES["vocab_size"])
+    assert model.encode(PackedBatch.from_lists([])).shape == (0, SIZES["hidden_size"])
+    model.eval()

@@ -90,3 +90,15 @@ def test_the_loss_of_a_recorded_program(model):
         compiled(ids, mask, types, labels=labels).loss, model(ids, mask, types, labels=labels).loss, rtol=0, atol=2e-6
     )
     torch._dynamo.reset()
+
+
+def test_what_stands_in_the_padding_does_not_matter_to_a_recorded_program(model):
+    ids, mask, types = next(batches([(3, 7)]))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    other, labels = ids.masked_fill(mask == 0, -1), ids.masked_fill(mask == 0, -100)
+    torch.testing.assert_close(compiled(other, mask, types).logits, model(ids, mask, types).logits, rtol=0, atol=1e-5)
+    loss = compiled(ids, mask, types, labels=ids).loss  # labels under padding are left out
+    torch.testing.assert_close(loss, model(ids, mask, types, labels=labels).loss, rtol=0, atol=2e-6)
+    with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException), match="attention_mask is"):
+        compiled(ids, mask[:, :1])
+    torch._dynamo.reset()

@@ -53,5 +53,13 @@ def require_writable(out: str) -> None:
     """Before any work: `out` names a file, in a folder that is there."""
     if not out.strip() or Path(out).is_dir():
         raise ValueError(f"--out {out!r}: it needs the name of a file")
+    if Path(out).is_file() and b"minibert-trace" not in _start(out):
+        raise ValueError(f"--out {out}: it is there, and is no trace: choose another name, or delete it first")
     if not Path(out).absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no such folder. Make it first")
+
+
+def _start(path: str) -> bytes:
+    """The beginning of a file, in which a trace has its metadata."""
+    with open(path, "rb") as file:
+        return file.read(4096)

@@ -90,6 +90,9 @@ class FixedPart(Fixed):
 
 
 class FixedList(FixedPart, nn.ModuleList):
+    def insert(self, index: int, module: nn.Module) -> NoReturn:
+        self.add_module(str(index))
+
     def __getitem__(self, index: Any) -> Any:  # a slice of it is a new list
         return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 

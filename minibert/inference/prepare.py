@@ -9,6 +9,7 @@ token alone is compiled by the first call, once for all lengths. Attention stays
 the host. Small batches are replayed as CUDA graphs (cuda_graphs.py).
 """
 
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -29,8 +30,9 @@ from minibert.inference.onednn import (
 )
 from minibert.kernels import attention, attention_at
 from minibert.masked_lm import BertForMaskedLM
-from minibert.model import EncoderLayer
+from minibert.model import ACTIVATIONS, Bert, EncoderLayer, FeedForward, MLMHead, SelfAttention
 from minibert.packing import PackedBatch
+from minibert.recomputing import RecomputedLayer
 from minibert.shapes import shapes_only
 
 COMPILED_ON = ("cuda",)
@@ -57,6 +59,7 @@ def prepare_for_inference(
             f"{hooked[0] or 'the model'} has a forward hook, and a prepared model would not call it: remove the hook, "
             "or use the model as it is"
         )
+    _require_unchanged(model)
     device = model.embeddings.word.weight.device
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else model.embeddings.word.weight.dtype
@@ -66,6 +69,35 @@ def prepare_for_inference(
         raise ValueError("this CPU has no instructions for bfloat16: leave dtype out, or use torch.float32")
     with torch.inference_mode(False):  # tensors that are made in inference mode could not be used outside it
         return PreparedBert(model, dtype, _choose_way(linear, dtype, device))
+
+
+def _require_unchanged(model: BertForMaskedLM) -> None:
+    """Raise ValueError for a model that computes something other than its configuration says: it would be lost."""
+    config = model.config
+
+    def as_configured(part: nn.Module) -> bool:
+        if isinstance(part, nn.LayerNorm):
+            return part.eps == config.layer_norm_eps
+        if isinstance(part, SelfAttention):
+            return part.num_heads == config.num_attention_heads
+        if isinstance(part, FeedForward | MLMHead):
+            return _same_function(part.activation, ACTIVATIONS[config.hidden_act])
+        if isinstance(part, Bert):
+            return (type(part).encode, type(part).predict) == (Bert.encode, Bert.predict)
+        return not isinstance(part, EncoderLayer) or type(part) in (EncoderLayer, RecomputedLayer)
+
+    for name, part in model.named_modules():
+        if not as_configured(part):
+            raise ValueError(
+                f"{name or type(model).__name__} is not as the configuration has it, but a prepared model would be: "
+                "use the model as it is"
+            )
+
+
+def _same_function(one: object, other: object) -> bool:
+    if isinstance(one, partial) and isinstance(other, partial):  # a copy of a model has a copy of it
+        return (one.func, one.args, one.keywords) == (other.func, other.args, other.keywords)
+    return one is other
 
 
 def _as_it_is(model: "PreparedBert", dtype: torch.dtype | None, linear: str) -> "PreparedBert":

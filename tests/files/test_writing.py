@@ -22,7 +22,7 @@ from checkpoints import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minibert import BertConfig, BertForMaskedLM, hub, writing
+from minibert import BertConfig, BertForMaskedLM, files, hub, writing
 
 # -------------------------------------------------------------------------------------------------------------- writing
 
@@ -107,6 +107,7 @@ def interrupt_replace(nth):
 
         monkeypatch.setattr(os, "replace", stop)
 
+    patch.nth = nth
     return patch
 
 
@@ -128,9 +129,13 @@ def test_interrupted_writing(ours, tmp_path, monkeypatch, before, interrupt, err
         interrupt(patch, error)
         try:
             ours.save_pretrained(tmp_path)
-            expected = ours  # there was no third file to move
+            raised = False
         except type(error):
-            expected = old
+            raised = True
+    # A first model is moved in two steps, one over the same configuration in one, one over another in three.
+    steps = {"nothing": 2, "another model": 1, "another size": 3}[before]
+    assert raised == (interrupt is interrupt_save_file or interrupt.nth <= steps)
+    expected = old if raised else ours
     assert {path.name for path in tmp_path.iterdir()} <= {"config.json", WEIGHTS}  # no temporary file
     if expected is None:
         refused(tmp_path, "config.json", FileNotFoundError)
@@ -182,6 +187,41 @@ def test_killed_at_any_moment_of_a_save_a_folder_holds_the_old_model_or_the_new(
     assert status == 0, "there are more moments than this test has tried"
     assert found == sorted(found, reverse=True), "once the new model is there, it stays"
     assert found.count("old") >= 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it takes a fork to be killed and to look afterwards")
+@pytest.mark.parametrize("fails", ["killed", "refused"])
+def test_a_save_that_fails_after_a_killed_save(ours, tmp_path, monkeypatch, fails):
+    """The first save was killed when its weights were in place, and its configuration was not."""
+    first = BertForMaskedLM(BertConfig(**{**SIZES, "num_hidden_layers": 2})).eval()
+    second = BertForMaskedLM(BertConfig(**{**SIZES, "num_attention_heads": 2})).eval()
+    seen = 0
+    for moment in range(200):
+        folder = tmp_path / str(moment)
+        first.save_pretrained(folder)
+        waiting = {"weights_sha256": files.sha256(folder / WEIGHTS), "config": first.config.to_dict()}
+        (folder / hub.NEXT).write_text(json.dumps(waiting))
+        (folder / "config.json").write_text(json.dumps(second.config.to_dict()))
+        assert_same(BertForMaskedLM.from_pretrained(folder), first)
+        if fails == "refused":
+            with monkeypatch.context() as patch:
+                interrupt_replace(3)(patch, OSError("full"))  # after the first save's configuration, and NEXT
+                with pytest.raises(OSError, match="full"):
+                    ours.save_pretrained(folder)
+            assert_same(BertForMaskedLM.from_pretrained(folder), first)
+            return
+        if (child := os.fork()) == 0:
+            die_at(moment)
+            ours.save_pretrained(folder)
+            os._exit(0)
+        ended = os.waitpid(child, 0)[1]
+        loaded = BertForMaskedLM.from_pretrained(folder)
+        assert_same(loaded, ours if loaded.config == ours.config else first)
+        seen += loaded.config == first.config
+        if ended == 0:
+            break
+    assert ended == 0
+    assert seen > 5
 
 
 def test_a_configuration_that_waits_for_other_weights_is_not_read(ours, tmp_path):
