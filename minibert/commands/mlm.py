@@ -46,6 +46,8 @@ def run(options: argparse.Namespace) -> None:
     from minibert import BertForMaskedLM, load_tokenizer
     from minibert.mlm import mask_and_guess
 
+    if options.text == "-":
+        raise ValueError("mlm takes one text and reads no standard input: write the text instead of -")
     positions = None if options.positions is None else whole_numbers("--positions", options.positions)
     result = mask_and_guess(
         BertForMaskedLM.from_pretrained(options.model, revision=options.revision),

@@ -50,6 +50,8 @@ def run(options: argparse.Namespace) -> None:
     texts = read_texts(options.texts) if options.pairs is None else read_pairs(options.pairs)
     first = list(islice(texts, WORTH_WATCHING + 1))
     if not first:
+        if "-" in (*options.texts, options.pairs):
+            raise ValueError("there was no line on standard input")
         raise ValueError("there is nothing to score: give texts, - for the lines of standard input, or --pairs FILE")
     model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
     tokenizer = load_tokenizer(options.model, revision=options.revision)

@@ -86,6 +86,8 @@ def study(
     given = torch.tensor([reading.ids]), None, torch.tensor([reading.segments])  # no mask: every token is there
     row = Row(trace(model, *given))
     followed = [] if targets is None else target_ids(tokenizer, targets)
+    if followed and not reading.masks:
+        raise ValueError("targets are words for a mask, and the text has none: write one, or leave the targets out")
     found = _study(row, reading, model, vocabulary, top_k, followed, name)
     if not found.guesses:
         return found

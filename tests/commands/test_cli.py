@@ -194,3 +194,20 @@ def test_a_pipe_that_is_not_utf_8(folder):
         timeout=120,
     )
     assert done.returncode == 0
+
+
+def test_what_a_stranger_typed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("my own text")
+    for arguments, said in (
+        (["fill-mask", "Paris is [MASK].", "--topk", "3"], "see minibert fill-mask --help"),
+        (["study", "A [MASK].", "B [MASK]."], "minibert study: unrecognized arguments"),
+        (["mlm", "-"], "reads no standard input"),
+        (["study", "no mask here", "--targets", "tea"], "the text has none"),
+        (["trace", "--out", "mine.txt"], "is no trace"),
+    ):
+        assert main(arguments) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert len(err.splitlines()) == 1
+    assert (tmp_path / "mine.txt").read_text() == "my own text"

@@ -160,7 +160,7 @@ def test_a_long_text(run, fails):
 def test_what_is_refused(fails, stdin, tmp_path):
     assert "nothing to score" in fails()
     stdin("")
-    assert "nothing to score" in fails("-")
+    assert "there was no line on standard input" in fails("-")
     file = tmp_path / "pairs.tsv"
     assert "No such file" in fails("--pairs", str(file))
     for raw, said in (
