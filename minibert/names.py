@@ -148,6 +148,10 @@ def nearest(name: str, others: Iterable[str]) -> str:
 
 def several(noun: str, names: Sequence[str], shown: int = 3) -> str:
     """The beginning of a sentence: "tensors a, b, c and 7 more are"."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
     many = len(names) > 1
-    return f"{noun}{'s' if many else ''} {', '.join(names[:shown])}{more} {'are' if many else 'is'}"
+    return f"{noun}{'s' if many else ''} {some(names, shown)} {'are' if many else 'is'}"
+
+
+def some(names: Sequence[str], shown: int = 3) -> str:
+    """The first names, and how many there are beside them: "a, b, c and 7 more"."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from minibert.commands.options import add_json, add_model, add_truncate
@@ -90,6 +91,9 @@ def read_texts(arguments: list[str]) -> Iterator[str]:
 
 
 def read_pairs(name: str) -> Iterator[tuple[str, str]]:
+    if name != "-" and (Path(name).is_dir() or not Path(name).exists()):
+        what = "it is a folder" if Path(name).is_dir() else "no such file"
+        raise FileNotFoundError(f"--pairs {name}: {what}; it should have a good and a bad sentence a line")
     with nullcontext(standard_input()) if name == "-" else open(name, encoding="utf-8", errors=NOT_UTF_8) as file:
         for number, line in enumerate(file, start=1):
             columns = line.rstrip("\r\n").split("\t")

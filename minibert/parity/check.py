@@ -84,17 +84,11 @@ class ParityReport:
             f"rounding ({K_RMS:.0f} times for a root mean square)"
         )
 
-    def lines(self) -> Iterator[str]:
-        yield self.title
-        yield from in_columns(*self.cells())
-        yield from self.summary()
+    def lines(self) -> list[str]:
+        return [self.title, *in_columns(*self.cells()), *self.summary()]
 
-    def markdown(self) -> Iterator[str]:
-        yield self.title
-        yield ""
-        yield from in_markdown(*self.cells())
-        yield ""
-        yield from self.summary()
+    def markdown(self) -> list[str]:
+        return [self.title, "", *in_markdown(*self.cells()), "", *self.summary()]
 
 
 def assert_parity(model: BertForMaskedLM, other: nn.Module, inputs: dict[str, Tensor] | None = None) -> None:

@@ -10,9 +10,10 @@ from dataclasses import asdict
 from torch import Tensor
 
 from minibert.masked_lm import BertForMaskedLM
+from minibert.names import some
 from minibert.parity.judge import Judge
 from minibert.parity.quantised import hint
-from minibert.parity.report import Report, some
+from minibert.parity.report import Report
 from minibert.parity.yardstick import converted, require_same_size
 from minibert.trace.files import Trace
 from minibert.trace.forms import shown

@@ -55,17 +55,11 @@ class QuantisedReport:
         rows = [[row.name, f"{row.error:.1e}", f"{row.times:.1f}", f"{row.grown:+.1e}"] for row in self.rows]
         return ["tensor", "error", "times rounding", "grown by"], rows
 
-    def lines(self) -> Iterator[str]:
-        yield self.title
-        yield from in_columns(*self.cells())
-        yield from self.summary()
+    def lines(self) -> list[str]:
+        return [self.title, *in_columns(*self.cells()), *self.summary()]
 
-    def markdown(self) -> Iterator[str]:
-        yield self.title
-        yield ""
-        yield from in_markdown(*self.cells())
-        yield ""
-        yield from self.summary()
+    def markdown(self) -> list[str]:
+        return [self.title, "", *in_markdown(*self.cells()), "", *self.summary()]
 
     def summary(self) -> Iterator[str]:
         if self.worst is not None:

@@ -104,7 +104,3 @@ def count(tensors: int) -> str:
 
 def shape_words(shape: tuple[int, ...]) -> str:
     return " ".join(str(length) for length in shape) or "-"
-
-
-def some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

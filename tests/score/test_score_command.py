@@ -162,7 +162,8 @@ def test_what_is_refused(fails, stdin, tmp_path):
     stdin("")
     assert "there was no line on standard input" in fails("-")
     file = tmp_path / "pairs.tsv"
-    assert "No such file" in fails("--pairs", str(file))
+    assert f"--pairs {file}: no such file" in fails("--pairs", str(file))
+    assert "it is a folder" in fails("--pairs", str(tmp_path))
     for raw, said in (
         (b"", "nothing to score"),
         (b"a\tb\nc\n", f"{file}, line 2: 1 columns"),
