@@ -76,11 +76,12 @@ def fused_is_slow(query: Tensor, length: int) -> bool:
     torch's fused kernel multiplies bfloat16 matrices with AMX where that is; on other CPUs it has nothing as fast as
     the batched product that equation 1 calls: on an AMD EPYC (Zen 5) it took 1.5 times as long, and more.
     """
-    return query.is_cpu and query.dtype == torch.bfloat16 and length >= 64 and not _has_amx()
+    return query.is_cpu and query.dtype == torch.bfloat16 and length >= 64 and not has_amx()
 
 
 @cache
-def _has_amx() -> bool:
+def has_amx() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 as a whole (AMX)."""
     return torch.cpu._is_amx_tile_supported()
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from minibert.inference.onednn import has_bfloat16, working_ways
+from minibert.inference.onednn import has_bfloat16
+from minibert.inference.ways import working_ways
 
 FORMS = {
     "product": (torch.float32, "product"),
@@ -12,9 +13,15 @@ FORMS = {
     "bfloat16 product": (torch.bfloat16, "product"),
     "bfloat16 torch": (torch.bfloat16, "torch"),
     "float64": (torch.float64, "torch"),
+    "int8": (torch.int8, "product"),
 }
-# bfloat16 rounds to 2^-8: some roundings of that, on logits of order 3.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.15}
+# bfloat16 rounds to 2^-8: some roundings of that, on logits of order 3. int8 rounds to 1/254 of the largest number.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.15, torch.int8: 0.25}
+
+
+def floating(dtype):
+    """The type of a model that is prepared in this one."""
+    return torch.float32 if dtype == torch.int8 else dtype
 
 
 def form_or_skip(name):

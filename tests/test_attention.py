@@ -165,7 +165,7 @@ def test_the_choice_on_the_cpu():
 
 @pytest.mark.parametrize(("amx", "kernels"), [(True, "sdpa sdpa sdpa"), (False, "sdpa sequences sequences")])
 def test_without_amx_equation_1_is_for_long_sequences_in_bfloat16(amx, kernels, monkeypatch):
-    monkeypatch.setattr(module, "_has_amx", lambda: amx)
+    monkeypatch.setattr(module, "has_amx", lambda: amx)
     query = torch.zeros(1, 3, 8, dtype=torch.bfloat16)
     assert [choose_kernel(query, packed((n, n)), 0.0) for n in (32, 128, 400)] == kernels.split()
     assert [choose_kernel(query.float(), packed((n, n)), 0.0) for n in (32, 128, 400)] == ["sdpa"] * 3

@@ -26,6 +26,8 @@ LEVELS = """
     masked_lm
     batching
     fill_mask mlm score inference.fixed inference.onednn inference.cuda_graphs
+    inference.int8
+    inference.ways
     inference.prepare
     inference.__init__
     __init__

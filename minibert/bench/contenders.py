@@ -12,6 +12,7 @@ from minibert.bench.workloads import Absent, Contender, Workload
 from minibert.config import BertConfig
 from minibert.inference import PreparedBert, prepare_for_inference
 from minibert.inference.onednn import has_bfloat16
+from minibert.inference.ways import working_ways
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 
@@ -52,21 +53,26 @@ def random_model(layers: int) -> BertForMaskedLM:
 
 def lineup(task: str, names: tuple[str, ...], precisions: tuple[str, ...]) -> list[tuple[str, str]]:
     """(contender, precision) for every row of the task's table, ours first."""
+    floating = [precision for precision in precisions if precision != "int8"]
     if task == "training":
         rows = ["minibert", *(peer for peer in names if peer in TRAINING_PEERS)]
-        return [(name, precision) for precision in precisions for name in rows]
+        return [(name, precision) for precision in floating for name in rows]
     rows = ["minibert prepared", "minibert plain", *(peer for peer in names if peer in TRAINING_PEERS)]
-    pairs = [(name, precision) for precision in precisions for name in rows]
+    pairs = [(name, precision) for precision in floating for name in rows]
+    if "int8" in precisions:
+        pairs.append(("minibert prepared", "int8"))
     return pairs + [(name, PRECISION[name]) for name in names if name in PRECISION]
 
 
 def build(name: str, precision: str, task: str, folder: Path, device: str) -> Contender:
     """The contender `name` from the weights in `folder`. Raises Absent where it cannot run."""
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[precision]
     if name == "packed":
         peers.require_packed(device)
     if precision == "bfloat16" and device == "cpu" and not has_bfloat16():
         raise Absent("this CPU has no instructions for bfloat16")
+    if precision == "int8" and name.startswith("minibert") and (device != "cpu" or not working_ways(torch.int8)):
+        raise Absent("no products of 8-bit numbers here")
     if task == "training":
         return _training(name, precision, folder, device)
     if name.startswith("minibert"):

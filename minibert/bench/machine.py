@@ -3,30 +3,40 @@
 import os
 import platform
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch import Tensor
 
-from minibert.inference.onednn import ConvolvedLinear, PrepackedLinear
+from minibert.inference.int8 import to_int8
+from minibert.inference.onednn import ConvolvedLinear, PrepackedLinear, multiply_int8, order_int8
+from minibert.inference.ways import working_ways
 
 
 @torch.inference_mode()
 def matmul_rate(precision: str, device: str) -> float:
-    """FLOP/s of this machine: the best of up to 16 products, or half a second of them, of (1024, 768) with
-    (768, 3072), BERT-base's largest, by torch and, on the CPU, by oneDNN on prepacked weights, as product and as
-    convolution.
+    """FLOP/s of this machine, in int8 operations a second: the best of up to 16 products, or half a second of them, of
+    (1024, 768) with (768, 3072), BERT-base's largest, by torch and, on the CPU, by oneDNN on prepacked weights, as
+    product and as convolution. 0 where it has no such products.
     """
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     x, weight = torch.randn(1024, 768, device=device).to(dtype), torch.randn(3072, 768, device=device).to(dtype)
     bias = torch.zeros(3072, device=device, dtype=dtype)
-    ways: list[torch.nn.Module] = [torch.nn.Linear(768, 3072, device=device, dtype=dtype)]
-    if device == "cpu":
-        for kind in (PrepackedLinear, ConvolvedLinear):
-            with suppress(AttributeError, RuntimeError, NotImplementedError):  # not in this torch, or not in this dtype
-                ways.append(kind(weight, bias))
+    ways: list[Callable[[Tensor], Tensor]] = []
+    if precision == "int8":
+        if device == "cpu" and working_ways(torch.int8):
+            x, weight = to_int8(x)[0], order_int8(to_int8(weight)[0])
+            zeros = torch.zeros(3072, dtype=torch.int32)
+            ways.append(lambda x: multiply_int8(x, weight, bias, zeros))
+    else:
+        ways.append(torch.nn.Linear(768, 3072, device=device, dtype=dtype))
+    for kind in (PrepackedLinear, ConvolvedLinear) if device == "cpu" and precision != "int8" else ():
+        with suppress(AttributeError, RuntimeError, NotImplementedError):  # not in this torch, or not in this dtype
+            ways.append(kind(weight, bias))
     best = float("inf")
     for way in ways:
         spent = 0.0

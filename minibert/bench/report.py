@@ -77,7 +77,7 @@ def slower(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
 def table(report: Report) -> str:
     """The report for people."""
     out = [" · ".join(f"{name} {value}" for name, value in report.machine.items())]
-    rates = [f"{rate / 1e9:.0f} GFLOP/s in {precision}" for precision, rate in report.matmul.items()]
+    rates = [f"{rate / 1e9:.0f} G{'' if p == 'int8' else 'FL'}OP/s in {p}" for p, rate in report.matmul.items() if rate]
     out.append(f"matmul: {', '.join(rates)} (its best, measured now)")
     if report.settings.device == "cpu" and float(report.machine.get("load", 0)) > 1.5 * (os.cpu_count() or 1):
         out.append(f"WARNING: load {report.machine['load']}: other programs run on this machine, the times mean little")

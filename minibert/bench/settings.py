@@ -9,7 +9,7 @@ from minibert.bench.contenders import PEERS
 TASKS = ("inference", "training")
 # The largest difference of a logit from minibert's in float32, over the largest logit. float32: the same sums in
 # another order; bfloat16: some tens of roundings of 2^-8. int8 is reported and has no gate.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "int8": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Settings:
     revision: str | None = None  # of the model, if it is on the hub
     layers: int = 12  # of that random model
     device: str = "cpu"  # or "cuda"
-    precisions: tuple[str, ...] = ("float32", "bfloat16")
+    precisions: tuple[str, ...] = ("float32", "bfloat16", "int8")
     tasks: tuple[str, ...] = TASKS
     shapes: tuple[str, ...] | None = None  # None: SHAPES for inference, TRAINING_SHAPES for training
     rounds: int = 9  # how often each contender is timed

@@ -5,23 +5,19 @@ short batches on others. In bfloat16 it uses oneDNN, but orders the weights anew
 once, and the activation is computed while its input is still in the cache.
 
 oneDNN has two ways to compute a linear layer: as a matrix product, and as a 1×1 convolution. Which is the fastest, or
-whether torch's own is, depends on the CPU. `fastest_way` measures it.
+whether torch's own is, depends on the CPU (ways.py). Products of 8-bit numbers are in int8.py.
 
 torch has no public way to call oneDNN like this. All private operators are in the first part of this file. Each was
 seen in torch 2.13. If another version lacks one, or it computes something else, `working_ways` leaves the way out.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from math import inf
-from time import perf_counter
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibert.kernels import has_amx
 from minibert.model import EncoderLayer, MLMHead
 from minibert.packing import PackedBatch
 
@@ -47,6 +43,16 @@ def has_bfloat16() -> bool:
         return False
 
 
+def has_int8() -> bool:
+    """Whether this CPU has instructions that multiply 8-bit numbers and add the products up exactly (VNNI). Without
+    them oneDNN adds two products up in 16 bits, which is too little for the largest. torch 2.13
+    """
+    try:
+        return bool(torch.cpu._is_vnni_supported() or torch.cpu.get_capabilities().get("avx_vnni"))
+    except (AttributeError, RuntimeError):
+        return False
+
+
 def order_for_product(weight: Tensor) -> Tensor:
     """A copy of weight (outputs, inputs) in oneDNN's order. Only oneDNN can read the result. torch 2.13"""
     ordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -57,6 +63,23 @@ def multiply(x: Tensor, ordered: Tensor, bias: Tensor, activation: Activation) -
     """activation(x · weightᵀ + bias), of x (T, inputs): (T, outputs). T must not be 0. torch 2.13"""
     name, algorithm = activation
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, ordered, bias, name, [], algorithm)
+    return y
+
+
+def order_int8(weight: Tensor) -> Tensor:
+    """A copy of weight (outputs, inputs), int8, in oneDNN's order. torch 2.13"""
+    ordered: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
+    return ordered
+
+
+def multiply_int8(x: Tensor, ordered: Tensor, factor: Tensor, zeros: Tensor) -> Tensor:
+    """x · weightᵀ, of x (T, inputs), int8, and each column times factor (outputs,): (T, outputs) float32. zeros
+    (outputs,) int32. T must not be 0. torch 2.13
+    """
+    plain = (1.0, 0)  # a scale and a zero point that change nothing
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        x, *plain, ordered, factor, zeros, None, *plain, torch.float32, "none", [], ""
+    )
     return y
 
 
@@ -84,11 +107,20 @@ def describe_order(ordered: Tensor) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------------------------------- linear layers
 
 
+PIECE = 384  # tokens
+
+
 class PrepackedLinear(nn.Module):
-    """nn.Linear and an activation function in one call, as a matrix product. It holds copies of weight and bias."""
+    """nn.Linear and an activation function in one call, as a matrix product. It holds copies of weight and bias.
+
+    With AMX, oneDNN shares a product with few outputs badly among the threads, unless it has up to 400 tokens or more
+    than 1500 (2 cores of an Intel Xeon, 3072 inputs and 768 outputs: 650 GFLOP/s for 384 tokens, 300 for 1024). Such a
+    product is computed in pieces.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: Activation = NONE) -> None:
         super().__init__()
+        self.in_pieces = weight.dtype == torch.bfloat16 and weight.shape[0] <= 1024 and has_amx()
         self.bias = bias.clone()
         self.activation = activation
         self.pack(weight)
@@ -97,7 +129,10 @@ class PrepackedLinear(nn.Module):
         self.weight = order_for_product(weight)  # torch cannot read it: it is no parameter, and is not saved
 
     def compute(self, x: Tensor) -> Tensor:
-        return multiply(x, self.weight, self.bias, self.activation)
+        number = -(-len(x) // PIECE) if self.in_pieces and len(x) < 4 * PIECE else 1
+        if number == 1:
+            return multiply(x, self.weight, self.bias, self.activation)
+        return torch.cat([multiply(piece, self.weight, self.bias, self.activation) for piece in x.chunk(number)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x) if x.shape[0] else x.new_empty(0, self.bias.shape[0])
@@ -199,89 +234,23 @@ def prepack_layer(layer: EncoderLayer, linear: type[PrepackedLinear], hidden_act
 
 
 class PrepackedHead(nn.Module):
-    """MLMHead with such linear layers. It holds an ordered copy of the word embeddings, beside those of the lookup."""
+    """MLMHead with such linear layers. It holds an ordered copy of the word embeddings, beside `lookup`, those that the
+    model looks words up in.
+    """
 
-    def __init__(self, head: MLMHead, linear: type[PrepackedLinear], word_embeddings: Tensor, hidden_act: str) -> None:
+    def __init__(
+        self, head: MLMHead, linear: type[PrepackedLinear], word_embeddings: Tensor, lookup: Tensor, hidden_act: str
+    ) -> None:
         super().__init__()
         self.dense = linear(head.dense.weight, head.dense.bias, FUSED[hidden_act])
         self.norm = head.norm
         self.decoder = linear(word_embeddings, head.bias)
-        self.copied = (word_embeddings.data_ptr(), word_embeddings._version)
+        self.copied = (lookup.data_ptr(), lookup._version)
 
-    def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
-        if (word_embeddings.data_ptr(), word_embeddings._version) != self.copied:
+    def forward(self, x: Tensor, lookup: Tensor) -> Tensor:
+        if (lookup.data_ptr(), lookup._version) != self.copied:
             raise ValueError(
                 "the word embeddings of a model prepared for inference were changed, and its head still has the old "
                 "ones: change them in the model it was made from, and prepare that"
             )
         return self.decoder(self.norm(self.dense(x)))  # (M, V)
-
-
-# ------------------------------------------------------------------------------------------------- which way to choose
-
-WAYS: dict[str, type[PrepackedLinear] | None] = {
-    "torch": None,
-    "product": PrepackedLinear,
-    "convolution": ConvolvedLinear,
-}
-
-
-@cache
-def working_ways(dtype: torch.dtype) -> tuple[str, ...]:
-    """Those of WAYS that this torch and this CPU have for `dtype`, and that give what nn.Linear gives."""
-    return tuple(_trials(dtype))
-
-
-@cache
-def fastest_way(dtype: torch.dtype) -> str:
-    """The fastest of them for a linear layer of BERT-base's size with GELU, with few tokens and with many. It is
-    measured once in a process, in a fifth of a second. Where two are almost equal, the choice may differ from one
-    process to the next.
-
-    "torch" must win by a tenth: this layer fits into the cache and a whole model does not, and there the ordered
-    weights gain more (on an AMD EPYC with AVX-512, 16 tokens: 1.6 times as fast here, 2.5 times in a whole model).
-    """
-    trials = _trials(dtype)
-    if len(trials) == 1:
-        return "torch"
-    _, _, *inputs = _sample(dtype)
-    fastest = {(way, size): inf for way in trials for size in range(len(inputs))}
-    with torch.inference_mode():
-        for _ in range(20):  # in turn, so that whatever else the machine does disturbs all alike
-            for way, size in fastest:
-                began = perf_counter()
-                trials[way](inputs[size])
-                fastest[way, size] = min(fastest[way, size], perf_counter() - began)
-    handicap = {"torch": 1.1**2}
-    return min(trials, key=lambda way: fastest[way, 0] * fastest[way, 1] * handicap.get(way, 1.0))
-
-
-def _trials(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The working ways, each as a function that computes one and the same layer."""
-    weight, bias, few, many = _sample(dtype)
-
-    def plain(x: Tensor) -> Tensor:
-        return F.gelu(F.linear(x, weight, bias))
-
-    trials: dict[str, Callable[[Tensor], Tensor]] = {"torch": plain}
-    # float32: the sums are added up in another order. bfloat16: a rounding or two to 2^-8.
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    candidates = {torch.float32: ("product", "convolution"), torch.bfloat16: ("product",)}.get(dtype, ())
-    for way in candidates:
-        linear = WAYS[way]
-        assert linear is not None
-        with suppress(AttributeError, RuntimeError, NotImplementedError), torch.inference_mode():  # no such operator
-            packed = linear(weight, bias, FUSED["gelu"])
-            if all(torch.allclose(packed(x), plain(x), rtol=tolerance, atol=tolerance) for x in (few, many)):
-                trials[way] = packed
-    return trials
-
-
-def _sample(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """weight and bias of a layer, few tokens and many. The results are of order 1."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    return normal(1536, 768) / 768**0.5, normal(1536), normal(16, 768), normal(128, 768)

@@ -2,7 +2,8 @@
 
 Everywhere, `predict` runs the last layer for the asked positions only: no later layer reads the others.
 
-On the CPU, linear layers are computed by oneDNN on weights that were ordered for it beforehand (onednn.py).
+On the CPU, linear layers are computed by oneDNN on weights that were ordered for it beforehand (onednn.py), in int8 on
+weights of 8 bits (int8.py).
 
 On CUDA, the weights are bfloat16, so kernels.py chooses flash attention on the packed tokens. What is done for each
 token alone is compiled by the first call, once for all lengths. Attention stays outside, since it needs the lengths on
@@ -18,16 +19,17 @@ from torch import Tensor, nn
 from minibert import checks
 from minibert.inference.cuda_graphs import Graphs, can_compile, has_flash_attention
 from minibert.inference.fixed import fix
+from minibert.inference.int8 import Int8Embedding, Int8Linear, finish_layer
 from minibert.inference.onednn import (
-    WAYS,
     ConvolvedLinear,
     PrepackedHead,
-    fastest_way,
+    PrepackedLinear,
     filled_up,
     has_bfloat16,
+    has_int8,
     prepack_layer,
-    working_ways,
 )
+from minibert.inference.ways import WAYS, fastest_way, linear_layer, working_ways
 from minibert.kernels import attention, attention_at
 from minibert.masked_lm import BertForMaskedLM
 from minibert.model import ACTIVATIONS, Bert, EncoderLayer, FeedForward, MLMHead, SelfAttention
@@ -44,7 +46,8 @@ def prepare_for_inference(
     """The fastest form of `model` for inference on its device. It holds a copy of every tensor: what happens to `model`
     afterwards does not reach it, and `model` itself stays as it is. A model that is prepared already is returned.
 
-    dtype: of the weights and the arithmetic; None is the model's own on the CPU, bfloat16 on CUDA.
+    dtype: of the weights and the arithmetic; None is the model's own on the CPU, bfloat16 on CUDA. torch.int8, on the
+    CPU: the weights and what they are multiplied with have 8 bits, the rest float32 or bfloat16.
     linear: how linear layers are computed. "torch": as torch has them. "product" and "convolution": the two ways of
     oneDNN, on the CPU. "auto": the fastest, which is measured once in a process. Two ways round differently in the last
     digits, so name one where results must be the same in each run; `prepared.linear` is the one that was taken.
@@ -63,12 +66,24 @@ def prepare_for_inference(
     device = model.embeddings.word.weight.device
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else model.embeddings.word.weight.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f"dtype must be a floating-point type such as torch.bfloat16, not {dtype!r}")
-    if device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16():
-        raise ValueError("this CPU has no instructions for bfloat16: leave dtype out, or use torch.float32")
+    _require_dtype(dtype, device)
     with torch.inference_mode(False):  # tensors that are made in inference mode could not be used outside it
         return PreparedBert(model, dtype, _choose_way(linear, dtype, device))
+
+
+def _require_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8):
+        raise ValueError(f"dtype must be torch.int8 or a floating-point type such as torch.bfloat16, not {dtype!r}")
+    if device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16():
+        raise ValueError("this CPU has no instructions for bfloat16: leave dtype out, or use torch.float32")
+    if dtype != torch.int8:
+        return
+    if device.type != "cpu":
+        raise ValueError(f"torch.int8 is for CPUs, and the model is on {device.type}: use torch.bfloat16 there")
+    if not has_int8() or not working_ways(torch.int8):
+        raise ValueError(
+            "this CPU, or this torch, cannot multiply 8-bit numbers: leave dtype out, or use torch.float32"
+        )
 
 
 def _require_unchanged(model: BertForMaskedLM) -> None:
@@ -135,27 +150,40 @@ class PreparedBert(BertForMaskedLM):
         with shapes_only():
             super().__init__(model.config)
         self.linear = linear
-        packed = WAYS[linear]
-        # Its own copy of every tensor. A matrix that is put into oneDNN's order is copied by that.
-        ordered = {f"{name}.weight" for name, part in self.named_modules() if packed and isinstance(part, nn.Linear)}
-        own = {name: x.detach().to(dtype, copy=name not in ordered) for name, x in model.state_dict().items()}
+        packed = linear_layer(linear, dtype)
+        # Its own copy of every tensor. A matrix that is put into oneDNN's order, or rounded, is copied by that.
+        copied = {f"{name}.weight" for name, part in self.named_modules() if packed and isinstance(part, nn.Linear)}
+        if dtype == torch.int8:
+            copied.add("embeddings.word.weight")
+        full = torch.float32 if dtype == torch.int8 else dtype
+        own = {name: x.detach().to(full, copy=name not in copied) for name, x in model.state_dict().items()}
         self.load_state_dict(own, assign=True)
         self.requires_grad_(False).eval()
         self.load_report = model.load_report
-        word = self.embeddings.word.weight
         self._before, self._after = before_attention, after_attention
         self._graphs: Graphs | None = None
         if packed:
-            for layer in self.layers:
-                assert isinstance(layer, EncoderLayer)
-                prepack_layer(layer, packed, model.config.hidden_act)
-            self.head = PrepackedHead(self.head, packed, word, model.config.hidden_act)  # type: ignore[assignment]
+            self._pack(packed)
+        word = self.embeddings.word.weight
         if word.device.type in COMPILED_ON and can_compile():
             self._before = torch.compile(before_attention, dynamic=True)
             self._after = torch.compile(after_attention, dynamic=True)
         if word.is_cuda and has_flash_attention(word, model.config.head_size):
             self._graphs = Graphs(word.device)
         fix(self)
+
+    def _pack(self, linear: type[PrepackedLinear]) -> None:
+        """Replace the linear layers, and in int8 the word embeddings."""
+        hidden_act, word = self.config.hidden_act, self.embeddings.word.weight
+        for layer in self.layers:
+            assert isinstance(layer, EncoderLayer)
+            prepack_layer(layer, linear, hidden_act)
+            if linear is Int8Linear:
+                finish_layer(layer)
+        if linear is Int8Linear:
+            self.embeddings.word = Int8Embedding(word)  # type: ignore[assignment]
+        lookup = self.embeddings.word.weight
+        self.head = PrepackedHead(self.head, linear, word, lookup, hidden_act)  # type: ignore[assignment]
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **settings: Any) -> NoReturn:

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from forms import FORMS, form_or_skip
+from forms import FORMS, floating, form_or_skip
 from torch import nn
 from twins import CONFIGS, twins
 
@@ -47,7 +47,7 @@ def through_data(model, name):
 def test_an_edit_of_any_tensor_does_not_reach_it(form, edit):
     """`.data` is the hard one: torch does not count such edits."""
     dtype, linear = form_or_skip(form)
-    ours = twins(SIZES, dtype=dtype)[0]
+    ours = twins(SIZES, dtype=floating(dtype))[0]
     fast = prepare_for_inference(ours, dtype, linear=linear)
     expected = answers(fast)
     before = answers(ours)
@@ -84,7 +84,7 @@ def train_on(ours, other):
 @pytest.mark.parametrize("form", FORMS)
 def test_other_weights_do_not_reach_it(form, change):
     dtype, linear = form_or_skip(form)
-    ours, other = twins(SIZES, dtype=dtype)[0], BertForMaskedLM(twins(SIZES)[0].config).to(dtype)
+    ours, other = twins(SIZES, dtype=floating(dtype))[0], BertForMaskedLM(twins(SIZES)[0].config).to(floating(dtype))
     fast = prepare_for_inference(ours, dtype, linear=linear)
     before, expected = answers(ours), answers(fast)
     change(ours, other)

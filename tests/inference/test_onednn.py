@@ -5,17 +5,17 @@ import torch
 from torch import nn
 from twins import CONFIGS, twins
 
-from minibert.inference import onednn, prepare_for_inference
+from minibert.inference import onednn, prepare_for_inference, ways
 from minibert.inference.onednn import ConvolvedLinear, PrepackedLinear
 
 
 @pytest.fixture
 def asked_anew():
     """What was found to work, and to be the fastest, is forgotten, before and after."""
-    for function in (onednn.working_ways, onednn.fastest_way):
+    for function in (ways.working_ways, ways.fastest_way):
         function.cache_clear()
     yield
-    for function in (onednn.working_ways, onednn.fastest_way):
+    for function in (ways.working_ways, ways.fastest_way):
         function.cache_clear()
 
 
@@ -31,15 +31,15 @@ def asked_anew():
 )
 def test_without_a_private_operator_the_other_ways_serve(missing, left, monkeypatch, asked_anew):
     """Another torch may lack any of them."""
-    if "convolution" not in onednn.working_ways(torch.float32):
+    if "convolution" not in ways.working_ways(torch.float32):
         pytest.skip("this torch or this CPU has no convolutions")
-    onednn.working_ways.cache_clear()
+    ways.working_ways.cache_clear()
     onednn._best_height.cache_clear()
     onednn._order_fits.cache_clear()
     onednn._wanted_order.cache_clear()
     for name in missing:
         monkeypatch.setattr(onednn, name, lambda *arguments: torch.ops.mkldnn.no_such_thing)
-    assert onednn.working_ways(torch.float32) == left
+    assert ways.working_ways(torch.float32) == left
     ours, _ = twins(CONFIGS["batch 13, gelu"])
     fast = prepare_for_inference(ours)
     assert fast.linear in left
@@ -67,8 +67,8 @@ def test_a_way_that_gives_something_else_is_not_taken(fault, monkeypatch, asked_
     for kind in (ConvolvedLinear, PrepackedLinear):
         monkeypatch.setattr(kind, "compute", compute)
         monkeypatch.setattr(kind, "pack", lambda self, weight: WEIGHTS.update({id(self): weight}))
-    assert onednn.working_ways(torch.float32) == ("torch",)
-    assert onednn.fastest_way(torch.float32) == "torch"
+    assert ways.working_ways(torch.float32) == ("torch",)
+    assert ways.fastest_way(torch.float32) == "torch"
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(37, 99), (768, 768), (3072, 768), (768, 5000)])

@@ -10,8 +10,9 @@ from twins import CONFIGS, MASKS, SIZES, make_batch, twins
 
 from minibert import FillMask, PackedBatch
 from minibert.inference import prepare_for_inference
-from minibert.inference.onednn import WAYS, has_bfloat16, working_ways
+from minibert.inference.onednn import has_bfloat16
 from minibert.inference.prepare import _choose_way
+from minibert.inference.ways import WAYS, linear_layer, working_ways
 from minibert.kernels import use_kernel
 from minibert.tokenizer import from_vocabulary
 
@@ -32,7 +33,7 @@ def test_both_calls_give_the_same_answers(name, mask, form):
     ours, theirs = twins(CONFIGS[name], "sdpa")
     given = make_batch(CONFIGS[name], mask, SIZES[name], two_segments=True)
     fast = prepare_for_inference(ours, dtype, linear=way)
-    assert type(fast.layers[-1].feed_forward.output).__name__ == (WAYS[way] or torch.nn.Linear).__name__
+    assert type(fast.layers[-1].feed_forward.output).__name__ == (linear_layer(way, dtype) or torch.nn.Linear).__name__
     seen = given["attention_mask"].bool()
     expected = theirs(**given)
     got = fast(**given)
@@ -64,8 +65,8 @@ def test_the_original_stays_as_it_is(each_way):
 
 def test_wrong_dtypes_are_refused(monkeypatch):
     ours, _ = twins(CONFIGS["batch 13, gelu"])
-    with pytest.raises(ValueError, match="int8"):
-        prepare_for_inference(ours, torch.int8)
+    with pytest.raises(ValueError, match=r"torch.int8 or a floating-point type .* not torch.int16"):
+        prepare_for_inference(ours, torch.int16)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     with pytest.raises(ValueError, match="no instructions for bfloat16"):
         prepare_for_inference(ours, torch.bfloat16)

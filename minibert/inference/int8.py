@@ -1,0 +1,89 @@
+"""Linear layers of 8-bit numbers, on CPUs that have instructions for them: a quarter of float32's memory, and faster.
+
+A number x is rounded to a whole number of steps, from −127 to 127. Then the product is one of whole numbers, which the
+CPU adds up exactly:
+
+    x ≈ step_x · x₈      w ≈ step_w · w₈      x · w ≈ step_x · step_w · (x₈ · w₈)
+
+The step of a weight matrix is another one for each output, and the step of the input another one for each token. It is
+the largest number there, over 127. So a token with large numbers, of which real checkpoints have some, costs the others
+nothing, and the answer for a text does not depend on what else is in the batch. The steps of the weights are known
+beforehand; those of the tokens are found in each call.
+
+LayerNorm, softmax, the activation function and the residual sums are not rounded to 8 bits. Attention is computed in
+bfloat16 where the CPU has instructions for that, and else in float32.
+
+Dettmers, Lewis, Belkada, Zettlemoyer: "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022,
+https://arxiv.org/abs/2208.07339, section 2.1 and "vector-wise quantization" in 3.1.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from minibert.inference.onednn import FUSED, Activation, PrepackedLinear, has_bfloat16, multiply_int8, order_int8
+from minibert.model import EncoderLayer
+
+LARGEST = 127
+# The activation functions in place, so that no second tensor of their size is made and read.
+IN_PLACE: dict[Activation, Callable[[Tensor], Tensor]] = {
+    FUSED["gelu"]: torch.ops.aten.gelu_,
+    FUSED["gelu_new"]: partial(torch.ops.aten.gelu_, approximate="tanh"),
+    FUSED["relu"]: torch.relu_,
+    FUSED["silu"]: torch.ops.aten.silu_,
+}
+
+
+def to_int8(x: Tensor, *, spare: bool = False) -> tuple[Tensor, Tensor]:
+    """x (N, inputs) float32, as whole numbers (N, inputs) int8 and the step of each row (N, 1) float32. spare: x may be
+    written over.
+    """
+    largest = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True))  # faster than x.abs().amax(1)
+    step = largest / LARGEST
+    # In a row of zeros 0 / 0 becomes some whole number, and the step of 0 makes 0 of it again.
+    steps = x.div_(step) if spare else x / step
+    return steps.round_().to(torch.int8), step
+
+
+class Int8Linear(PrepackedLinear):
+    """nn.Linear and an activation function. result: the type of what it returns. spare: whether nobody reads its input
+    afterwards, so that it may be written over.
+    """
+
+    result = torch.float32
+    spare = False
+
+    def pack(self, weight: Tensor) -> None:
+        rounded, step = to_int8(weight)
+        self.weight, self.step = order_int8(rounded), step.flatten()  # (outputs,)
+        self.zero_points = torch.zeros_like(self.step, dtype=torch.int32)
+
+    def compute(self, x: Tensor) -> Tensor:
+        rounded, step = to_int8(x.float(), spare=self.spare)
+        y = multiply_int8(rounded, self.weight, self.step, self.zero_points)  # (T, outputs)
+        torch.addcmul(self.bias, y, step, out=y)
+        if self.activation in IN_PLACE:
+            IN_PLACE[self.activation](y)
+        return y.to(self.result)
+
+
+def finish_layer(layer: EncoderLayer) -> None:
+    """Tell the linear layers of an encoder layer, which are Int8Linear, what is around them."""
+    attention_reads, feed_forward_ends = layer.attention.qkv, layer.feed_forward.output
+    assert isinstance(attention_reads, Int8Linear)
+    assert isinstance(feed_forward_ends, Int8Linear)
+    attention_reads.result = torch.bfloat16 if has_bfloat16() else torch.float32
+    feed_forward_ends.spare = True
+
+
+class Int8Embedding(nn.Module):
+    """A lookup of vectors that are stored as 8-bit numbers."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.step = to_int8(weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight[ids] * self.step[ids]  # (T, D)
