@@ -65,6 +65,7 @@ LEVELS = """
     bench.__init__
     bench.workloads bench.machine
     bench.peers
+    bench.ct2
     bench.contenders
     bench.settings
     bench.report

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minibert.bench import peers
+from minibert.bench.ct2 import build_ctranslate2
 from minibert.bench.workloads import Absent, Contender, Workload
 from minibert.config import BertConfig
 from minibert.inference import PreparedBert, prepare_for_inference
@@ -19,6 +20,7 @@ from minibert.packing import PackedBatch
 PEERS = (
     *("eager", "sdpa", "compiled", "packed"),
     *("onnxruntime", "onnxruntime-int8", "openvino", "openvino-bfloat16", "openvino-int8"),
+    *("ctranslate2", "ctranslate2-int8"),
 )
 TRAINING_PEERS = ("eager", "sdpa", "compiled")
 # The peers that have one precision, whatever --dtype says.
@@ -29,6 +31,8 @@ PRECISION = {
     "openvino": "float32",
     "openvino-bfloat16": "bfloat16",
     "openvino-int8": "int8",
+    "ctranslate2": "float32",
+    "ctranslate2-int8": "int8",
 }
 # What `prepare_for_inference` found to be the fastest here.
 LINEAR_LAYERS = {
@@ -83,6 +87,8 @@ def build(name: str, precision: str, task: str, folder: Path, device: str) -> Co
         raise Absent("only its CPU form is run here")
     if name.startswith("onnxruntime"):
         return peers.build_onnxruntime(name, folder)
+    if name.startswith("ctranslate2"):
+        return build_ctranslate2(precision, folder)
     return peers.build_openvino(precision, folder)
 
 

@@ -23,7 +23,7 @@ from minibert.packing import PackedBatch
 
 
 def require_packed(device: str) -> None:
-    _require("transformers")
+    require("transformers")
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     if device == "cpu":
@@ -33,7 +33,7 @@ def require_packed(device: str) -> None:
 
 
 def load_transformers(name: str, folder: Path, dtype: torch.dtype, device: str) -> Any:
-    _require("transformers")
+    require("transformers")
     import transformers
 
     attention = {"compiled": "sdpa", "packed": "flash_attention_2"}.get(name, name)
@@ -66,7 +66,7 @@ def build_transformers(name: str, precision: str, dtype: torch.dtype, folder: Pa
 # ------------------------------------------------------------------------------------------- ONNX Runtime and OpenVINO
 
 
-def _require(*packages: str) -> None:
+def require(*packages: str) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise Absent(f"{package} is not installed")
@@ -80,7 +80,7 @@ def _export(folder: Path) -> Path:
     path = folder / "model.onnx"
     if path.exists():
         return path
-    _require("transformers", "onnx")
+    require("transformers", "onnx")
     model = load_transformers("eager", folder, torch.float32, "cpu")
     from transformers.models.bert import modeling_bert
 
@@ -143,7 +143,7 @@ def _feed(work: Workload) -> dict[str, Any]:
 
 
 def build_onnxruntime(name: str, folder: Path) -> Contender:
-    _require("onnxruntime")
+    require("onnxruntime")
     import onnxruntime
 
     path, note = _fused(folder)
@@ -170,7 +170,7 @@ def build_openvino(precision: str, folder: Path) -> Contender:
     precision is always given. Raises Absent if OpenVINO computes in another one. In int8 it is left to OpenVINO what it
     does with the parts that are not quantised.
     """
-    _require("openvino")
+    require("openvino")
     import openvino
 
     hint = {"float32": "f32", "bfloat16": "bf16", "int8": None}[precision]
@@ -204,7 +204,7 @@ def _quantised(folder: Path) -> Path:
     path = folder / "openvino-int8.xml"
     if path.exists():
         return path
-    _require("nncf")
+    require("nncf")
     with redirect_stdout(StringIO()):  # it draws progress bars, also where one line of JSON is wanted
         import nncf
         import openvino

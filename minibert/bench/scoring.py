@@ -4,7 +4,8 @@
     python -m minibert.bench.scoring --model bert-base        # BERT-base's sizes with random weights
 
 Each peer is given its best: no padding, or as little as sorting by length leaves, and several sizes of batch. What is
-credited are the tokens scored in a second, in the median of the rounds; in a round each takes its turn.
+credited are the tokens scored in a second, in the median of the rounds; in a round each takes its turn. With
+`--dtype int8` the peers stay in float32, since they have no int8.
 """
 
 import argparse
@@ -29,8 +30,9 @@ from minibert.tokenizer import load_tokenizer
 
 Way = Callable[[list[str]], list[list[float]]]  # texts → the log-probability of each token of each
 BERT_BASE = "bert-base"
-# nats, of log-probabilities of order 10. float32: the same sums in another order; bfloat16: some tens of roundings.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0}
+# nats, of log-probabilities of order 10. float32: the same sums in another order; bfloat16 and int8: some tens of
+# roundings.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1.0, torch.int8: 1.0}
 
 
 def make_texts(tokenizer: Tokenizer, number: int) -> list[str]:
@@ -62,7 +64,7 @@ def ways(model: BertForMaskedLM, tokenizer: Tokenizer, folder: Path, dtype: torc
         scores = pseudo_log_likelihood(prepared, tokenizer, texts)
         return [[token.log_probability for token in score.tokens] for score in scores]
 
-    theirs = HubBert.from_pretrained(folder, dtype=dtype).eval()
+    theirs = HubBert.from_pretrained(folder, dtype=torch.float32 if dtype == torch.int8 else dtype).eval()
     names = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
     hub_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     found: dict[str, Way] = {
@@ -133,10 +135,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="minibert-uncased", help=f"or {BERT_BASE}, with random weights")
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all of them")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), default="float32")
     options = parser.parse_args(arguments)
     keep_freed_memory()
-    dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
+    dtype = getattr(torch, options.dtype)
     random = options.model == BERT_BASE
     model = random_model(layers=12) if random else BertForMaskedLM.from_pretrained(options.model)
     tokenizer = load_tokenizer("minibert-uncased" if random else options.model)
