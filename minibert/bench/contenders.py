@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from minibert.bench import peers
 from minibert.bench.ct2 import build_ctranslate2
+from minibert.bench.machine import has_int8_products
 from minibert.bench.workloads import Absent, Contender, Workload
 from minibert.config import BertConfig
 from minibert.inference import PreparedBert, prepare_for_inference
 from minibert.inference.onednn import has_bfloat16
-from minibert.inference.ways import working_ways
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 
@@ -56,7 +56,7 @@ def random_model(layers: int) -> BertForMaskedLM:
 
 
 def lineup(task: str, names: tuple[str, ...], precisions: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(contender, precision) for every row of the task's table, ours first."""
+    """(contender, precision) for every row of the task's table, ours first. In int8 nothing is trained."""
     floating = [precision for precision in precisions if precision != "int8"]
     if task == "training":
         rows = ["minibert", *(peer for peer in names if peer in TRAINING_PEERS)]
@@ -75,8 +75,9 @@ def build(name: str, precision: str, task: str, folder: Path, device: str) -> Co
         peers.require_packed(device)
     if precision == "bfloat16" and device == "cpu" and not has_bfloat16():
         raise Absent("this CPU has no instructions for bfloat16")
-    if precision == "int8" and name.startswith("minibert") and (device != "cpu" or not working_ways(torch.int8)):
-        raise Absent("no products of 8-bit numbers here")
+    if precision == "int8" and name.startswith("minibert") and not has_int8_products(device):
+        what = "this CPU, or this torch, cannot multiply 8-bit numbers" if device == "cpu" else "int8 is for CPUs"
+        raise Absent(what)
     if task == "training":
         return _training(name, precision, folder, device)
     if name.startswith("minibert"):

@@ -13,22 +13,27 @@ import torch
 from torch import Tensor
 
 from minibert.inference.int8 import to_int8
-from minibert.inference.onednn import ConvolvedLinear, PrepackedLinear, multiply_int8, order_int8
+from minibert.inference.onednn import ConvolvedLinear, PrepackedLinear, has_int8, multiply_int8, order_int8
 from minibert.inference.ways import working_ways
+
+
+def has_int8_products(device: str) -> bool:
+    """Whether minibert can compute in int8 here."""
+    return device == "cpu" and has_int8() and bool(working_ways(torch.int8))
 
 
 @torch.inference_mode()
 def matmul_rate(precision: str, device: str) -> float:
     """FLOP/s of this machine, in int8 operations a second: the best of up to 16 products, or half a second of them, of
     (1024, 768) with (768, 3072), BERT-base's largest, by torch and, on the CPU, by oneDNN on prepacked weights, as
-    product and as convolution. 0 where it has no such products.
+    product and as convolution. 0 where there are no such products.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     x, weight = torch.randn(1024, 768, device=device).to(dtype), torch.randn(3072, 768, device=device).to(dtype)
     bias = torch.zeros(3072, device=device, dtype=dtype)
     ways: list[Callable[[Tensor], Tensor]] = []
     if precision == "int8":
-        if device == "cpu" and working_ways(torch.int8):
+        if has_int8_products(device):
             x, weight = to_int8(x)[0], order_int8(to_int8(weight)[0])
             zeros = torch.zeros(3072, dtype=torch.int32)
             ways.append(lambda x: multiply_int8(x, weight, bias, zeros))

@@ -37,7 +37,9 @@ class Row:
 
 @dataclass
 class Report:
-    """Everything that was measured. matmul: FLOP/s of this machine in each precision."""
+    """Everything that was measured. matmul: FLOP/s of this machine in each precision, in int8 operations a second; 0
+    where it has no such products.
+    """
 
     machine: dict[str, str]
     settings: Settings
@@ -56,35 +58,34 @@ def progress(text: str) -> None:
 
 
 def slower(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """(ours, peer) wherever our best time loses to a peer of the same or a higher precision."""
-    found = []
-    for peer in rows:
-        if peer.median is None or peer.contender.startswith("minibert"):
-            continue
-        mine = [
-            row
-            for row in rows
-            if (row.task, row.shape) == (peer.task, peer.shape)
-            and row.contender in ("minibert prepared", "minibert")
-            and row.median is not None
-            and ORDER.index(row.precision) <= ORDER.index(peer.precision)
-        ]
-        if mine and (best := min(mine, key=lambda row: row.median or 0.0)).median > peer.median:  # type: ignore[operator]
-            found.append((best, peer))
-    return found
+    """(ours, peer) wherever a row of ours loses to a peer of the same or a higher precision. Each of our precisions
+    counts by itself: that int8 is fast does not help who wants float32.
+    """
+    timed = [row for row in rows if row.median is not None]
+    return [
+        (ours, peer)
+        for peer in timed
+        if not peer.contender.startswith("minibert")
+        for ours in timed
+        if (ours.task, ours.shape) == (peer.task, peer.shape)
+        and ours.contender in ("minibert prepared", "minibert")
+        and ORDER.index(ours.precision) <= ORDER.index(peer.precision)
+        and (ours.median or 0.0) > (peer.median or 0.0)
+    ]
 
 
 def table(report: Report) -> str:
     """The report for people."""
     out = [" · ".join(f"{name} {value}" for name, value in report.machine.items())]
     rates = [f"{rate / 1e9:.0f} G{'' if p == 'int8' else 'FL'}OP/s in {p}" for p, rate in report.matmul.items() if rate]
-    out.append(f"matmul: {', '.join(rates)} (its best, measured now)")
+    out.append(f"matmul: {', '.join(rates) or 'no such products here'} (its best, measured now)")
     if report.settings.device == "cpu" and float(report.machine.get("load", 0)) > 1.5 * (os.cpu_count() or 1):
         out.append(f"WARNING: load {report.machine['load']}: other programs run on this machine, the times mean little")
     for heading, work in report.workloads.items():
         task, shape = heading.split()
         rows = [row for row in report.rows if (row.task, row.shape) == (task, shape)]
         if not rows:
+            out += ["", f"{task}, {shape}: nothing is trained in int8"]
             continue
         out += [
             "",
@@ -133,10 +134,12 @@ The median is printed because one disturbed round does not move it; the quartile
 tokens/s counts real tokens: padding earns nothing. Dense shapes ask for logits everywhere, the others (and training) at
 15 % of the tokens, where the peers' own forward computes them everywhere all the same.
 ours/its is our median over that row's, below 1 where ours is faster: minibert prepared (in training: minibert) in the
-same precision, and in bfloat16 beside int8. "of matmul" is the arithmetic that was asked for (products only, no
-padding), a second, over this machine's measured matmul rate in that precision. Training is forward, loss at the asked
-positions, backward and AdamW, on float32 weights, in bfloat16 under autocast, with the dropout of the configuration;
-ONNX Runtime and OpenVINO do not train here. peak MiB (--memory) is the whole process's resident memory on the CPU,
-torch's allocations on CUDA, up to that workload. Every contender has the number of threads printed above. The
-command lets glibc keep freed memory, for all of them alike, unless MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ is
-set; in a process of your own, 1073741824 and 2147483647 in these variables do the same."""
+same precision; beside int8, where there is no int8 of ours, in bfloat16, or else in float32. "of matmul" is the
+arithmetic that was asked for (products only, no padding), a second, over this machine's measured matmul rate in that
+precision. int8 stands for products of 8-bit numbers; attention, norms and sums are in a higher precision, and each
+contender rounds in its own way. Training is forward, loss at the asked positions, backward and AdamW, on float32
+weights, in bfloat16 under autocast, with the dropout of the configuration; int8 is for inference, and ONNX Runtime and
+OpenVINO do not train here. peak MiB (--memory) is the whole process's resident memory on the CPU, torch's allocations
+on CUDA, up to that workload, with loading and preparing the model. Every contender has the number of threads printed
+above. The command lets glibc keep freed memory, for all of them alike, unless MALLOC_MMAP_THRESHOLD_ or
+MALLOC_TRIM_THRESHOLD_ is set; in a process of your own, 1073741824 and 2147483647 in these variables do the same."""

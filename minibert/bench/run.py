@@ -163,7 +163,7 @@ def _seconds(contender: Contender, work: Workload, device: str) -> float:
 
 
 def _ratios(rows: list[Row]) -> None:
-    """Each row beside our fast form in its own precision; int8 without one of ours beside our bfloat16 or float32."""
+    """Each row beside our fast form in its own precision; int8, if none of ours ran, beside our bfloat16 or float32."""
     ours = {row.precision: row for row in rows if row.contender in ("minibert prepared", "minibert") and row.median}
     for row in rows:
         mine = ours.get(row.precision) or (row.precision == "int8" and (ours.get("bfloat16") or ours.get("float32")))

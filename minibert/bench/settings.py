@@ -44,3 +44,8 @@ class Settings:
                 raise ValueError(f"{name} does not know {wrong[0]!r}: choose among {', '.join(known)}")
             if not given and name != "--peers":
                 raise ValueError(f"{name} is empty: choose among {', '.join(known)}")
+        if self.tasks == ("training",) and self.precisions == ("int8",):
+            raise ValueError(
+                "--task training with --dtype int8: nothing is trained in int8. Choose among float32 and bfloat16, or "
+                "--task inference"
+            )

@@ -17,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
-        "--dtype", default="float32,bfloat16", metavar="D,D", help="one of them, or both (default: %(default)s)"
+        "--dtype",
+        default="float32,bfloat16,int8",
+        metavar="D,D",
+        help="one of them, or several; int8 is for inference only (default: %(default)s)",
     )
     parser.add_argument(
         "--task", choices=("inference", "training", "both"), default="both", help="what to time (default: %(default)s)"
@@ -35,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         metavar="P,P",
         help="eager, sdpa, compiled, packed (transformers), onnxruntime, onnxruntime-int8, openvino, "
-        "openvino-bfloat16, openvino-int8; all, or none",
+        "openvino-bfloat16, openvino-int8; all, or none. The last six have one precision each, "
+        "whatever --dtype says",
     )
     parser.add_argument("--memory", action="store_true", help="peak memory too, each contender in a process of its own")
     add_json(parser)

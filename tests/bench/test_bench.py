@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from minibert import BertConfig, BertForMaskedLM
-from minibert.bench import contenders, peers, run
-from minibert.bench.report import slower, table
+from minibert.bench import contenders, machine, peers, run
+from minibert.bench.report import Row, slower, table
 from minibert.bench.settings import Settings
 from minibert.bench.workloads import Absent, Contender, make_workload
 from minibert.cli import main
@@ -138,10 +138,86 @@ def test_a_peer_that_is_faster_is_named(report):
         assert "Slower than a peer" in table(report)
         peer.precision = "int8"  # a lower precision than ours: no shame
         assert slower(inference) == []
+        ours.precision = "int8"
+        assert slower(inference) == [(ours, peer)]
+        peer.precision = "bfloat16"
+        assert slower(inference) == [(ours, peer)]
+        ours.precision = "float32"
         peer.precision, peer.median = "float32", ours.median * 2
         assert slower(inference) == []
     finally:
-        peer.precision, peer.median = "float32", before
+        ours.precision = peer.precision = "float32"
+        peer.median = before
+
+
+def test_a_fast_int8_does_not_hide_a_slow_float32():
+    def row(contender, precision, median):
+        return Row("inference", "1x3", contender, contender, precision, median=median)
+
+    exact, rounded = row("minibert prepared", "float32", 2.0), row("minibert prepared", "int8", 0.5)
+    peer = row("ONNX Runtime", "float32", 1.0)
+    assert slower([exact, rounded, peer]) == [(exact, peer)]
+
+
+@pytest.mark.parametrize(
+    ("here", "against"),
+    [
+        (["float32", "bfloat16", "int8"], "minibert prepared int8"),
+        (["float32", "bfloat16"], "minibert prepared bfloat16"),
+        (["float32"], "minibert prepared float32"),
+    ],
+)
+def test_int8_stands_beside_our_int8_if_there_is_one(here, against):
+    rows = [Row("inference", "1x3", "", "minibert prepared", precision, median=2.0) for precision in here]
+    peer = Row("inference", "1x3", "", "ONNX Runtime dynamic", "int8", median=4.0)
+    run._ratios([*rows, peer])
+    assert (peer.against, peer.ratio) == (against, 0.5)
+
+
+def require_int8():
+    if not machine.has_int8_products("cpu"):
+        pytest.skip("this CPU cannot multiply 8-bit numbers")
+
+
+def test_ours_in_int8_is_a_row(bench):
+    require_int8()
+    out = bench("--json", "--task", "inference", "--shapes", "1x3,mixed", "--dtype", "int8", "--peers", "none")
+    answer = json.loads(out)
+    assert answer["matmul"].keys() == {"int8"}
+    for row, shape in zip(answer["rows"], ("1x3", "mixed"), strict=True):
+        assert (row["contender"], row["precision"], row["shape"]) == ("minibert prepared", "int8", shape)
+        assert row["status"] == "timed"
+        assert row["tolerance"] is None
+        assert 1e-4 < row["difference"] < 0.2, "it is int8, and still the same model"
+        assert row["share_of_matmul"] > 0
+        assert (row["against"], row["ratio"]) == ("minibert prepared int8", 1)
+
+
+@pytest.mark.parametrize("missing", ["has_int8", "working_ways"])
+def test_without_int8_it_is_absent_and_all_else_goes_on(bench, monkeypatch, missing):
+    monkeypatch.setattr(machine, missing, lambda *_: False)
+    arguments = ("--task", "inference", "--shapes", "1x3", "--peers", "none", "--memory")
+    out = bench(*arguments, "--dtype", "float32,int8")
+    assert "int8      absent: this CPU, or this torch, cannot multiply 8-bit numbers" in out
+    assert "matmul: " in out
+    assert "in int8 (its best" not in out
+    report = json.loads(bench(*arguments, "--dtype", "float32,int8", "--json"))
+    assert report["matmul"]["int8"] == 0
+    assert [row["status"] for row in report["rows"]] == ["timed", "timed", "absent"]
+    assert report["rows"][2]["peak_memory_bytes"] is None
+    assert "matmul: no such products here" in bench(*arguments, "--dtype", "int8")
+
+
+def test_int8_is_for_cpus():
+    with pytest.raises(Absent, match="int8 is for CPUs"):
+        contenders.build("minibert prepared", "int8", "inference", None, "cuda")
+
+
+def test_in_int8_nothing_is_trained(bench, monkeypatch):
+    monkeypatch.setattr(machine, "has_int8", lambda: False)  # so that nothing is timed
+    out = bench("--shapes", "1x3", "--dtype", "int8", "--peers", "none")
+    assert "training, 1x3: nothing is trained in int8" in out
+    assert out.count("minibert prepared") == 2, "a row for inference, and what is said below"
 
 
 def test_the_command_prints_one_line_of_json(bench):
@@ -201,11 +277,14 @@ def test_a_peer_that_breaks_is_a_row_and_not_the_end(bench, monkeypatch):
     assert "failed: RuntimeError: no such kernel" in out
 
 
-def test_memory_is_that_of_a_process_of_its_own(bench):
-    out = bench(
-        *("--task", "inference", "--shapes", "2x3", "--dtype", "float32", "--peers", "none", "--memory", "--json")
-    )
-    for row in json.loads(out)["rows"]:
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_memory_is_that_of_a_process_of_its_own(bench, dtype):
+    if dtype == "int8":
+        require_int8()
+    out = bench(*("--task", "inference", "--shapes", "2x3", "--dtype", dtype, "--peers", "none", "--memory", "--json"))
+    rows = json.loads(out)["rows"]
+    assert rows
+    for row in rows:
         assert row["peak_memory_bytes"] > 50e6, "Python and torch alone take more"
 
 
@@ -272,11 +351,20 @@ def test_openvino_in_another_precision_than_asked_is_absent(monkeypatch, tmp_pat
 
 
 def test_every_peer_has_its_row():
-    pairs = contenders.lineup("inference", contenders.PEERS, ("float32", "bfloat16"))
+    pairs = contenders.lineup("inference", contenders.PEERS, ("float32", "bfloat16", "int8"))
     assert {name for name, _ in pairs} == {"minibert prepared", "minibert plain", *contenders.PEERS}
     assert len(set(pairs)) == len(pairs)
     assert ("openvino-bfloat16", "bfloat16") in pairs
     assert ("sdpa", "bfloat16") in pairs
+    assert [name for name, precision in pairs if precision == "int8"] == [
+        "minibert prepared",
+        "onnxruntime-int8",
+        "openvino-int8",
+    ]
+    assert contenders.lineup("training", ("sdpa",), ("float32", "int8")) == [
+        ("minibert", "float32"),
+        ("sdpa", "float32"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -286,6 +374,7 @@ def test_every_peer_has_its_row():
         (["--peers", "sdpa,tensorrt"], "--peers does not know 'tensorrt'"),
         (["--dtype", "float16"], "--dtype does not know 'float16'"),
         (["--dtype", ","], "--dtype is empty"),
+        (["--task", "training", "--dtype", "int8"], "--task training with --dtype int8: nothing is trained in int8"),
         (["--shapes", "8by8"], "there is no shape '8by8'"),
         (["--shapes", "1x131"], "shape 1x131 has rows of 131 tokens, and the model has positions for 130"),
         (["--device", "tpu"], "--device must be cpu or cuda, not 'tpu'"),
