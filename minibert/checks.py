@@ -4,6 +4,7 @@ The rest of the package can then take its input for granted.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 
 import torch
@@ -19,6 +20,7 @@ FROM_TOKENIZERS = ("special_tokens_mask", "offset_mapping", "length", "overflow_
 # Arguments that transformers has and we do not, and what to use instead. Each may be given as None.
 DECODERS = "that is for decoders, and BERT is an encoder"
 SAFE = "the only files are safetensors, each read and written whole"
+SMALLER = "prepare_for_inference makes it smaller and faster, with torch.int8 on a CPU, with torch.bfloat16 on a GPU"
 INSTEAD = {
     "inputs_embeds": "put the vectors there with a forward hook on model.embeddings.word",
     "head_mask": "set the head's columns in layers[N].attention.output.weight to 0",
@@ -33,9 +35,9 @@ INSTEAD = {
     "config": "the sizes come from the checkpoint's config.json; for an untrained model, BertForMaskedLM(config)",
     "device_map": 'give device="cuda"; the model is not cut into parts',
     "attn_implementation": "the fastest is chosen for each batch; minibert.kernels.use_kernel(…) forces one",
-    "quantization_config": "prepare_for_inference(model, dtype=torch.bfloat16) makes it smaller and faster",
-    "load_in_8bit": "prepare_for_inference(model, dtype=torch.bfloat16) makes it smaller and faster",
-    "load_in_4bit": "prepare_for_inference(model, dtype=torch.bfloat16) makes it smaller and faster",
+    "quantization_config": SMALLER,
+    "load_in_8bit": SMALLER,
+    "load_in_4bit": SMALLER,
     "trust_remote_code": "no code of a checkpoint is ever run",
     "token": "set HF_TOKEN, or log in with `hf auth login`",
     "use_auth_token": "set HF_TOKEN, or log in with `hf auth login`",
@@ -91,6 +93,16 @@ def require_tensors(**given: object) -> None:
             kind = type(value).__name__
             how = "torch.from_numpy(…)" if kind == "ndarray" else "torch.tensor(…)"
             raise TypeError(f"{name} must be a tensor, not {kind}: {how} makes one")
+
+
+def lengths_of_lists(name: str, lists: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The length of each list of ids. Raises TypeError for what is no list of lists, such as the ids of one text."""
+    with suppress(TypeError):  # what has no length
+        if not any(isinstance(ids, str) for ids in lists):
+            return tuple(len(ids) for ids in lists)
+    shown = repr(lists)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}…"
+    raise TypeError(f"{name} must be a list for each text, such as [[101, 7592, 102]], not {shown}")
 
 
 def padded_inputs(

@@ -93,13 +93,14 @@ class PackedBatch:
     ) -> "PackedBatch":
         """Put lists of token ids end to end. Positions count from 0 in each list.
 
-        token_type_ids, if given, has the same lengths (default: all 0). Raises ValueError if it has not.
+        token_type_ids, if given, has the same lengths (default: all 0). Raises ValueError if it has not, and TypeError
+        for what is no list of lists.
         """
-        lengths = tuple(len(ids) for ids in input_ids)
-        if token_type_ids is not None and tuple(len(types) for types in token_type_ids) != lengths:
-            raise ValueError(
-                f"token_type_ids has lengths {[len(types) for types in token_type_ids]}, input_ids has {list(lengths)}"
-            )
+        lengths = checks.lengths_of_lists("input_ids", input_ids)
+        if token_type_ids is not None:
+            others = checks.lengths_of_lists("token_type_ids", token_type_ids)
+            if others != lengths:
+                raise ValueError(f"token_type_ids has lengths {list(others)}, input_ids has {list(lengths)}")
 
         def flat(lists: Sequence[Sequence[int]]) -> Tensor:
             numbers = torch.tensor([number for row in lists for number in row])

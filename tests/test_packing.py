@@ -320,6 +320,17 @@ def test_lists_that_do_not_fit():
         PackedBatch.from_lists([[1, -4]])
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [([101, 102], r"\[101, 102\]"), (5, "5"), (["ab"], r"\['ab'\]"), ([101] * 99, r"\[101, (101, )*10?1?,?…")],
+)
+def test_what_is_no_list_of_lists(given, shown):
+    with pytest.raises(TypeError, match=rf"input_ids must be a list for each text, such as .*, not {shown}$"):
+        PackedBatch.from_lists(given)
+    with pytest.raises(TypeError, match=rf"token_type_ids must be a list for each text, .*, not {shown}$"):
+        PackedBatch.from_lists([[1, 2]], given)
+
+
 def test_packing_a_tensor_of_another_batch():
     batch = PackedBatch.from_padded(IDS, MASK)
     for wrong in (torch.zeros(4, 5), torch.zeros(3, 4, 2), torch.zeros(4)):
