@@ -52,6 +52,8 @@ class FillMask:
         which is otherwise an error. Raises ValueError for a text without [MASK], one too long, a bad top_k, and a
         target of several tokens.
         """
+        if not isinstance(text, str | Iterable):
+            raise TypeError(f"text must be a str, or a list of them, not {type(text).__name__} {text!r}")
         texts = [text] if isinstance(text, str) else text
         answers = list(self.stream(texts, top_k=top_k, targets=targets, truncate=truncate))
         return answers[0] if isinstance(text, str) else answers
@@ -69,6 +71,8 @@ class FillMask:
         Texts of like length are computed together, WINDOW texts at a time: a mistake in one of them is an error before
         the first answer of its window.
         """
+        if isinstance(texts, str):
+            raise ValueError(f"texts must be several texts, not {texts[:60]!r} alone: put it into a list")
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {top_k}")
         wanted = self._words if targets is None else torch.tensor(target_ids(self.tokenizer, targets))

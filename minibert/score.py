@@ -16,7 +16,7 @@ https://arxiv.org/abs/2305.10588.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, islice
@@ -163,6 +163,8 @@ class Scorer:
                 yield self.answer(text, values)
 
     def encode(self, text: str | tuple[str, str]) -> EncodedText:
+        if not isinstance(text, str) and not (isinstance(text, Sequence) and len(text) == 2):
+            raise TypeError(f"a text must be a str, or a tuple of two, not {type(text).__name__} {text!r}")
         first, second = (text, None) if isinstance(text, str) else text
         if self.given is not None:
             if second is not None:

@@ -348,6 +348,8 @@ def encode(
     if max_length < special:
         raise ValueError(f"a length of {max_length} has no room for the {special} special tokens, [CLS] and [SEP]")
     for sentence in sentences:
+        if not isinstance(sentence, str):
+            raise TypeError(f"a text must be a str, not {type(sentence).__name__} {sentence!r}")
         try:
             sentence.encode()  # bytes on the command line that are no UTF-8 arrive as lone surrogates
         except UnicodeEncodeError as error:

@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from minibert.commands.options import add_json, add_model, add_truncate
+from minibert.commands.options import add_inference_dtype, add_json, add_model, add_truncate, prepare, standard_input
 from minibert.commands.printing import percent
 
 HELP = "The likeliest words for each [MASK]."
@@ -22,18 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--targets", metavar="W,W", help="only these words compete")
     add_truncate(parser)
+    add_inference_dtype(parser)
     add_model(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     from minibert import BertForMaskedLM, FillMask, load_tokenizer
-    from minibert.inference import prepare_for_inference
 
     texts = read_texts(options.texts)
     model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
-    if len(texts) >= WORTH_PREPARING:
-        model = prepare_for_inference(model)
+    model = prepare(model, options.dtype, many=len(texts) >= WORTH_PREPARING)
     fill = FillMask(model, load_tokenizer(options.model, revision=options.revision))
     targets = None if options.targets is None else [word.strip() for word in options.targets.split(",")]
     answers = fill.stream(texts, top_k=options.top_k, targets=targets, truncate=options.truncate)
@@ -53,7 +52,7 @@ def read_texts(arguments: list[str]) -> list[str]:
     """The texts on the command line; "-" stands for the lines of standard input that are not blank."""
     texts: list[str] = []
     for text in arguments:
-        texts += [line.rstrip("\n") for line in sys.stdin if line.strip()] if text == "-" else [text]
+        texts += [line.rstrip("\n") for line in standard_input() if line.strip()] if text == "-" else [text]
     if not texts:
         raise ValueError("there was no line on standard input")
     return texts

@@ -1,8 +1,15 @@
 """Arguments that several commands take, and how they are read. Without torch."""
 
 import argparse
+import io
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from minibert import BertForMaskedLM
 
 DEFAULT_MODEL = "minibert-uncased"
+NOT_UTF_8 = "surrogateescape"  # bytes that are no UTF-8 come through: then the error can show the line that has them
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | None = DEFAULT_MODEL) -> None:
@@ -37,6 +44,36 @@ def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
     """--device and --dtype."""
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: %(default)s)")
+
+
+def add_inference_dtype(parser: argparse.ArgumentParser) -> None:
+    """--dtype of a command that answers, for `prepare`."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "int8"),
+        help="prepare the model for inference in this type, however few the texts; for many, bfloat16 and int8 are "
+        "faster, and less exact (default: float32, prepared if there are many texts)",
+    )
+
+
+def prepare(model: "BertForMaskedLM", dtype: str | None, many: bool) -> "BertForMaskedLM":
+    """The model, prepared for inference if --dtype was given, or if there are many texts. Raises ValueError for a dtype
+    that this CPU does not have.
+    """
+    import torch
+
+    from minibert.inference import prepare_for_inference
+
+    if dtype is not None:
+        return prepare_for_inference(model, getattr(torch, dtype))
+    return prepare_for_inference(model) if many else model
+
+
+def standard_input() -> TextIO:
+    """Standard input as UTF-8, whatever the terminal's own encoding is."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors=NOT_UTF_8)
+    return sys.stdin
 
 
 def whole_numbers(name: str, text: str) -> list[int]:

@@ -1,7 +1,6 @@
 """`minibert score`."""
 
 import argparse
-import io
 import json
 import sys
 from collections import Counter
@@ -9,9 +8,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from minibert.commands.options import add_json, add_model, add_truncate
+from minibert.commands.options import (
+    NOT_UTF_8,
+    add_inference_dtype,
+    add_json,
+    add_model,
+    add_truncate,
+    prepare,
+    standard_input,
+)
 
 if TYPE_CHECKING:
     from minibert.score import Pair, Score
@@ -19,7 +26,6 @@ if TYPE_CHECKING:
 HELP = "How likely each sentence is: its pseudo-log-likelihood, in nats."
 WORTH_PREPARING = 4  # texts, each of which is computed once for every token: with fewer, preparing takes longer
 WORTH_WATCHING = 16  # texts: with more, there is a progress bar
-NOT_UTF_8 = "surrogateescape"  # bytes that are no UTF-8 come through: then the error can show the line that has them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     add_truncate(parser)
+    add_inference_dtype(parser)
     add_model(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    from minibert import BertForMaskedLM, load_tokenizer, prepare_for_inference, pseudo_log_likelihood
+    from minibert import BertForMaskedLM, load_tokenizer, pseudo_log_likelihood
     from minibert.score import score_pairs
 
     if options.pairs is not None and options.texts:
@@ -56,8 +63,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("there is nothing to score: give texts, - for the lines of standard input, or --pairs FILE")
     model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
     tokenizer = load_tokenizer(options.model, revision=options.revision)
-    if len(first) >= WORTH_PREPARING:
-        model = prepare_for_inference(model)
+    model = prepare(model, options.dtype, many=len(first) >= WORTH_PREPARING)
     score: Any = pseudo_log_likelihood if options.pairs is None else score_pairs
     answers = score(
         model,
@@ -101,12 +107,6 @@ def read_pairs(name: str) -> Iterator[tuple[str, str]]:
                 where = f"{'standard input' if name == '-' else name}, line {number}"
                 raise ValueError(f"{where}: {len(columns)} columns, where a good and a bad sentence with a tab are due")
             yield columns[0], columns[1]
-
-
-def standard_input() -> TextIO:
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors=NOT_UTF_8)
-    return sys.stdin
 
 
 def print_json(scores: "Iterable[Score]") -> None:

@@ -136,9 +136,10 @@ def test_help(capsys, command):
     assert f"usage: {' '.join(['minibert', *command])}" in capsys.readouterr().out
 
 
-def process(*arguments):
+def process(*arguments, given=b""):
     return subprocess.run(
         [sys.executable, "-m", "minibert", *arguments],
+        input=given,
         capture_output=True,
         cwd=Path(minibert.__file__).parent.parent,
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
@@ -158,6 +159,18 @@ def test_python_m_minibert_with_a_mistake(folder):
     assert done.stderr.startswith(b"minibert mlm: ")
     done = process("nonsense")
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
+
+
+@pytest.mark.parametrize("command", ["fill-mask", "score"])
+def test_lines_that_are_no_utf_8(folder, command):
+    """The line is shown, whatever the terminal's encoding is."""
+    done = process(command, "-", "--model", str(folder), given=b"the caf\xe9\n")
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
+    assert rb"the text 'the caf\udce9' is not Unicode" in done.stderr
+    assert b"codec" not in done.stderr
+    done = process("fill-mask", "-", "--model", str(folder), given="café [MASK]\n".encode())
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "café [MASK]" in done.stdout.decode()
 
 
 @pytest.mark.filterwarnings("always")

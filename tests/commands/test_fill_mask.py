@@ -4,10 +4,13 @@ import io
 import json
 
 import pytest
+import torch
+from forms import form_or_skip
 from small import LONG, LONGEST, VOCAB, assert_same_answers
 from transformers import BertTokenizer, FillMaskPipeline
 
-from minibert import FillMask
+from minibert import BertForMaskedLM, FillMask, load_tokenizer
+from minibert.cli import main
 from minibert.commands.fill_mask import WORTH_PREPARING
 from minibert.inference import prepare_for_inference
 from minibert.tokenizer import from_vocabulary
@@ -76,6 +79,15 @@ def test_shapes_of_the_answers(fill):
 def test_fill_mask_says_what_is_wrong(fill, text, options, words):
     with pytest.raises(ValueError, match=words):
         fill(text, **options)
+
+
+def test_what_is_no_text_gets_a_sentence(fill):
+    with pytest.raises(TypeError, match="text must be a str, or a list of them, not int 5"):
+        fill(5)
+    with pytest.raises(TypeError, match="a text must be a str, not int 5"):
+        fill(["the [MASK]", 5])
+    with pytest.raises(ValueError, match=r"several texts, not 'the \[MASK\]' alone: put it into a list"):
+        next(fill.stream("the [MASK]"))
 
 
 def test_a_mask_beyond_the_cut_is_an_error_that_says_so(fill):
@@ -157,3 +169,62 @@ def test_many_texts_take_the_fast_form_and_answer_the_same(run, fill, monkeypatc
         assert [row["token"] for row in result["answers"]] == [row["token"] for row in expected]
         assert result["answers"][0]["score"] == pytest.approx(expected[0]["score"], abs=1e-6)
     assert prepared
+
+
+# ----------------------------------------------------------------------------------------------- --dtype, real answers
+
+BUNDLED = "minibert-uncased"
+QUESTION = "The capital of France is [MASK]."
+# Of a probability p, as a part of it. float32: rounding. bfloat16 and int8: a logit of order 10 is rounded by up to a
+# 200th and a 20th in all, and p follows it as exp does.
+FACTOR = {"float32": 1 + 1e-4, "bfloat16": 1.1, "int8": 1.6}
+
+
+def needs(dtype):
+    """Skip the test where this CPU does not have the type."""
+    form_or_skip({"float32": "torch", "bfloat16": "bfloat16 torch", "int8": "int8"}[dtype])
+
+
+def ask(capsys, *arguments):
+    assert main(["fill-mask", *arguments, "--json", "--model", BUNDLED]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("dtype", FACTOR)
+def test_a_dtype_answers_nearly_the_same(capsys, dtype):
+    """Also one text alone, and it is that type: the last digits are others than those of float32."""
+    needs(dtype)
+    (plain,) = ask(capsys, QUESTION, "--top-k", "3")
+    (result,) = ask(capsys, QUESTION, "--top-k", "100000", "--dtype", dtype)
+    answers = result["answers"]
+    assert [row["token_str"] for row in answers[:2]] == ["paris", "france"]
+    for row, expected in zip(answers[:2], plain["answers"], strict=False):
+        assert 1 / FACTOR[dtype] < row["score"] / expected["score"] < FACTOR[dtype]
+        assert (abs(row["score"] / expected["score"] - 1) > 1e-4) == (dtype != "float32")
+    # Computed in float32: in bfloat16, each of the 30,522 would be rounded by up to a 256th, and be one of few values.
+    assert sum(row["score"] for row in answers) == pytest.approx(1, abs=1e-5)
+    assert answers[0]["score"] != torch.tensor(answers[0]["score"]).bfloat16().item()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_dtype_goes_with_targets_and_several_masks(capsys, dtype):
+    needs(dtype)
+    texts = ["She drank a cup of [MASK] before breakfast.", "The [MASK] of France is [MASK]."]
+    targets = ["tea", "coffee", "sand", "paris", "capital"]
+    results = ask(capsys, *texts, "--targets", ",".join(targets), "--dtype", dtype)
+    assert results[0]["answers"][0]["token_str"] in ("tea", "coffee")
+    assert [rows[0]["token_str"] for rows in results[1]["answers"]] == ["capital", "paris"]
+    model = prepare_for_inference(BertForMaskedLM.from_pretrained(BUNDLED), getattr(torch, dtype))
+    expected = FillMask(model, load_tokenizer(BUNDLED))(texts, targets=targets)
+    assert_same_answers([result["answers"] for result in results], expected)
+
+
+@pytest.mark.parametrize("command", ["fill-mask", "score"])
+def test_a_dtype_that_the_processor_has_not_is_one_line(command, fails, folder, monkeypatch):
+    monkeypatch.setattr("minibert.inference.prepare.has_bfloat16", lambda: False)
+    monkeypatch.setattr("minibert.inference.prepare.has_int8", lambda: False)
+    for dtype, said in (("bfloat16", "no instructions for bfloat16"), ("int8", "cannot multiply 8-bit numbers")):
+        assert said in fails(command, "the [MASK]", "--dtype", dtype, "--model", str(folder))
+    assert "'float16'" in fails(command, "the [MASK]", "--dtype", "float16", "--model", str(folder))

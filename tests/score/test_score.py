@@ -3,15 +3,16 @@
 import gc
 import random
 from contextlib import nullcontext
-from math import exp
+from math import exp, log
 
 import pytest
 import torch
+from forms import FORMS, TOLERANCE, form_or_skip
 from tokenizers import Tokenizer, processors
 from transformers import BertTokenizerFast
 from twins import CONFIGS, twins
 
-from minibert import BertForMaskedLM, prepare_for_inference, pseudo_log_likelihood
+from minibert import BertForMaskedLM, FillMask, prepare_for_inference, pseudo_log_likelihood
 from minibert.score import WITHIN_WORD, EncodedText, Score, pseudo_perplexity, score_pairs
 from minibert.tokenizer import from_vocabulary
 
@@ -244,17 +245,43 @@ def test_memory_does_not_grow_with_the_number_of_texts(pair_of_models, tokenizer
     assert not logits
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes(pair_of_models, tokenizer, dtype):
+def in_another_dtype(model, form):
+    if form in FORMS:
+        dtype, linear = form_or_skip(form)
+        return prepare_for_inference(model, dtype, linear=linear)
+    copy = BertForMaskedLM(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    return copy.to(getattr(torch, form.split()[1]))
+
+
+@pytest.mark.parametrize("form", ["plain bfloat16", "plain float64", "float64", "bfloat16 product", "int8"])
+def test_other_dtypes(pair_of_models, tokenizer, form):
     """The log-probabilities of a model in bfloat16 are computed in float32 from its logits, those in float64 stay."""
     exact = list(pseudo_log_likelihood(pair_of_models[0], tokenizer, TEXTS))
-    model = BertForMaskedLM(pair_of_models[0].config).eval()
-    model.load_state_dict(pair_of_models[0].state_dict())
-    for score, expected in zip(pseudo_log_likelihood(model.to(dtype), tokenizer, TEXTS), exact, strict=True):
-        # bfloat16: some tens of roundings to 2^-8 of logits of order 3
-        assert values(score) == pytest.approx(values(expected), abs=0.3 if dtype == torch.bfloat16 else NATS)
+    model = in_another_dtype(pair_of_models[0], form)
+    # A log-probability is a logit and the logarithm of the sum of all: each is off by what forms.py says of a logit.
+    nats = NATS if "float64" in form else 2 * TOLERANCE[torch.int8 if form == "int8" else torch.bfloat16]
+    differences = []
+    for score, expected in zip(pseudo_log_likelihood(model, tokenizer, TEXTS), exact, strict=True):
+        assert values(score) == pytest.approx(values(expected), abs=nats)
+        assert score.pll == pytest.approx(sum(values(score)), abs=1e-9)
+        differences += [abs(a - b) for a, b in zip(values(score), values(expected), strict=True)]
         rounded = torch.tensor(values(score), dtype=torch.float64).bfloat16().tolist()
         assert not values(score) or values(score) != rounded, "computed in float32"
+    assert (max(differences) > NATS) == ("float64" not in form)
+
+
+@pytest.mark.parametrize("form", ["bfloat16 product", "int8"])
+def test_a_score_is_the_probability_that_fill_mask_gives(pair_of_models, tokenizer, form):
+    """Whatever the type, both read one distribution, and it adds up to 1."""
+    model = in_another_dtype(pair_of_models[0], form)
+    found = {row["token_str"]: row["score"] for row in FillMask(model, tokenizer)("the [MASK] sat", top_k=10**6)}
+    assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+    words = ["cat", "mat", "a", "?", "it"]
+    scores = pseudo_log_likelihood(model, tokenizer, [f"the {word} sat" for word in words])
+    for word, score in zip(words, scores, strict=True):
+        # bfloat16: batches of other sizes are added up in another order, and a logit may be rounded the other way
+        assert score.tokens[1].log_probability == pytest.approx(log(found[word]), abs=0.05)
 
 
 # ---------------------------------------------------------------------------------------------------- texts and numbers
@@ -356,6 +383,14 @@ def test_arguments_that_do_not_fit(ours, tokenizer):
         list(pseudo_log_likelihood(ours, tokenizer, [("a", "b")], given="c"))
     with pytest.raises(ValueError, match=f"tokenizer has {len(VOCABULARY) + 1} tokens and the model {len(VOCABULARY)}"):
         pseudo_log_likelihood(ours, from_vocabulary([*VOCABULARY, "dog"]), [])
+
+
+@pytest.mark.parametrize("wrong", [5, None, ("a",), ("a", "b", "c")])
+def test_what_is_no_text_gets_a_sentence(ours, tokenizer, wrong):
+    with pytest.raises(TypeError, match=f"must be a str, or a tuple of two, not {type(wrong).__name__} "):
+        list(pseudo_log_likelihood(ours, tokenizer, ["a", wrong]))
+    with pytest.raises(TypeError, match="a text must be a str, not int 5"):
+        list(pseudo_log_likelihood(ours, tokenizer, [("a", 5)]))
 
 
 def test_dropout_and_nan_are_errors(pair_of_models, tokenizer):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from forms import form_or_skip
 
 from minibert import BertConfig, BertForMaskedLM, load_tokenizer, prepare_for_inference, pseudo_log_likelihood
 from minibert.cli import main
@@ -193,3 +194,31 @@ def test_many_texts_are_prepared_for_and_watched(folder, monkeypatch, number, st
     assert len(json.loads(out)) == number
     assert len(prepared) == (number >= command.WORTH_PREPARING)
     assert ("texts" in err) == (number > command.WORTH_WATCHING)
+
+
+# nats, of a log-probability of the bundled model: rounding; some tens of roundings to 2^-8 of logits of order 10; and
+# of roundings to a 254th of the largest number of a row.
+NATS = {"float32": 1e-3, "bfloat16": 0.2, "int8": 0.6}
+
+
+@pytest.mark.parametrize("dtype", NATS)
+def test_a_dtype_scores_nearly_the_same(capsys, dtype):
+    """Also two texts alone, and it is that type: the last digits are others than those of float32."""
+    form_or_skip({"float32": "torch", "bfloat16": "bfloat16 torch", "int8": "int8"}[dtype])
+    texts = ["She has gone home.", "She has go home."]
+
+    def score(*options):
+        assert main(["score", *texts, "--json", "--model", "minibert-uncased", *options]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return json.loads(out)
+
+    plain, results = score(), score("--dtype", dtype)
+    for result, expected in zip(results, plain, strict=True):
+        found = [token["log_probability"] for token in result["tokens"]]
+        wanted = [token["log_probability"] for token in expected["tokens"]]
+        assert found == pytest.approx(wanted, abs=NATS[dtype])
+        assert result["pll"] == pytest.approx(sum(found))
+        assert (found == pytest.approx(wanted, abs=NATS["float32"])) == (dtype == "float32")
+    good, bad = (result["pll"] for result in results)
+    assert good > bad + 5, "11 nats in float32"
