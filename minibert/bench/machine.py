@@ -64,7 +64,7 @@ def describe_machine(device: str) -> dict[str, str]:
     if hasattr(os, "getloadavg"):
         facts["load"] = f"{os.getloadavg()[0]:.1f}"
     facts["python"] = platform.python_version()
-    for package in ("torch", "transformers", "onnxruntime", "openvino"):
+    for package in ("torch", "transformers", "onnxruntime", "openvino", "ctranslate2"):
         try:
             facts[package] = version(package)
         except PackageNotFoundError:

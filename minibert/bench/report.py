@@ -132,14 +132,15 @@ is refused, not timed. Then all are timed in turn, A B C, A B C, so that whateve
 first calls, which compile and allocate, do not count, and a call under 0.3 s is preceded by one that is not timed.
 The median is printed because one disturbed round does not move it; the quartiles show how much the rounds differ.
 tokens/s counts real tokens: padding earns nothing. Dense shapes ask for logits everywhere, the others (and training) at
-15 % of the tokens, where the peers' own forward computes them everywhere all the same.
+15 % of the tokens. There the peers' own forward computes them everywhere all the same; CTranslate2 has no head, and
+gets one at the asked positions only.
 ours/its is our median over that row's, below 1 where ours is faster: minibert prepared (in training: minibert) in the
 same precision; beside int8, where there is no int8 of ours, in bfloat16, or else in float32. "of matmul" is the
 arithmetic that was asked for (products only, no padding), a second, over this machine's measured matmul rate in that
 precision. int8 stands for products of 8-bit numbers; attention, norms and sums are in a higher precision, and each
 contender rounds in its own way. Training is forward, loss at the asked positions, backward and AdamW, on float32
-weights, in bfloat16 under autocast, with the dropout of the configuration; int8 is for inference, and ONNX Runtime and
-OpenVINO do not train here. peak MiB (--memory) is the whole process's resident memory on the CPU, torch's allocations
-on CUDA, up to that workload, with loading and preparing the model. Every contender has the number of threads printed
-above. The command lets glibc keep freed memory, for all of them alike, unless MALLOC_MMAP_THRESHOLD_ or
-MALLOC_TRIM_THRESHOLD_ is set; in a process of your own, 1073741824 and 2147483647 in these variables do the same."""
+weights, in bfloat16 under autocast, with the dropout of the configuration; int8 is for inference, and ONNX Runtime,
+OpenVINO and CTranslate2 do not train here. peak MiB (--memory) is the whole process's resident memory on the CPU,
+torch's allocations on CUDA, up to that workload, with loading and preparing the model. Every contender has the number
+of threads printed above. The command lets glibc keep freed memory, for all of them alike, unless MALLOC_MMAP_THRESHOLD_
+or MALLOC_TRIM_THRESHOLD_ is set; in a process of your own, 1073741824 and 2147483647 in these variables do the same."""

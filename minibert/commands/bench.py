@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         metavar="P,P",
         help="eager, sdpa, compiled, packed (transformers), onnxruntime, onnxruntime-int8, openvino, "
-        "openvino-bfloat16, openvino-int8; all, or none. The last six have one precision each, "
-        "whatever --dtype says",
+        "openvino-bfloat16, openvino-int8, ctranslate2, ctranslate2-int8; all, or none. Those from packed on have one "
+        "precision each, whatever --dtype says",
     )
     parser.add_argument("--memory", action="store_true", help="peak memory too, each contender in a process of its own")
     add_json(parser)
