@@ -6,13 +6,13 @@
 #     tests/versions.sh oldest                   one of them
 #     tests/versions.sh oldest -- -k output      with arguments for pytest
 #
-# PYTHON names the interpreter (default python3): PYTHON=python3.13 tests/versions.sh newest
+# PYTHON is the interpreter, a name or a path (default python3): PYTHON=python3.13 tests/versions.sh newest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 declare -A sets=(
-    [oldest]="torch==2.11.0 transformers==5.17.0" # what pyproject.toml asks for, at least
+    [oldest]="torch==2.11.0 transformers==5.17.0" # the least torch that pyproject.toml takes
     [pinned]="-c constraints.txt"
     [newest]="" # whatever pip finds
 )

@@ -64,7 +64,8 @@ def describe_machine(device: str) -> dict[str, str]:
     if hasattr(os, "getloadavg"):
         facts["load"] = f"{os.getloadavg()[0]:.1f}"
     facts["python"] = platform.python_version()
-    for package in ("torch", "transformers", "onnxruntime", "openvino", "ctranslate2"):
+    facts["torch"] = torch.__version__  # it names the build too (2.14.1+cu130), which the package's version may not
+    for package in ("transformers", "onnxruntime", "openvino", "ctranslate2"):
         try:
             facts[package] = version(package)
         except PackageNotFoundError:
