@@ -81,9 +81,7 @@ def _require_dtype(dtype: torch.dtype, device: torch.device) -> None:
     if device.type != "cpu":
         raise ValueError(f"torch.int8 is for CPUs, and the model is on {device.type}: use torch.bfloat16 there")
     if not has_int8() or not working_ways(torch.int8):
-        raise ValueError(
-            "this CPU, or this torch, cannot multiply 8-bit numbers: leave dtype out, or use float32"
-        )
+        raise ValueError("this CPU, or this torch, cannot multiply 8-bit numbers: leave dtype out, or use float32")
 
 
 def _require_unchanged(model: BertForMaskedLM) -> None:
