@@ -70,7 +70,7 @@ LEVELS = """
     bench.settings
     bench.report
     bench.peak_memory
-    bench.run bench.scoring
+    bench.run bench.scoring bench.quality
     commands.__init__ commands.options commands.printing
     commands.*
     cli

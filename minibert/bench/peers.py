@@ -5,6 +5,7 @@
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
@@ -198,26 +199,30 @@ CALIBRATION = 4  # batches
 
 
 def _quantised(folder: Path) -> Path:
-    """The graph with weights and activations in 8 bits, as OpenVINO's documentation has it for transformers: by nncf,
-    which looks at the activations of some batches beforehand. Written once.
-    """
+    """The graph in int8, calibrated on random ids, unless it is there already."""
     path = folder / "openvino-int8.xml"
-    if path.exists():
-        return path
-    require("nncf")
+    if not path.exists():
+        config = BertConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        generator = torch.Generator().manual_seed(0)
+        length = min(64, config.max_position_embeddings)
+        batches = [torch.randint(1, config.vocab_size, (4, length), generator=generator) for _ in range(CALIBRATION)]
+        quantise_for_openvino(folder, [(ids, torch.ones_like(ids)) for ids in batches])
+    return path
+
+
+def quantise_for_openvino(folder: Path, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write the graph with weights and activations in 8 bits for `build_openvino`, as OpenVINO's documentation has it
+    for transformers: by nncf, which looks at the activations of some batches beforehand, ids and mask (B, S) each.
+    """
+    require("openvino", "nncf")
     with redirect_stdout(StringIO()):  # it draws progress bars, also where one line of JSON is wanted
         import nncf
         import openvino
 
         nncf.set_log_level(logging.ERROR)
-        config = BertConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        generator = torch.Generator().manual_seed(0)
-        length = min(64, config.max_position_embeddings)
-        batches = [torch.randint(1, config.vocab_size, (4, length), generator=generator) for _ in range(CALIBRATION)]
-        feeds = [{"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()} for ids in batches]
+        feeds = [{"input_ids": ids.numpy(), "attention_mask": mask.numpy()} for ids, mask in batches]
         graph = openvino.Core().read_model(str(_export(folder)))
         quantised = nncf.quantize(
-            graph, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=CALIBRATION
+            graph, nncf.Dataset(feeds), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds)
         )
-        openvino.save_model(quantised, str(path), compress_to_fp16=False)
-    return path
+        openvino.save_model(quantised, str(folder / "openvino-int8.xml"), compress_to_fp16=False)

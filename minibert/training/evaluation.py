@@ -9,11 +9,19 @@ from minibert.loss import masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import example_generator
 from minibert.tokenizer import as_tokenizer
-from minibert.training.data import masked_rows
+from minibert.training.data import Example, masked_rows
 from minibert.training.ranks import ALONE, Ranks
 from minibert.training.tokens import TokenFile
 
 Figures = dict[str, dict[str, float | None]]  # of each text and of "all": loss, top1, masked_tokens
+
+
+def masked_lines(file: TokenFile, numbers: range, tokenizer: Tokenizer, *, max_length: int, seed: int = 0) -> Example:
+    """The held-out lines of a file with these numbers, one line a row, masked by BERT's recipe. A line is masked in the
+    same places whatever stands beside it.
+    """
+    rows = [file.held_out.line(number)[: max_length - 2] for number in numbers]
+    return masked_rows(rows, [example_generator(seed, 1, number) for number in numbers], tokenizer)
 
 
 @torch.inference_mode()
@@ -35,12 +43,10 @@ def evaluate(
     device = model.embeddings.word.weight.device
     sums: dict[str, list[float]] = {}  # loss, right answers, masked tokens
     for file in files:
-        rows = [file.held_out.line(number)[: max_length - 2] for number in range(min(lines, len(file.held_out)))]
+        rows = range(min(lines, len(file.held_out)))
         here = torch.zeros(3, dtype=torch.float64)
         for at in range(64 * ranks.rank, len(rows), 64 * ranks.size):
-            some = rows[at : at + 64]
-            generators = [example_generator(seed, 1, number) for number in range(at, at + len(some))]
-            example = masked_rows(some, generators, tokenizer)
+            example = masked_lines(file, rows[at : at + 64], tokenizer, max_length=max_length, seed=seed)
             logits = model.predict(example.batch.to(device), example.positions.to(device)).cpu()  # (M, V)
             loss = masked_lm_loss(logits, example.targets)
             right = (logits.argmax(-1) == example.targets).sum()
