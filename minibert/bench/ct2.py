@@ -56,7 +56,9 @@ def _converted(model: Any, precision: str, folder: Path) -> Path:
     if not path.exists():
         config = model.config
         with_pooler = BertModel(config).eval()  # its pooler is random, and nobody reads it
-        with_pooler.load_state_dict(model.bert.state_dict(), strict=False)
+        missing, unknown = with_pooler.load_state_dict(model.bert.state_dict(), strict=False)
+        assert not unknown, unknown
+        assert all(name.startswith("pooler.") for name in missing), missing
         config.position_embedding_type = "absolute"
         spec = BertLoader().get_model_spec(with_pooler)
         spec.register_vocabulary([str(number) for number in range(config.vocab_size)])
@@ -64,6 +66,8 @@ def _converted(model: Any, precision: str, folder: Path) -> Path:
         spec.config.layer_norm_epsilon = config.layer_norm_eps
         spec.validate()
         spec.optimize(quantization=None if precision == "float32" else precision)
-        path.mkdir()
-        spec.save(str(path))
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.mkdir(exist_ok=True)
+        spec.save(str(unfinished))
+        unfinished.rename(path)
     return path

@@ -51,8 +51,9 @@ def add_inference_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "int8"),
-        help="prepare the model for inference in this type, however few the texts; for many, bfloat16 and int8 are "
-        "faster, and less exact (default: float32, prepared if there are many texts)",
+        help="prepare the model for inference in this type, however few the texts; for many, bfloat16 and int8 take "
+        "less time than float32 and are less exact: a close call may go the other way (default: float32, prepared if "
+        "there are many texts)",
     )
 
 

@@ -162,4 +162,4 @@ def print_pairs(pairs: "Iterable[Pair]", as_json: bool) -> None:
     print(f"the good one wins {rate.wins} of {rate.pairs}: {rate.share:.1%}, 95 % interval {low:.1%} to {high:.1%}")
     if rate.ties:
         ties = "1 tie, which counts" if rate.ties == 1 else f"{rate.ties} ties, which count"
-        print(f"{ties} as not won (no difference beyond rounding)")
+        print(f"{ties} as not won (less than 0.0001 nats apart)")

@@ -1,4 +1,4 @@
-"""Linear layers of 8-bit numbers, on CPUs that have instructions for them: a quarter of float32's memory, and faster.
+"""Linear layers of 8-bit numbers, on CPUs that have instructions for them: a quarter of float32's memory, less time.
 
 A number x is rounded to a whole number of steps, from −127 to 127. Then the product is one of whole numbers, which the
 CPU adds up exactly:
@@ -6,12 +6,13 @@ CPU adds up exactly:
     x ≈ step_x · x₈      w ≈ step_w · w₈      x · w ≈ step_x · step_w · (x₈ · w₈)
 
 The step of a weight matrix is another one for each output, and the step of the input another one for each token. It is
-the largest number there, over 127. So a token with large numbers, of which real checkpoints have some, costs the others
-nothing, and the answer for a text does not depend on what else is in the batch. The steps of the weights are known
-beforehand; those of the tokens are found in each call.
+the largest number there, over 127. So a token with large numbers costs the others nothing, and the steps for a text are
+the same whatever else is in the batch. (A place that is large in every token, as real checkpoints have some, still
+takes the fine steps from the rest of its token.) The steps of the weights are known beforehand; those of the tokens are
+found in each call.
 
-LayerNorm, softmax, the activation function and the residual sums are not rounded to 8 bits. Attention is computed in
-bfloat16 where the CPU has instructions for that, and else in float32.
+LayerNorm, the activation function and the residual sums stay in float32. Attention is computed in bfloat16 where the
+CPU has instructions for that, and else in float32.
 
 Dettmers, Lewis, Belkada, Zettlemoyer: "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022,
 https://arxiv.org/abs/2208.07339, section 2.1 and "vector-wise quantization" in 3.1.

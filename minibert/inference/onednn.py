@@ -113,14 +113,14 @@ PIECE = 384  # tokens
 class PrepackedLinear(nn.Module):
     """nn.Linear and an activation function in one call, as a matrix product. It holds copies of weight and bias.
 
-    With AMX, oneDNN shares a product with few outputs badly among the threads, unless it has up to 400 tokens or more
-    than 1500 (2 cores of an Intel Xeon, 3072 inputs and 768 outputs: 650 GFLOP/s for 384 tokens, 300 for 1024). Such a
-    product is computed in pieces.
+    With AMX, oneDNN shares a bfloat16 product with some 512 to 1024 outputs badly among several threads, unless it has
+    few tokens or more than 1500 (2 cores of an Intel Xeon, 3072 inputs and 768 outputs: 650 GFLOP/s for 384 tokens, 300
+    for 1024). Such a product is computed in pieces.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: Activation = NONE) -> None:
         super().__init__()
-        self.in_pieces = weight.dtype == torch.bfloat16 and weight.shape[0] <= 1024 and has_amx()
+        self.in_pieces = weight.dtype == torch.bfloat16 and 512 <= weight.shape[0] <= 1024 and has_amx()
         self.bias = bias.clone()
         self.activation = activation
         self.pack(weight)
@@ -129,7 +129,8 @@ class PrepackedLinear(nn.Module):
         self.weight = order_for_product(weight)  # torch cannot read it: it is no parameter, and is not saved
 
     def compute(self, x: Tensor) -> Tensor:
-        number = -(-len(x) // PIECE) if self.in_pieces and len(x) < 4 * PIECE else 1
+        worth_it = self.in_pieces and len(x) < 4 * PIECE and torch.get_num_threads() > 1
+        number = -(-len(x) // PIECE) if worth_it else 1
         if number == 1:
             return multiply(x, self.weight, self.bias, self.activation)
         return torch.cat([multiply(piece, self.weight, self.bias, self.activation) for piece in x.chunk(number)])

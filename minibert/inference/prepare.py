@@ -10,6 +10,7 @@ token alone is compiled by the first call, once for all lengths. Attention stays
 the host. Small batches are replayed as CUDA graphs (cuda_graphs.py).
 """
 
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from minibert import checks
 from minibert.inference.cuda_graphs import Graphs, can_compile, has_flash_attention
-from minibert.inference.fixed import fix
+from minibert.inference.fixed import PREPARED, fix
 from minibert.inference.int8 import Int8Embedding, Int8Linear, finish_layer
 from minibert.inference.onednn import (
     ConvolvedLinear,
@@ -38,6 +39,7 @@ from minibert.recomputing import RecomputedLayer
 from minibert.shapes import shapes_only
 
 COMPILED_ON = ("cuda",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
 
 
 def prepare_for_inference(
@@ -55,6 +57,8 @@ def prepare_for_inference(
     Raises ValueError for a dtype or a way that this device does not have, for a prepared model if another dtype or way
     is asked for, and for a model with forward hooks, which would not be called.
     """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be torch.int8 or a floating-point type such as torch.bfloat16, not {dtype!r}")
     if isinstance(model, PreparedBert):
         return _as_it_is(model, dtype, linear)
     if hooked := [name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks]:
@@ -72,8 +76,6 @@ def prepare_for_inference(
 
 
 def _require_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8):
-        raise ValueError(f"dtype must be torch.int8 or a floating-point type such as torch.bfloat16, not {dtype!r}")
     if device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16():
         raise ValueError("this CPU has no instructions for bfloat16: leave dtype out, or use torch.float32")
     if dtype != torch.int8:
@@ -154,7 +156,10 @@ class PreparedBert(BertForMaskedLM):
         if dtype == torch.int8:
             copied.add("embeddings.word.weight")
         full = torch.float32 if dtype == torch.int8 else dtype
-        own = {name: x.detach().to(full, copy=name not in copied) for name, x in model.state_dict().items()}
+        own = {  # tensors that were made in inference mode could not be used outside it, so they are copied too
+            name: x.detach().to(full, copy=x.is_inference() or name not in copied)
+            for name, x in model.state_dict().items()
+        }
         self.load_state_dict(own, assign=True)
         self.requires_grad_(False).eval()
         self.load_report = model.load_report
@@ -186,6 +191,19 @@ class PreparedBert(BertForMaskedLM):
     @classmethod
     def from_pretrained(cls, *arguments: Any, **settings: Any) -> NoReturn:
         raise ValueError("load the weights with BertForMaskedLM.from_pretrained, and prepare that")
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        if self.dtype == torch.int8:
+            raise ValueError(f"{PREPARED} in int8 has its words as whole numbers: call model.embeddings.word(ids)")
+        return super().get_input_embeddings()
+
+    def attention_maps(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, Tensor]:
+        maps = super().attention_maps(batch, layers)
+        return {number: x.float() if self.dtype == torch.int8 else x for number, x in maps.items()}
+
+    def _padded_maps(self, states: Sequence[Tensor], batch: PackedBatch) -> Iterator[Tensor]:
+        for x in super()._padded_maps(states, batch):
+            yield x.float() if self.dtype == torch.int8 else x  # attention in int8 is computed in bfloat16
 
     def encode(self, batch: PackedBatch) -> Tensor:
         """As in BertForMaskedLM: (T, D)."""

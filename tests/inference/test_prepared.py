@@ -72,6 +72,34 @@ def test_wrong_dtypes_are_refused(monkeypatch):
         prepare_for_inference(ours, torch.bfloat16)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_that_was_made_in_inference_mode(form):
+    dtype, way = form_or_skip(form)
+    with torch.inference_mode():
+        ours = twins(CONFIGS["batch 13, gelu"])[0]
+        expected = ours(torch.tensor([[5, 6, 7]])).logits
+    got = prepare_for_inference(ours, dtype, linear=way)(torch.tensor([[5, 6, 7]])).logits
+    torch.testing.assert_close(got.float(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_what_int8_shows_has_the_type_of_its_answers():
+    """numpy has no bfloat16, and whole numbers without their steps mean nothing."""
+    form_or_skip("int8")
+    fast = prepare_for_inference(twins(CONFIGS["batch 13, gelu"])[0], torch.int8)
+    ids = torch.tensor([[5, 6, 7]])
+    out = fast(ids, output_attentions=True, output_hidden_states=True)
+    maps = fast.attention_maps(PackedBatch.from_lists([[5, 6, 7]]), [0])
+    assert {x.dtype for x in (out.logits, *out.attentions, *out.hidden_states, *maps.values())} == {torch.float32}
+    # rows of probabilities that were rounded to 2^-8 each
+    assert all((x.sum(-1) - 1).abs().max() < 0.02 for x in out.attentions)
+    assert fast.embeddings.word(ids).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"whole numbers: call model\.embeddings\.word\(ids\)"):
+        fast.get_input_embeddings()
+    for model in (fast, twins(CONFIGS["batch 13, gelu"])[0]):
+        with pytest.raises(ValueError, match="not 'int8'"):
+            prepare_for_inference(model, "int8")
+
+
 @pytest.mark.parametrize("kernel", [None, "formula", "sdpa", "sequences"])
 def test_batches_that_are_filled_up(kernel, each_way):
     """Numbers of tokens that fit no kernel, of one length and of several, through every attention."""
