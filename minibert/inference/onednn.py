@@ -107,20 +107,22 @@ def describe_order(ordered: Tensor) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------------------------------- linear layers
 
 
+BADLY_SHARED = (768, 3072)  # outputs and inputs of a product; and of how many tokens
+BADLY_SHARED_TOKENS = range(449, 1281)
 PIECE = 384  # tokens
 
 
 class PrepackedLinear(nn.Module):
     """nn.Linear and an activation function in one call, as a matrix product. It holds copies of weight and bias.
 
-    With AMX, oneDNN shares a bfloat16 product with some 512 to 1024 outputs badly among several threads, unless it has
-    few tokens or more than 1500 (2 cores of an Intel Xeon, 3072 inputs and 768 outputs: 650 GFLOP/s for 384 tokens, 300
-    for 1024). Such a product is computed in pieces.
+    With AMX, oneDNN shares the second product of BERT-base's feed-forward badly among several threads, in bfloat16 and
+    for some numbers of tokens (2 cores of an Intel Xeon: 650 GFLOP/s for 384 tokens, 300 for 1024). It is computed in
+    pieces. Products of other sizes gain nothing by that, or lose.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: Activation = NONE) -> None:
         super().__init__()
-        self.in_pieces = weight.dtype == torch.bfloat16 and 512 <= weight.shape[0] <= 1024 and has_amx()
+        self.in_pieces = weight.dtype == torch.bfloat16 and weight.shape == BADLY_SHARED and has_amx()
         self.bias = bias.clone()
         self.activation = activation
         self.pack(weight)
@@ -129,11 +131,10 @@ class PrepackedLinear(nn.Module):
         self.weight = order_for_product(weight)  # torch cannot read it: it is no parameter, and is not saved
 
     def compute(self, x: Tensor) -> Tensor:
-        worth_it = self.in_pieces and len(x) < 4 * PIECE and torch.get_num_threads() > 1
-        number = -(-len(x) // PIECE) if worth_it else 1
-        if number == 1:
+        if not (self.in_pieces and len(x) in BADLY_SHARED_TOKENS and torch.get_num_threads() > 1):
             return multiply(x, self.weight, self.bias, self.activation)
-        return torch.cat([multiply(piece, self.weight, self.bias, self.activation) for piece in x.chunk(number)])
+        pieces = x.chunk(-(-len(x) // PIECE))
+        return torch.cat([multiply(piece, self.weight, self.bias, self.activation) for piece in pieces])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x) if x.shape[0] else x.new_empty(0, self.bias.shape[0])

@@ -87,18 +87,19 @@ def test_convolutions_for_every_number_of_tokens(inputs, outputs):
             assert onednn.describe_order(wanted) == onednn.describe_order(linear.weight), (tokens, height)
 
 
-@pytest.mark.parametrize("tokens", [1, 384, 385, 500, 769, 1024, 1535, 1536])
+@pytest.mark.parametrize("tokens", [1, 448, 449, 769, 1280, 1281])
+@pytest.mark.parametrize("size", [(768, 3072), (768, 768)])
 @torch.inference_mode()
-def test_products_in_pieces(tokens, monkeypatch):
-    """All rows, in their order; and only where there are several threads."""
+def test_products_in_pieces(tokens, size, monkeypatch):
+    """All rows, in their order; only where there are several threads, and only of the size that gains."""
     if "product" not in ways.working_ways(torch.bfloat16):
         pytest.skip("no bfloat16 product in this torch or on this CPU")
     monkeypatch.setattr(onednn, "has_amx", lambda: True)
     sizes = []
     whole = onednn.multiply
     monkeypatch.setattr(onednn, "multiply", lambda x, *others: sizes.append(len(x)) or whole(x, *others))
-    weight, bias = torch.randn(512, 64).bfloat16() / 8, torch.randn(512).bfloat16()
-    x = torch.randn(tokens, 64).bfloat16()
+    weight, bias = (torch.randn(size) / size[1] ** 0.5).bfloat16(), torch.randn(768).bfloat16()
+    x = torch.randn(tokens, size[1]).bfloat16()
     linear = PrepackedLinear(weight, bias)
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
@@ -106,5 +107,5 @@ def test_products_in_pieces(tokens, monkeypatch):
         # results of order 1, rounded to 2^-8 each
         torch.testing.assert_close(linear(x), nn.functional.linear(x, weight, bias), rtol=2e-2, atol=2e-2)
         assert sum(sizes) == tokens
-        assert (len(sizes) > 1) == (threads > 1 and 384 < tokens < 1536)
+        assert (len(sizes) > 1) == (threads > 1 and 448 < tokens <= 1280 and size == (768, 3072))
         assert len(sizes) == 1 or max(sizes) <= 384
