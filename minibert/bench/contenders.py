@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from minibert.bench import peers
 from minibert.bench.ct2 import build_ctranslate2
-from minibert.bench.machine import has_int8_products
 from minibert.bench.workloads import Absent, Contender, Workload
 from minibert.config import BertConfig
 from minibert.inference import PreparedBert, prepare_for_inference
 from minibert.inference.onednn import has_bfloat16
+from minibert.inference.ways import has_int8_products
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 
@@ -75,9 +75,11 @@ def build(name: str, precision: str, task: str, folder: Path, device: str) -> Co
         peers.require_packed(device)
     if precision == "bfloat16" and device == "cpu" and not has_bfloat16():
         raise Absent("this CPU has no instructions for bfloat16")
-    if precision == "int8" and name.startswith("minibert") and not has_int8_products(device):
-        what = "this CPU, or this torch, cannot multiply 8-bit numbers" if device == "cpu" else "int8 is for CPUs"
-        raise Absent(what)
+    if (name, precision) == ("minibert prepared", "int8"):
+        if device != "cpu":
+            raise Absent("int8 is for CPUs")
+        if not has_int8_products():
+            raise Absent("this CPU, or this torch, cannot multiply 8-bit numbers")
     if task == "training":
         return _training(name, precision, folder, device)
     if name.startswith("minibert"):

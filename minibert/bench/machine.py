@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from minibert.inference.int8 import to_int8
-from minibert.inference.onednn import ConvolvedLinear, PrepackedLinear, has_int8, multiply_int8, order_int8
-from minibert.inference.ways import working_ways
-
-
-def has_int8_products(device: str) -> bool:
-    """Whether minibert can compute in int8 here."""
-    return device == "cpu" and has_int8() and bool(working_ways(torch.int8))
+from minibert.inference.onednn import ConvolvedLinear, PrepackedLinear, multiply_int8, order_int8
+from minibert.inference.ways import has_int8_products
 
 
 @torch.inference_mode()
@@ -33,7 +28,7 @@ def matmul_rate(precision: str, device: str) -> float:
     bias = torch.zeros(3072, device=device, dtype=dtype)
     ways: list[Callable[[Tensor], Tensor]] = []
     if precision == "int8":
-        if has_int8_products(device):
+        if device == "cpu" and has_int8_products():
             x, weight = to_int8(x)[0], order_int8(to_int8(weight)[0])
             zeros = torch.zeros(3072, dtype=torch.int32)
             ways.append(lambda x: multiply_int8(x, weight, bias, zeros))

@@ -27,10 +27,9 @@ from minibert.inference.onednn import (
     PrepackedLinear,
     filled_up,
     has_bfloat16,
-    has_int8,
     prepack_layer,
 )
-from minibert.inference.ways import WAYS, fastest_way, linear_layer, working_ways
+from minibert.inference.ways import WAYS, fastest_way, has_int8_products, linear_layer, working_ways
 from minibert.kernels import attention, attention_at
 from minibert.masked_lm import BertForMaskedLM
 from minibert.model import ACTIVATIONS, Bert, EncoderLayer, FeedForward, MLMHead, SelfAttention
@@ -82,7 +81,7 @@ def _require_dtype(dtype: torch.dtype, device: torch.device) -> None:
         return
     if device.type != "cpu":
         raise ValueError(f"torch.int8 is for CPUs, and the model is on {device.type}: use torch.bfloat16 there")
-    if not has_int8() or not working_ways(torch.int8):
+    if not has_int8_products():
         raise ValueError("this CPU, or this torch, cannot multiply 8-bit numbers: leave dtype out, or use float32")
 
 

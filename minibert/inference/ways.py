@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minibert.inference.int8 import Int8Linear
-from minibert.inference.onednn import FUSED, ConvolvedLinear, PrepackedLinear
+from minibert.inference.onednn import FUSED, ConvolvedLinear, PrepackedLinear, has_int8
 
 WAYS: dict[str, type[PrepackedLinear] | None] = {
     "torch": None,
@@ -33,6 +33,11 @@ def linear_layer(way: str, dtype: torch.dtype) -> type[PrepackedLinear] | None:
 def working_ways(dtype: torch.dtype) -> tuple[str, ...]:
     """Those of WAYS that this torch and this CPU have for `dtype`, and that give what nn.Linear gives."""
     return tuple(_trials(dtype))
+
+
+def has_int8_products() -> bool:
+    """Whether this CPU and this torch multiply 8-bit numbers, and rightly."""
+    return has_int8() and bool(working_ways(torch.int8))
 
 
 @cache

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from minibert import BertConfig, BertForMaskedLM
-from minibert.bench import contenders, machine, peers, run
+from minibert.bench import contenders, peers, run
 from minibert.bench.report import Row, slower, table
 from minibert.bench.settings import Settings
 from minibert.bench.workloads import Absent, Contender, make_workload
 from minibert.cli import main
+from minibert.inference import ways
 from minibert.inference.onednn import has_bfloat16
 
 CONFIG = BertConfig(
@@ -175,7 +176,7 @@ def test_int8_stands_beside_our_int8_if_there_is_one(here, against):
 
 
 def require_int8():
-    if not machine.has_int8_products("cpu"):
+    if not ways.has_int8_products():
         pytest.skip("this CPU cannot multiply 8-bit numbers")
 
 
@@ -195,7 +196,9 @@ def test_ours_in_int8_is_a_row(bench):
 
 @pytest.mark.parametrize("missing", ["has_int8", "working_ways"])
 def test_without_int8_it_is_absent_and_all_else_goes_on(bench, monkeypatch, missing):
-    monkeypatch.setattr(machine, missing, lambda *_: False)
+    real = ways.working_ways  # of the other types it is asked as before
+    lack = {"has_int8": lambda: False, "working_ways": lambda dtype: real(dtype) if dtype != torch.int8 else ()}
+    monkeypatch.setattr(ways, missing, lack[missing])
     arguments = ("--task", "inference", "--shapes", "1x3", "--peers", "none", "--memory")
     out = bench(*arguments, "--dtype", "float32,int8")
     assert "int8      absent: this CPU, or this torch, cannot multiply 8-bit numbers" in out
@@ -214,7 +217,7 @@ def test_int8_is_for_cpus():
 
 
 def test_in_int8_nothing_is_trained(bench, monkeypatch):
-    monkeypatch.setattr(machine, "has_int8", lambda: False)  # so that nothing is timed
+    monkeypatch.setattr(ways, "has_int8", lambda: False)  # so that nothing is timed
     out = bench("--shapes", "1x3", "--dtype", "int8", "--peers", "none")
     assert "training, 1x3: nothing is trained in int8" in out
     assert out.count("minibert prepared") == 2, "a row for inference, and what is said below"

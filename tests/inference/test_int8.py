@@ -11,7 +11,7 @@ from torch.nn.functional import gelu, relu, silu
 from twins import CONFIGS, twins
 
 from minibert import BertConfig, BertForMaskedLM, PackedBatch, load_tokenizer, prepare_for_inference
-from minibert.inference import int8, onednn, prepare
+from minibert.inference import int8, onednn, ways
 from minibert.inference.int8 import Int8Linear
 from minibert.inference.onednn import FUSED, NONE
 from minibert.inference.ways import working_ways
@@ -340,7 +340,7 @@ print(peak_resident())
 @pytest.mark.parametrize("missing", ["has_int8", "working_ways"])
 def test_without_instructions_or_operators_it_is_refused(missing, monkeypatch):
     """A CPU without VNNI; a torch that lacks an operator, or whose operator gives something else."""
-    monkeypatch.setattr(prepare, missing, lambda *dtype: False if missing == "has_int8" else ())
+    monkeypatch.setattr(ways, missing, lambda *dtype: False if missing == "has_int8" else ())
     with pytest.raises(ValueError, match="cannot multiply 8-bit numbers: leave dtype out, or use float32"):
         prepare_for_inference(twins(CONFIGS["batch 13, gelu"])[0], torch.int8)
 
