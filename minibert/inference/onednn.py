@@ -108,7 +108,7 @@ def describe_order(ordered: Tensor) -> tuple[int, ...]:
 
 
 BADLY_SHARED = (768, 3072)  # outputs and inputs of a product; and of how many tokens
-BADLY_SHARED_TOKENS = range(449, 1281)
+BADLY_SHARED_TOKENS = range(500, 1281)
 PIECE = 384  # tokens
 
 
