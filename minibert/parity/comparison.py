@@ -62,6 +62,7 @@ def diff(a: Trace, b: Trace, model: BertForMaskedLM | None = None, *, everything
             report.summary += judge.accuse(row, last_good)
         if not everything:
             break
+    report.notes += [f"note: {said}" for side in (a, b) if (said := side.layouts())]
     if report.ok:
         report.summary += judge.acquit(report.rows)
     elif model is not None:

@@ -16,6 +16,7 @@ from minibert.parity.search import Fit, Progress, Search, clearest
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import Error
 from minibert.trace.files import Trace
+from minibert.trace.inputs import covered
 from minibert.trace.table import GRADIENT, explain
 
 
@@ -47,9 +48,11 @@ def diagnose(given: Trace, model: BertForMaskedLM, progress: Progress = lambda f
         raise ValueError(f"{given.name} has only inputs: there is nothing to diagnose")
     if search.wrong is None:
         lines = [f"{given.title}: nothing is wrong in {count(search.plain.reproduced)}"]
+        lines += [f"  {said}" for said in (given.layouts(), covered(search.yardstick.inputs, model.config)) if said]
         lines += hidden_faults(search.yardstick, search.measured)
         return Diagnosis(True, lines=lines)
     name = search.wrong.name
+    given.settle(name, search.wrong.truth)
     wrong = _wrong_tensor(search)
     result = Diagnosis(False, first_wrong=name)
     result.lines.append(f"{given.title}: the first wrong tensor is {name} ({explain(name)})")

@@ -13,7 +13,7 @@ from minibert.parity.hidden import hidden_faults
 from minibert.parity.report import Row, count, shape_words
 from minibert.parity.yardstick import Error, Gap, Measure, Yardstick, distance, largest, span
 from minibert.trace.files import Trace
-from minibert.trace.inputs import hide_padding
+from minibert.trace.inputs import covered, hide_padding
 from minibert.trace.table import GRADIENT, dtype_name, exchanged_axes, expected_shape, explain, row_of
 
 # Without a model there is no truth to measure from. Then two right traces differ by at most so many eps of the coarser
@@ -70,12 +70,16 @@ class Judge:
             sides = zip((self.a, self.b), (found[0], found[-1]), strict=True)
             one, two = (stick.stored_in(side.stored_dtype(name), side.dtype) for side, stick in sides)
             self.sticks = (one, two)
+            for side, stick in zip((self.a, self.b), self.sticks, strict=True):
+                side.settle(name, stick.truth)
             for measured, measure in zip(self.measured, found, strict=False):
                 measured[name] = measure._replace(truth=torch.empty(0))
         wanted = expected_shape(name, self.a.config, tuple(self.mask.shape))
         if shape != wanted or other != wanted:
             said = self.transposed(name) or _wrong_shapes(shape, other, wanted)
             return Row(name, shape, None, None, None, None, said)
+        if not self.sticks:
+            self.b.settle(name, self.a.read(name))
         sums = self.sums(name)
         scale = sums.scale
         if name.startswith(GRADIENT):
@@ -208,12 +212,14 @@ class Judge:
         last = next((row for row in rows if row.name == "logits"), (forward or rows)[-1])
         if last.errors is None:
             yield f"no difference in {count(len(rows))}; {self.without_model(last.name)}"
+            yield covered(self.a.inputs()[0], self.a.config)
             return
         dtypes = " and ".join(dict.fromkeys((dtype_name(self.a.dtype), dtype_name(self.b.dtype))))
         yield (
             f"{last.name}: A {last.errors[0].largest:.1e}, B {last.errors[1].largest:.1e} from float64: both right for "
             f"{dtypes} ({count(len(rows))})"
         )
+        yield covered(self.a.inputs()[0], self.a.config)
         for side, measured in zip(self.yardsticks, self.measured, strict=False):
             yield from hidden_faults(side, measured)
 

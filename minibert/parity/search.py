@@ -94,6 +94,7 @@ class Search:
                     f"{self.given.name}: {name} is {self.shapes[name]}, and this model's is "
                     f"{tuple(measure.truth.shape)}{hint}. No fault is sought before the shapes agree"
                 )
+            self.given.settle(name, measure.truth)
             measure = measure.stored_in(self.given.stored_dtype(name), self.given.dtype)
             yield measure, measure.error(self.there(name))
 
@@ -133,6 +134,7 @@ class Search:
             if name not in self.shapes:
                 continue
             measure = self.measured[name]
+            self.given.settle(name, x)
             found = measure._replace(truth=self.hidden(name, x)).error(self.there(name))
             if name == base.first_wrong:
                 return _gain(found, base.errors[name])

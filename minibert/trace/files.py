@@ -23,9 +23,10 @@ from minibert.atomic import whole_file
 from minibert.checkpoint import DTYPES
 from minibert.config import BertConfig
 from minibert.files import naming, parse_json
+from minibert.names import some
 from minibert.packing import PackedBatch
-from minibert.trace.forms import Forms, shown
-from minibert.trace.inputs import Inputs, check_inputs
+from minibert.trace.forms import Form, Forms, shown
+from minibert.trace.inputs import Inputs, check_inputs, hide_padding
 from minibert.trace.stores import open_store
 from minibert.trace.table import INPUTS, MEANINGS, TABLE, dtype_name, expected_names, expected_shape, row_of
 
@@ -80,6 +81,13 @@ class Trace:
         """Rows of the first axis of a tensor, or the number itself if it has no axis."""
         return self.tensors[name][start:stop] if self.tensors[name].dim() else self.tensors[name]
 
+    def settle(self, name: str, truth: Tensor) -> None:
+        """Where the stored shape allows two layouts of a tensor, read it from now on in the one nearer to `truth`."""
+
+    def layouts(self) -> str | None:
+        """Which layout was taken where the stored shapes allow two, in words. None where they never do."""
+        return None
+
     def inputs(self) -> tuple[Inputs, PackedBatch]:
         """What the model was asked. Raises ValueError, naming the trace, if no model could run on it."""
         if "input_ids" not in self.shapes():
@@ -123,7 +131,7 @@ class TraceFile(Trace):
             config = read_metadata(metadata)
             _check_header(self.store.header, config)
             found = Forms(self.store, config)
-        self.forms = found.forms
+        self.forms, self.others, self.mask = found.forms, found.others, found.mask
         super().__init__({}, config, metadata, str(path), found.asked, found.packed)
         self.inputs()
 
@@ -136,6 +144,30 @@ class TraceFile(Trace):
     def read(self, name: str) -> Tensor:
         form = self.forms[name]
         return form.turn(self.store.read(form.stored))
+
+    def settle(self, name: str, truth: Tensor) -> None:
+        if name in self.others:
+            stored = self.store.read(self.forms[name].stored).double()
+            truth = hide_padding(row_of(name), truth.double().cpu(), self.mask)
+
+            def far(form: Form) -> float:
+                x = hide_padding(row_of(name), form.turn(stored), self.mask)
+                return (x - truth).nan_to_num(1e30, 1e30, 1e30).square().sum().item()
+
+            if far(self.others[name]) < far(self.forms[name]):
+                self.forms[name], self.others[name] = self.others[name], self.forms[name]
+
+    def layouts(self) -> str | None:
+        found: dict[str, list[str]] = {}
+        for name, other in self.others.items():
+            found.setdefault(f"{self.forms[name].layout}, not {other.layout}", []).append(name)
+        read = [f"{some(names)} as {layout}" for layout, names in found.items()]
+        if not read:
+            return None
+        return (
+            f"{shown(self.name)}: with as many heads as positions, the shapes allow two layouts. Taken was the one "
+            f"nearer to what is right: {'; '.join(read)}"
+        )
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         form = self.forms[name]

@@ -6,7 +6,7 @@ them, a loss with an axis, and LayerNorm's older names. What is none of these st
 
 import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,19 +25,23 @@ OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm
 
 @dataclass(frozen=True)
 class Form:
-    """How a stored tensor becomes a tensor of the table. shape: then. rowwise: whether rows can be turned alone."""
+    """How a stored tensor becomes a tensor of the table. shape: then. rowwise: whether rows can be turned alone.
+    layout: how the stored one is read, where its shape allows two ways.
+    """
 
     stored: str
     shape: tuple[int, ...]
     turn: Callable[[Tensor], Tensor] = lambda x: x
     rowwise: bool = True
+    layout: str = ""
 
 
 class Forms:
     """The form of every tensor in a store. Raises ValueError for names that are not in the table.
 
     mask: (B, S), where there are tokens. packed: the same, if the inputs are packed. asked: (B, S), where the logits
-    are, or None if they are everywhere.
+    are, or None if they are everywhere. others: by name, a second form that the stored shape allows too, where two
+    sizes are equal: only the numbers can tell which it is.
     """
 
     def __init__(self, store: Store, config: BertConfig) -> None:
@@ -52,6 +56,9 @@ class Forms:
         if "labels" in self.forms:
             self.labels = self.forms["labels"].turn(store.read(self.names["labels"]))
         self.forms |= {name: self._form(name, stored) for name, stored in self.names.items() if name not in INPUTS}
+        self.others: dict[str, Form] = {}
+        for name, form in list(self.forms.items()):
+            self._two_layouts(name, form)
 
     def _mask(self, store: Store) -> Tensor:
         """(B, S), true for tokens; as far as the shape of input_ids says what B and S are."""
@@ -108,8 +115,18 @@ class Forms:
                 return Form(stored, wanted, lambda x: self._place(x, asked, 0), rowwise=False)
         return Form(stored, shape)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return self._unpack(x).transpose(1, 2)
+    def _two_layouts(self, name: str, form: Form) -> None:
+        """With as many heads as positions, B H S K and B S H K (or H S K and S H K) are one shape."""
+        heads, length = self.config.num_attention_heads, self.mask.shape[1]
+        stored = self.shapes[form.stored]
+        if SHAPES.get(row_of(name)) != ["B", "H", "S", "K"] or heads != length or len(stored) == 2 or heads == 1:
+            return
+        if stored == form.shape:
+            self.forms[name] = replace(form, layout="B H S K")
+            self.others[name] = replace(form, layout="B S H K", turn=lambda x: x.transpose(1, 2))
+        elif stored == form.shape[1:]:
+            self.forms[name] = replace(form, layout="S H K")
+            self.others[name] = replace(form, layout="H S K", turn=lambda x: x[None])
 
     def _unpack(self, x: Tensor, filler: int = 0) -> Tensor:
         return self._place(x, self.mask, filler)

@@ -70,25 +70,47 @@ def _check_labels(config: BertConfig, input_ids: Tensor, attention_mask: Tensor,
 
 
 def standard_inputs(config: BertConfig) -> dict[str, Tensor]:
-    """Three rows of random ids, always the same, with all that ports get wrong. In every row the length, the padding
-    and the place where the second segment begins are different, so that one row's mask or types for all rows shows:
+    """Rows of random ids, always the same, with all that ports get wrong. In every row the length, the padding and the
+    place where the second segment begins are different, so that one row's mask or types for all rows shows:
 
         row 0   padded on the right, a little       row 1   padded on the right       row 2   padded on the left
 
-    There are labels at about a third of the tokens.
+    There are labels at about a third of the tokens. 16 columns and 3 rows, or a few more: neither is a size of the
+    model, so that a shape tells which axis is which.
     """
     generator = torch.Generator().manual_seed(0)
-    length = min(16, config.max_position_embeddings)
-    shape = (3, length)
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    sizes = {heads, hidden // heads, hidden, config.intermediate_size}
+    longest = min(16, config.max_position_embeddings)
+    lengths = (*range(longest, min(longest + 8, config.max_position_embeddings + 1)), *range(longest - 1, 3, -1))
+    length = next((each for each in lengths if each not in sizes), longest)
+    rows = next(each for each in range(3, 9) if each not in sizes | {length})
+    shape = (rows, length)
     column = torch.arange(length)
-    long, short, left = (max(1, length * part // 16) for part in (14, 9, 11))
-    mask = torch.stack([column < long, column < short, column >= length - left]).long()
+    tokens = [max(1, length * part // 16) for part in (14, 9, 11, 16, 7, 12, 5, 10)[:rows]]
+    mask = (column < torch.tensor(tokens)[:, None]).long()
+    mask[2] = mask[2].flip(0)
     ids = torch.randint(config.vocab_size, shape, generator=generator)
     labels = torch.where((torch.rand(shape, generator=generator) < 0.3) & (mask == 1), ids, IGNORE)
     labels[0, 0] = ids[0, 0]  # at least one, whatever was drawn
-    second = torch.tensor([[5], [3], [12]]) * length // 16  # where the second segment begins
+    second = torch.tensor([[5], [3], [12], [8], [2], [10], [4], [7]][:rows]) * length // 16  # the second segment begins
     types = (column >= second).long().clamp(max=config.type_vocab_size - 1)
     return dict(zip(INPUTS, (ids, mask, types, labels), strict=True))
+
+
+def covered(inputs: Inputs, config: BertConfig) -> str:
+    """What a batch can show, and what it cannot: positions, segments and lengths."""
+    tokens = inputs.attention_mask.bool()
+    last = int(tokens.any(0).nonzero().max())
+    lengths, types = tokens.sum(1), inputs.token_type_ids[tokens].unique().tolist()
+    said = (
+        f"covered: positions 0 to {last} of {config.max_position_embeddings}, token types "
+        f"{', '.join(map(str, types))} of {config.type_vocab_size}, rows of {int(lengths.min())} to "
+        f"{int(lengths.max())} tokens"
+    )
+    if last + 1 < config.max_position_embeddings:
+        said += f". A fault at positions from {last + 1} on would not show: trace a longer row too (--ids or --text)"
+    return said
 
 
 def hide_padding(row: str, x: Tensor, mask: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from twins import CONFIGS, make_batch, twins
 
-from minibert.parity import TraceFile, diff, trace, yardstick
-from minibert.trace import Trace
+from minibert import BertConfig
+from minibert.parity import TraceFile, diagnose, diff, trace, yardstick
+from minibert.trace import Trace, standard_inputs
 
 SIZES = {**CONFIGS["3 heads, gelu_new"], "num_hidden_layers": 1}
 
@@ -87,7 +88,7 @@ def test_without_labels_the_rest_is_compared(made, with_model):
     alone = without(
         b, *[name for name in b.names if name not in ("input_ids", "attention_mask", "token_type_ids", "logits")]
     )
-    assert "no difference in 1 tensor;" in diff(a, alone).summary[-1]
+    assert "no difference in 1 tensor;" in diff(a, alone).summary[0]
 
 
 def test_exchanged_axes_are_named(made):
@@ -123,9 +124,9 @@ def test_what_is_said_of_a_fault(made):
     gradient = "gradient.cls.predictions.bias"
     said = diff(a, changed(b, **{gradient: b.tensors[gradient] + 1})).summary[1]
     assert said == "between them: the backward pass, from the head to the embeddings, as far as cls.predictions.bias"
-    assert "hides small faults" not in diff(a, b).summary[-1]
+    assert "hides small faults" not in diff(a, b).summary[0]
     half = [Trace(each.tensors, each.config, {**each.metadata, "dtype": "bfloat16"}) for each in (a, b)]
-    assert "1.9e-01, which hides small faults: --model, or traces in float32, show more" in diff(*half).summary[-1]
+    assert "1.9e-01, which hides small faults: --model, or traces in float32, show more" in diff(*half).summary[0]
 
 
 @pytest.mark.parametrize("with_model", [False, True])
@@ -152,3 +153,50 @@ def test_small_pieces_make_the_same_report(made, with_model, monkeypatch, tmp_pa
                 assert one == pytest.approx(two, rel=1e-9, nan_ok=True)
             # Sums in float32 depend on where they are cut.
             assert row.cosine == pytest.approx(other.cosine, abs=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("stored", ["B H S K", "B S H K"])
+def test_as_many_positions_as_heads(rows, stored, tmp_path):
+    """The shape is that of two layouts: either is right, and the report says which was taken."""
+    sizes = {**CONFIGS["batch 13, gelu"], "num_hidden_layers": 1}
+    ours, theirs = twins(sizes)
+    batch = make_batch(sizes, "right", (rows, sizes["num_attention_heads"]), two_segments=True)
+    a, b = trace(ours, **batch), trace(theirs, **batch)
+    for name in ("query", "key", "value"):
+        x = b.tensors[f"layers.0.{name}"]
+        x = x.transpose(1, 2) if stored == "B S H K" else x
+        b.tensors[f"layers.0.{name}"] = x[0] if rows == 1 else x
+    b.save(tmp_path / "b.safetensors")
+    for model in (ours, None):
+        report = diff(a, TraceFile(tmp_path / "b.safetensors"), model)
+        assert report.ok, "\n".join(report.lines())
+        [note] = [note for note in report.notes if "two layouts" in note]
+        assert f"as {stored[2 if rows == 1 else 0 :]}, not" in note
+    assert diagnose(TraceFile(tmp_path / "b.safetensors"), ours).ok
+    b.tensors["layers.0.key"] = b.tensors["layers.0.key"] + 1
+    b.save(tmp_path / "b.safetensors")
+    said = "\n".join(diff(a, TraceFile(tmp_path / "b.safetensors"), ours).lines())
+    assert "first wrong: layers.0.key" in said
+    assert "the same vector is added at every token" in said
+
+
+def test_the_standard_batch_has_no_size_of_the_model():
+    for heads, head_size, inner, longest in ((12, 32, 96, 512), (16, 64, 17, 512), (3, 16, 4, 64), (4, 3, 9, 9)):
+        config = BertConfig(
+            vocab_size=99,
+            hidden_size=heads * head_size,
+            num_hidden_layers=1,
+            num_attention_heads=heads,
+            intermediate_size=inner,
+            max_position_embeddings=longest,
+        )
+        rows, length = standard_inputs(config)["input_ids"].shape
+        assert len({rows, length, heads, head_size, heads * head_size, inner}) == 6 - (heads * head_size == inner)
+
+
+def test_an_acquittal_says_what_it_covers(made):
+    a, b, ours = made
+    for said in (diff(a, b).summary, diff(a, b, ours).summary, diagnose(b, ours).lines):
+        assert "positions 0 to 4 of 11, token types 0, 1 of 3, rows of 3 to 5 tokens" in "\n".join(said)
+        assert "from 5 on would not show" in "\n".join(said)
