@@ -6,8 +6,7 @@ import os
 import numpy
 import pytest
 import torch
-from safetensors.torch import save_file
-from traced import traced
+from traced import stored, traced
 
 from minibert.cli import main
 from minibert.parity import Trace, TraceFile, diff, trace
@@ -21,13 +20,6 @@ def given():
     """(a trace with padding and gradients, its model)"""
     a, _, ours = traced()
     return a, ours
-
-
-def stored(path, given, changes=None, without=(), **metadata):
-    """The trace in a file, with some tensors changed."""
-    tensors = {name: x for name, x in {**given.tensors, **(changes or {})}.items() if name not in without}
-    save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata={**given.metadata, **metadata})
-    return TraceFile(path)
 
 
 def require_same(given, read, names=None):
@@ -139,20 +131,51 @@ def test_numpy_files(given, tmp_path, folder):
     assert diff(a, read, ours).ok
 
 
+class Code:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return self.path.touch, ()
+
+
+@pytest.mark.parametrize("name", ["input_ids", "metadata"])
+@pytest.mark.parametrize("folder", [True, False], ids=["a folder of .npy", ".npz"])
+def test_a_pickle_in_numpy_files_is_not_opened(given, tmp_path, name, folder):
+    evil = numpy.array([Code(tmp_path / "run")], dtype=object)
+    arrays = {"input_ids": given[0].tensors["input_ids"].numpy(), "metadata": json.dumps(given[0].metadata), name: evil}
+    if folder:
+        (tmp_path / "a").mkdir()
+        for each, x in arrays.items():
+            numpy.save(tmp_path / "a" / f"{each}.npy", x)
+    else:
+        numpy.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match="not a whole set of numpy arrays"):
+        TraceFile(tmp_path / ("a" if folder else "a.npz"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_numpy_files_that_are_no_traces(given, tmp_path):
-    a, _ = given
-    numpy.savez(tmp_path / "a.npz", input_ids=numpy.array([None]))  # a pickle inside
-    for said in ("dtype '|O'",):
-        with pytest.raises(ValueError, match="not a whole set of numpy arrays") as error:
-            TraceFile(tmp_path / "a.npz")
-        assert said in str(error.value)
-    numpy.savez(tmp_path / "a.npz", input_ids=a.tensors["input_ids"].numpy())
+    ids = given[0].tensors["input_ids"].numpy()
+    numpy.savez(tmp_path / "a.npz", input_ids=ids)
     with pytest.raises(ValueError, match="give the format None"):
         TraceFile(tmp_path / "a.npz")
     whole = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "a.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="numpy arrays"):
         TraceFile(tmp_path / "a.npz")
+    numpy.savez(tmp_path / "b.npz", input_ids=ids.astype(">i8"))
+    with pytest.raises(ValueError, match=r"b.npz: .*'>i8'.* of this byte order"):
+        TraceFile(tmp_path / "b.npz")
+
+
+def test_two_names_of_one_tensor(given, tmp_path):
+    name = "gradient.bert.embeddings.LayerNorm.weight"
+    older = name.replace("weight", "gamma")
+    with pytest.raises(ValueError, match=f"{older}.* {name} |{name}.* {older} "):
+        stored(tmp_path / "a.safetensors", given[0], {older: given[0].tensors[name] * 2})
 
 
 @pytest.mark.parametrize(
