@@ -7,40 +7,44 @@ from importlib.util import find_spec
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub and transformers are imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import needs
 import pytest
 import torch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--require-gpu", action="store_true", help="fail, do not skip, the tests that need an NVIDIA GPU")
-    parser.addoption(
-        "--require-real-weights", action="store_true", help="fail, do not skip, the tests on the real bert-base-uncased"
-    )
+    for kind, what in needs.REQUIRED.items():
+        parser.addoption(f"--require-{kind}", action="store_true", help=f"fail, do not skip, tests that need {what}")
 
-    parser.addoption("--require-browser", action="store_true", help="fail, do not skip, the tests that need Chromium")
+
+def pytest_configure(config):
+    needs.required.update(kind for kind in needs.REQUIRED if config.getoption(f"--require-{kind}"))
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The parity table of the README: the largest difference that each kind of check has seen in this run."""
+    """The parity table of the README: the largest difference that each kind of check has seen in this run; and what was
+    skipped and why.
+    """
     import twins
 
     if twins.MEASURED:
         terminalreporter.section("parity with transformers, as measured")
         for what, (difference, tolerance) in twins.MEASURED.items():
             terminalreporter.write_line(f"{what:<50} {difference:.1e}   (tolerance {tolerance:.0e})")
+    terminalreporter.write_line(needs.what_was_skipped(terminalreporter.stats.get("skipped", [])))
 
 
 @pytest.fixture(autouse=True)
 def _skip_or_fail(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        (pytest.fail if request.config.getoption("--require-gpu") else pytest.skip)("no NVIDIA GPU on this machine")
+        needs.lacking("gpu", "no NVIDIA GPU on this machine")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Before any fixture: the browser is one of them."""
     if item.get_closest_marker("browser") and (missing := missing_for_a_browser()):
-        (pytest.fail if item.config.getoption("--require-browser") else pytest.skip)(missing)
+        needs.lacking("browser", missing)
 
 
 def missing_for_a_browser():
@@ -62,3 +66,65 @@ def tiny(tmp_path_factory):
     from tiny import Tiny
 
     return Tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A folder with a tiny model and its tokenizer (tests/small.py). Nobody may change it: copy it for that."""
+    from small import LONGEST, VOCAB
+
+    from minibert import BertConfig, BertForMaskedLM
+    from minibert.tokenizer import from_vocabulary
+
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(VOCAB),
+        hidden_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        intermediate_size=37,
+        max_position_embeddings=LONGEST,
+        initializer_range=0.3,  # predictions that differ clearly
+    )
+    BertForMaskedLM(config).save_pretrained(path)
+    from_vocabulary(VOCAB).save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture
+def run(checkpoint, capsys):
+    """The command with the tiny model: what it printed. It must succeed and say nothing on stderr."""
+
+    from minibert.cli import main
+
+    def call(command, *arguments):
+        assert main([command, *arguments, "--model", str(checkpoint)]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return call
+
+
+@pytest.fixture
+def fails(capsys):
+    """The command must fail with status 2, nothing on stdout and one line on stderr: that line."""
+
+    from minibert.cli import main
+
+    def call(*arguments):
+        try:
+            status = main(list(arguments))
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        assert status == 2
+        assert out == ""
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        assert err.startswith("minibert")
+        assert "Traceback" not in err
+        return err.strip()
+
+    return call

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import lacking
 
 from minibert.inference.onednn import has_bfloat16
 from minibert.inference.ways import working_ways
@@ -28,7 +29,9 @@ def form_or_skip(name):
     """(dtype, linear) for `prepare_for_inference`. Skips the test where this CPU or this torch has no such form."""
     dtype, linear = FORMS[name]
     if dtype == torch.bfloat16 and not has_bfloat16():
-        pytest.skip("this CPU has no instructions for bfloat16")
+        lacking("bfloat16", "this CPU has no instructions for it")
     if linear not in working_ways(dtype):
-        pytest.skip(f"no {linear} in {dtype} in this torch or on this CPU")
+        kind = {torch.int8: "int8", torch.bfloat16: "bfloat16"}.get(dtype)
+        reason = f"no {linear} in this torch or on this CPU"
+        lacking(kind, reason) if kind else pytest.skip(reason)
     return dtype, linear

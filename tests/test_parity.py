@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from needs import lacking
 from twins import (
     CONFIGS,
     MASKS,
@@ -170,7 +171,7 @@ def test_the_notebooks_shapes():
         assert model(ids, labels=ids).loss.shape == ()
 
 
-def real_weights(request):
+def real_weights():
     from huggingface_hub import try_to_load_from_cache
 
     from minibert import hub
@@ -180,13 +181,12 @@ def real_weights(request):
             return
     repo = hub.SHORT_NAMES["bert-base-uncased"]
     if not isinstance(try_to_load_from_cache(repo, "model.safetensors", revision=hub.PINNED_REVISION[repo]), str):
-        fail = request.config.getoption("--require-real-weights")
-        (pytest.fail if fail else pytest.skip)("bert-base-uncased is neither in the hub's cache nor in weights/")
+        lacking("real-weights", "bert-base-uncased is neither in the hub's cache nor in weights/")
 
 
 @pytest.mark.real_weights
-def test_the_notebooks_loss(request):
-    real_weights(request)
+def test_the_notebooks_loss():
+    real_weights()
     model = BertForMaskedLM.from_pretrained("bert-base-uncased", local_files_only=True)
     labels = torch.tensor([LINCOLN["ids"]])
     ids = labels.clone()
@@ -197,8 +197,8 @@ def test_the_notebooks_loss(request):
 
 
 @pytest.mark.real_weights
-def test_the_real_checkpoint_against_transformers(request):
-    real_weights(request)
+def test_the_real_checkpoint_against_transformers():
+    real_weights()
     ours = BertForMaskedLM.from_pretrained("bert-base-uncased", local_files_only=True)
     theirs = transformers.BertForMaskedLM.from_pretrained(ours.load_report.files[0].parent).eval()
     batch = make_batch({"vocab_size": 30522}, "right", (3, 37), two_segments=True)

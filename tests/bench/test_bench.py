@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from needs import lacking
 
 from minibert import BertConfig, BertForMaskedLM
 from minibert.bench import contenders, peers, run
@@ -177,7 +178,7 @@ def test_int8_stands_beside_our_int8_if_there_is_one(here, against):
 
 def require_int8():
     if not ways.has_int8_products():
-        pytest.skip("this CPU cannot multiply 8-bit numbers")
+        lacking("int8", "this CPU cannot multiply 8-bit numbers")
 
 
 def test_ours_in_int8_is_a_row(bench):
@@ -315,7 +316,7 @@ def test_openvino_agrees(name, tolerance, folder, tmp_path, capsys):
         pytest.importorskip(package)
     precision = contenders.PRECISION[name]
     if precision == "bfloat16" and not has_bfloat16():
-        pytest.skip("this CPU has no instructions for bfloat16")
+        lacking("bfloat16", "this CPU has no instructions for it")
     work = make_workload("mixed", CONFIG, "cpu", everywhere=True)
     model = BertForMaskedLM.from_pretrained(folder)
     model.save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import lacking
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import gelu, relu, silu
 from twins import CONFIGS, twins
@@ -34,7 +35,7 @@ def has_int8():
     """Skips the test where the CPU or torch lacks it. Where both have it and it is not taken, the test fails."""
     operators = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
     if not (onednn.has_int8() and operators):
-        pytest.skip("no products of 8-bit numbers in this CPU or in this torch")
+        lacking("int8", "no products of 8-bit numbers in this CPU or in this torch")
     assert working_ways(torch.int8), "it gives something else than nn.Linear, or an operator takes other arguments"
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import lacking
 from torch import nn
 from twins import CONFIGS, twins
 
@@ -93,7 +94,7 @@ def test_convolutions_for_every_number_of_tokens(inputs, outputs):
 def test_products_in_pieces(tokens, size, monkeypatch):
     """All rows, in their order; only where there are several threads, and only of the size that gains."""
     if "product" not in ways.working_ways(torch.bfloat16):
-        pytest.skip("no bfloat16 product in this torch or on this CPU")
+        lacking("bfloat16", "no product in this torch or on this CPU")
     monkeypatch.setattr(onednn, "has_amx", lambda: True)
     sizes = []
     whole = onednn.multiply
