@@ -129,7 +129,11 @@ def _training(name: str, precision: str, folder: Path, device: str) -> Contender
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def cast() -> Any:
-        return torch.autocast(device, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
+        return (
+            torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+            if precision == "bfloat16"
+            else nullcontext()
+        )
 
     objective = LossSum(model)
 

@@ -54,8 +54,8 @@ def matmul_rate(precision: str, device: str) -> float:
 
 def describe_machine(device: str) -> dict[str, str]:
     facts = {"processor": _processor(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
-    if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
+    if device.startswith("cuda"):
+        facts["gpu"] = torch.cuda.get_device_name(device)
     if hasattr(os, "getloadavg"):
         facts["load"] = f"{os.getloadavg()[0]:.1f}"
     facts["python"] = platform.python_version()
@@ -89,5 +89,5 @@ def peak_resident() -> int:
 
 def synchronize(device: str) -> None:
     """Wait until the device has done what it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if device != "cpu":
+        torch.accelerator.synchronize(device)

@@ -51,5 +51,5 @@ def print_peaks(folder: str, name: str, precision: str, task: str, device: str, 
     for work in sorted(works, key=lambda work: work.input_ids.numel()):
         contender.run(work)
         synchronize(device)
-        peaks[work.name] = torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident()
+        peaks[work.name] = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak_resident()
     print(json.dumps(peaks))

@@ -27,7 +27,7 @@ def require_packed(device: str) -> None:
     require("transformers")
     from transformers.utils.import_utils import is_flash_attn_2_available
 
-    if device == "cpu":
+    if not device.startswith("cuda"):
         raise Absent("transformers packs only with flash attention, which needs CUDA")
     if not is_flash_attn_2_available():
         raise Absent("transformers packs only with flash attention: the package flash-attn is not installed")

@@ -3,6 +3,7 @@
 import gc
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter, sleep
@@ -16,6 +17,7 @@ from minibert.bench.peak_memory import measure_memory
 from minibert.bench.report import Report, Row, progress
 from minibert.bench.settings import TOLERANCE, Settings
 from minibert.bench.workloads import SHAPES, Absent, Contender, Workload, make_workload
+from minibert.devices import computing_device
 from minibert.masked_lm import BertForMaskedLM
 
 TRAINING_SHAPES = ("8x128", "mixed")
@@ -25,6 +27,7 @@ SETTLE = 0.01  # seconds between two contenders, in which the threads of the las
 
 def run(settings: Settings) -> Report:
     """Measure. Raises ValueError or OSError for a model or a shape that cannot be had."""
+    settings = replace(settings, device=str(computing_device(settings.device)))
     if settings.model is None:
         model = random_model(settings.layers)
     else:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from minibert.bench.contenders import PEERS
 
 TASKS = ("inference", "training")
@@ -19,7 +17,7 @@ class Settings:
     model: str | None = None  # a name for from_pretrained; None: BERT-base's sizes with random weights
     revision: str | None = None  # of the model, if it is on the hub
     layers: int = 12  # of that random model
-    device: str = "cpu"  # or "cuda"
+    device: str = "auto"  # as `devices.find_device` has it
     precisions: tuple[str, ...] = ("float32", "bfloat16", "int8")
     tasks: tuple[str, ...] = TASKS
     shapes: tuple[str, ...] | None = None  # None: SHAPES for inference, TRAINING_SHAPES for training
@@ -28,10 +26,6 @@ class Settings:
     memory: bool = False  # run each contender once more, in a process of its own, for its peak memory
 
     def __post_init__(self) -> None:
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"--device must be cpu or cuda, not {self.device!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device is cuda, and torch sees no GPU here: use --device cpu")
         for name, least in (("rounds", 1), ("layers", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
@@ -44,8 +38,8 @@ class Settings:
                 raise ValueError(f"{name} does not know {wrong[0]!r}: choose among {', '.join(known)}")
             if not given and name != "--peers":
                 raise ValueError(f"{name} is empty: choose among {', '.join(known)}")
-        if self.tasks == ("training",) and self.precisions == ("int8",):
+        if self.tasks == ("training",) and "int8" in self.precisions:
             raise ValueError(
-                "--task training with --dtype int8: nothing is trained in int8. Choose among float32 and bfloat16, or "
-                "--task inference"
+                f"--task training with --dtype {','.join(self.precisions)}: nothing is trained in int8. Leave int8 out, "
+                "or say --task inference or both"
             )

@@ -2,7 +2,7 @@
 
 import argparse
 
-from minibert.commands.options import add_json, add_revision, names
+from minibert.commands.options import add_device, add_json, add_revision, names
 
 HELP = "Time minibert beside the peers that are installed."
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=int, metavar="N", help="layers of the random model; fewer for a quick look (default: 12)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add_device(parser)
     parser.add_argument(
         "--dtype",
         default="float32,bfloat16,int8",

@@ -5,7 +5,16 @@ import json
 import sys
 from typing import Any
 
-from minibert.commands.options import add_inference_dtype, add_json, add_model, add_truncate, prepare, standard_input
+from minibert.commands.options import (
+    add_device,
+    add_inference_dtype,
+    add_json,
+    add_model,
+    add_truncate,
+    load_model,
+    prepare,
+    standard_input,
+)
 from minibert.commands.printing import percent
 
 HELP = "The likeliest words for each [MASK]."
@@ -23,15 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", metavar="W,W", help="only these words compete")
     add_truncate(parser)
     add_inference_dtype(parser)
+    add_device(parser)
     add_model(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    from minibert import BertForMaskedLM, FillMask, load_tokenizer
+    from minibert import FillMask, load_tokenizer
 
     texts = read_texts(options.texts)
-    model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
+    model = load_model(options)
     model = prepare(model, options.dtype, many=len(texts) >= WORTH_PREPARING)
     fill = FillMask(model, load_tokenizer(options.model, revision=options.revision))
     targets = None if options.targets is None else [word.strip() for word in options.targets.split(",")]

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from minibert.commands.options import add_json, add_model, add_truncate, whole_numbers
+from minibert.commands.options import add_device, add_json, add_model, add_truncate, load_model, whole_numbers
 
 if TYPE_CHECKING:
     from minibert.mlm import MaskedText, ScoredToken
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", action="store_true", help="show the best guess after each layer too")
     add_truncate(parser)
+    add_device(parser)
     add_model(parser)
     add_json(parser)
 
@@ -43,14 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from minibert import BertForMaskedLM, load_tokenizer
+    from minibert import load_tokenizer
     from minibert.mlm import mask_and_guess
 
     if options.text == "-":
         raise ValueError("mlm takes one text and reads no standard input: write the text instead of -")
     positions = None if options.positions is None else whole_numbers("--positions", options.positions)
     result = mask_and_guess(
-        BertForMaskedLM.from_pretrained(options.model, revision=options.revision),
+        load_model(options),
         load_tokenizer(options.model, revision=options.revision),
         options.text,
         positions=positions,

@@ -26,6 +26,15 @@ def add_revision(parser: argparse.ArgumentParser, of: str) -> None:
     parser.add_argument("--revision", metavar="REV", help=f"a branch, tag or commit of {of}, if that is a hub id")
 
 
+def load_model(options: argparse.Namespace, name: str | None = None) -> "BertForMaskedLM":
+    """The model of --model and --revision, or the one named, on --device."""
+    from minibert import BertForMaskedLM
+    from minibert.devices import computing_device
+
+    device = computing_device(options.device)
+    return BertForMaskedLM.from_pretrained(name or options.model, device=device, revision=options.revision)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -40,10 +49,19 @@ def add_truncate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate", action="store_true", help="cut a text that is too long for the model")
 
 
+def add_device(parser: argparse._ActionsContainer, default: str = "auto") -> None:
+    """--device, for `devices.computing_device`."""
+    parser.add_argument(
+        "--device",
+        default=default,
+        help="cpu, cuda, cuda:1, mps, …; auto: cuda where there is one, else cpu (default: %(default)s)",
+    )
+
+
 def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
-    """--device and --dtype."""
+    """--device and --dtype of a command whose numbers are compared: where nothing else is said, they are the CPU's."""
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16", "float64"), default="float32")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default: %(default)s)")
+    add_device(parser, default="cpu")
 
 
 def add_inference_dtype(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +85,7 @@ def prepare(model: "BertForMaskedLM", dtype: str | None, many: bool) -> "BertFor
 
     if dtype is not None:
         return prepare_for_inference(model, getattr(torch, dtype))
-    return prepare_for_inference(model) if many else model
+    return prepare_for_inference(model, model.embeddings.word.weight.dtype) if many else model
 
 
 def standard_input() -> TextIO:

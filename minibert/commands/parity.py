@@ -22,13 +22,13 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from minibert import BertForMaskedLM
-    from minibert.devices import find_device
+    from minibert.devices import computing_device
     from minibert.parity import golden
     from minibert.parity.check import check, collator_masks, reference_of
 
     if options.tokenizer is not None:
         return compare_tokenizer(options)
-    device, dtype = find_device(options.device), getattr(torch, options.dtype)
+    device, dtype = computing_device(options.device), getattr(torch, options.dtype)
     model = BertForMaskedLM.from_pretrained(options.model, dtype=dtype, device=device, revision=options.revision)
     if importlib.util.find_spec("transformers") is None:
         reference = golden.read(model)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from minibert.commands.options import (
     NOT_UTF_8,
+    add_device,
     add_inference_dtype,
     add_json,
     add_model,
     add_truncate,
+    load_model,
     prepare,
     standard_input,
 )
@@ -45,12 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_truncate(parser)
     add_inference_dtype(parser)
+    add_device(parser)
     add_model(parser)
     add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    from minibert import BertForMaskedLM, load_tokenizer, pseudo_log_likelihood
+    from minibert import load_tokenizer, pseudo_log_likelihood
     from minibert.score import score_pairs
 
     if options.pairs is not None and options.texts:
@@ -61,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         if "-" in (*options.texts, options.pairs):
             raise ValueError("there was no line on standard input")
         raise ValueError("there is nothing to score: give texts, - for the lines of standard input, or --pairs FILE")
-    model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
+    model = load_model(options)
     tokenizer = load_tokenizer(options.model, revision=options.revision)
     model = prepare(model, options.dtype, many=len(first) >= WORTH_PREPARING)
     score: Any = pseudo_log_likelihood if options.pairs is None else score_pairs

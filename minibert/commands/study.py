@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minibert.commands.options import DEFAULT_MODEL, add_json, add_model, add_truncate, names
+from minibert.commands.options import DEFAULT_MODEL, add_device, add_json, add_model, add_truncate, load_model, names
 from minibert.commands.printing import as_json
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--targets", metavar="W,W", help="follow these words too")
     add_truncate(parser)
+    add_device(parser)
     add_model(parser, default=None)
     add_json(parser)
 
@@ -57,11 +58,11 @@ def run(options: argparse.Namespace) -> None:
 
 
 def study_of_text(options: argparse.Namespace) -> "Study":
-    from minibert import BertForMaskedLM, load_tokenizer
+    from minibert import load_tokenizer
     from minibert.study import study
 
     name = options.model or DEFAULT_MODEL
-    model = BertForMaskedLM.from_pretrained(name, revision=options.revision)
+    model = load_model(options, name)
     return study(
         model,
         load_tokenizer(name, revision=options.revision),
@@ -76,7 +77,7 @@ def study_of_text(options: argparse.Namespace) -> "Study":
 
 
 def study_of_trace(options: argparse.Namespace) -> "Study":
-    from minibert import BertForMaskedLM, load_tokenizer
+    from minibert import load_tokenizer
     from minibert.study import study_trace
     from minibert.trace.files import TraceFile
 
@@ -86,7 +87,7 @@ def study_of_trace(options: argparse.Namespace) -> "Study":
         raise ValueError(f"{options.trace} has {rows} texts: say which with --row, 0 to {rows - 1}")
     model = tokenizer = None
     if options.model is not None:
-        model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
+        model = load_model(options)
         tokenizer = load_tokenizer(options.model, revision=options.revision)
     targets = None if options.targets is None else names(options.targets)
     return study_trace(recorded, options.row or 0, model, tokenizer, options.top_k, targets)

@@ -23,14 +23,14 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from minibert import BertConfig, BertForMaskedLM, load_tokenizer
-    from minibert.devices import find_device
+    from minibert.devices import computing_device
     from minibert.parity.golden import transformers_model
     from minibert.trace.given import read_ids, tokenized
     from minibert.trace.inputs import standard_inputs
     from minibert.trace.recorder import trace
 
     require_writable(options.out)
-    device, dtype = find_device(options.device), getattr(torch, options.dtype)
+    device, dtype = computing_device(options.device), getattr(torch, options.dtype)
     model: torch.nn.Module
     if options.backend == "transformers":
         model = transformers_model(options.model, dtype, device, revision=options.revision)

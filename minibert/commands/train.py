@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from minibert.commands.options import add_revision
+from minibert.commands.options import add_device, add_revision
 
 if TYPE_CHECKING:
     from minibert.training.evaluation import Figures
@@ -96,7 +96,7 @@ def _add_how_it_is_computed(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="look at the held-out lines every so many steps (default: %(default)s)",
     )
-    group.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one, else cpu)")
+    add_device(group)
     group.add_argument("--compile", action="store_true", help="compile the layers with torch.compile")
     group.add_argument(
         "--checkpoint-activations", action="store_true", help="compute each layer twice, and keep less in memory"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from minibert.devices import find_device
+from minibert.devices import computing_device
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ ALONE = Ranks()
 
 
 @contextmanager
-def join(device: str | None = None) -> Iterator[Ranks]:
-    """The ranks of this run, for as long as the block lasts. device: "cpu", "cuda", "cuda:1", …; None is "cuda"
-    where there is one, and else "cpu". Raises ValueError for a device that is not there.
+def join(device: str = "auto") -> Iterator[Ranks]:
+    """The ranks of this run, for as long as the block lasts. device: as `devices.find_device` has it. Raises
+    ValueError for a device that is not there.
     """
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    where = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = computing_device(device)
     if size == 1:
         yield Ranks(device=str(where))
         return

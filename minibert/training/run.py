@@ -42,7 +42,7 @@ def train(
     tokenizer: str | None = None,
     tokens: str | Path | None = None,
     resume: bool = False,
-    device: str | None = None,
+    device: str = "auto",
     revision: str | None = None,
 ) -> Result:
     """Train a masked language model on text files, and save it in the folder `out`.
@@ -50,7 +50,7 @@ def train(
     texts: files, folders or globs, each with ":weight" if wanted (see `find_texts`). init: the name of a model to start
     from (of the hub's `revision`), or a config.json, to start from random weights. tokenizer: the name of a model whose
     tokenizer to use; None: that of `init`. tokens: the folder for token files; None: out/tokens. resume: go on with the
-    run in `out`; if there is none, one begins. device: "cpu", "cuda", …; None: "cuda" where there is one.
+    run in `out`; if there is none, one begins. device: "cpu", "cuda", …; "auto": "cuda" where there is one.
 
     Under torchrun each process calls this, and they share the work (ranks.py). SIGINT (Ctrl-C) and SIGTERM end the run
     after the step that it is at, and save it; a second one ends it at once.

@@ -157,9 +157,12 @@ def test_nothing_on_standard_input(fails, folder, monkeypatch):
 
 def test_many_texts_take_the_fast_form_and_answer_the_same(run, fill, monkeypatch):
     prepared = []
-    monkeypatch.setattr(
-        "minibert.inference.prepare_for_inference", lambda model: prepared.append(1) or prepare_for_inference(model)
-    )
+
+    def prepare(model, dtype):
+        prepared.append(dtype)
+        return prepare_for_inference(model, dtype)
+
+    monkeypatch.setattr("minibert.inference.prepare_for_inference", prepare)
     texts = [f"{'the ' * (number % 5)}[MASK]" for number in range(WORTH_PREPARING)]
     run("fill-mask", *texts[1:], "--json")
     assert not prepared, "for a few texts that would take longer than it saves"
@@ -168,7 +171,7 @@ def test_many_texts_take_the_fast_form_and_answer_the_same(run, fill, monkeypatc
         expected = fill(text)
         assert [row["token"] for row in result["answers"]] == [row["token"] for row in expected]
         assert result["answers"][0]["score"] == pytest.approx(expected[0]["score"], abs=1e-6)
-    assert prepared
+    assert prepared == [torch.float32], "on a GPU too: without --dtype the answers are the CPU's"
 
 
 # ----------------------------------------------------------------------------------------------- --dtype, real answers

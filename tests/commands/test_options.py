@@ -3,9 +3,11 @@
 import argparse
 
 import pytest
+import torch
 
 from minibert.cli import build_parser, main
 from minibert.commands import COMMANDS
+from minibert.devices import find_device
 
 
 def parsers():
@@ -54,6 +56,36 @@ def test_a_revision_reaches_the_model_that_is_loaded(command, folder, tmp_path, 
     assert "revision 'v1'" in line
     assert "revisions are the hub's" in line
     assert not out.exists() or command == "train"
+
+
+COMPUTING = {  # with what it needs to get as far as the device
+    "fill-mask": ["[MASK]"],
+    "mlm": ["the rain"],
+    "score": ["the rain"],
+    "study": ["the [MASK]"],
+    "trace": ["--out", "OUT"],
+    "parity": [],
+    "bench": ["--shapes", "1x8"],
+    "train": ["no.txt", "--steps", "1", "--out", "OUT"],
+}
+
+
+@pytest.mark.parametrize("command", COMPUTING)
+def test_a_device_that_is_not_there_is_one_line_with_what_there_is(command, folder, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = [str(tmp_path / "out") if word == "OUT" else word for word in COMPUTING[command]]
+    given += ["--init" if command == "train" else "--model", str(folder)]
+    for device, remedy in (("abacus", "there is cpu and no cuda"), ("cuda:7", "no cuda"), ("meta", "choose auto, cpu")):
+        line = fails(command, *given, "--device", device)
+        assert device in line
+        assert remedy in line
+    assert not (tmp_path / "out").is_file()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_auto_is_cuda_where_there_is_one(there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert find_device("auto").type == ("cuda" if there else "cpu")
 
 
 def test_trace_by_transformers_takes_the_revision_too(folder, tmp_path, fails):

@@ -313,7 +313,6 @@ def test_weights_that_are_not_numbers_stop_at_the_first_step(tiny, tmp_path):
         ("--warmup 2", "warmup is a share, from 0 to 1, not 2"),
         ("--schedule sudden", "invalid choice: 'sudden'"),
         ("--dtype float16", "invalid choice: 'float16'"),
-        ("--device abacus", "the device abacus cannot be used here"),
         ("--workers 0", "workers must be at least 1, not 0"),
         (f"--seed {2**70}", "seed must fit in 64 bits"),
         ("--init no/such.json", "no/such.json: no such file"),
@@ -333,12 +332,6 @@ def test_a_wrong_value_is_one_line_and_exit_2(options, message, tiny, tmp_path, 
     assert re.search(message, error)
     assert "\n" not in error
     assert not (out / "run.json").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there(tiny, tmp_path, capsys):
-    assert tiny.train(tmp_path / "out", "--device", "cuda") == 2
-    assert "there is cpu and no cuda" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("always")
