@@ -84,8 +84,9 @@ def table(report: Report) -> str:
     for heading, work in report.workloads.items():
         task, shape = heading.split()
         rows = [row for row in report.rows if (row.task, row.shape) == (task, shape)]
-        if not rows:
+        if task == "training" and "int8" in report.settings.precisions:
             out += ["", f"{task}, {shape}: nothing is trained in int8"]
+        if not rows:
             continue
         out += [
             "",

@@ -40,6 +40,6 @@ class Settings:
                 raise ValueError(f"{name} is empty: choose among {', '.join(known)}")
         if self.tasks == ("training",) and "int8" in self.precisions:
             raise ValueError(
-                f"--task training with --dtype {','.join(self.precisions)}: nothing is trained in int8. Leave int8 out, "
-                "or say --task inference or both"
+                f"--task training with --dtype {','.join(self.precisions)}: nothing is trained in int8. Choose among "
+                "float32 and bfloat16, or --task inference"
             )

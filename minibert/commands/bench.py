@@ -18,9 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument(
         "--dtype",
-        default="float32,bfloat16,int8",
         metavar="D,D",
-        help="one of them, or several; int8 is for inference only (default: %(default)s)",
+        help="one or several of float32, bfloat16, int8, which is for inference only (default: all that the task has)",
     )
     parser.add_argument(
         "--task", choices=("inference", "training", "both"), default="both", help="what to time (default: %(default)s)"
@@ -60,13 +59,15 @@ def run(options: argparse.Namespace) -> None:
     if options.revision is not None and options.model is None:
         raise ValueError(f"--revision {options.revision} is of a hub model, and no --model was given")
     peers = PEERS if options.peers == "all" else () if options.peers == "none" else names(options.peers)
+    every = ("float32", "bfloat16") if options.task == "training" else ("float32", "bfloat16", "int8")
+    precisions = every if options.dtype is None else names(options.dtype)
     report = run_bench(
         Settings(
             model=options.model,
             revision=options.revision,
             layers=12 if options.layers is None else options.layers,
             device=options.device,
-            precisions=names(options.dtype),
+            precisions=precisions,
             tasks=TASKS if options.task == "both" else (options.task,),
             shapes=None if options.shapes is None else names(options.shapes),
             rounds=options.rounds,
