@@ -307,4 +307,4 @@ def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.dev
     """
     if name == "head.dense.weight":
         return torch.eye(shape[0], dtype=dtype, device=device)
-    return (torch.ones if name == "head.norm.weight" else torch.zeros)(shape, dtype=dtype, device=device)
+    return (torch.ones if name == "head.LayerNorm.weight" else torch.zeros)(shape, dtype=dtype, device=device)

@@ -52,13 +52,13 @@ class Embeddings(nn.Module):
         self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         x = self.word(batch.input_ids) + self.token_type(batch.token_type_ids)  # (T, D)
         x = x + self.position(batch.position_ids)
-        return self.dropout(self.norm(x))
+        return self.dropout(self.LayerNorm(x))
 
 
 class SelfAttention(nn.Module):
@@ -124,14 +124,14 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.attention = SelfAttention(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward_LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, batch: PackedBatch) -> Tensor:
-        x = self.attention_norm(self.dropout(self.attention(x, batch)) + x)  # (T, D)
-        return self.feed_forward_norm(self.dropout(self.feed_forward(x)) + x)  # (T, D)
+        x = self.attention_LayerNorm(self.dropout(self.attention(x, batch)) + x)  # (T, D)
+        return self.feed_forward_LayerNorm(self.dropout(self.feed_forward(x)) + x)  # (T, D)
 
 
 class MLMHead(nn.Module):
@@ -151,11 +151,11 @@ class MLMHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
-        x = self.norm(self.activation(self.dense(x)))  # (M, D)
+        x = self.LayerNorm(self.activation(self.dense(x)))  # (M, D)
         return F.linear(x, word_embeddings, self.bias)  # (M, V)
 
 

@@ -15,7 +15,7 @@ NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embeddings.word", ("bert.embeddings.word_embeddings",)),
     ("embeddings.position", ("bert.embeddings.position_embeddings",)),
     ("embeddings.token_type", ("bert.embeddings.token_type_embeddings",)),
-    ("embeddings.norm", ("bert.embeddings.LayerNorm",)),
+    ("embeddings.LayerNorm", ("bert.embeddings.LayerNorm",)),
     (
         "layers.N.attention.qkv",
         (
@@ -25,12 +25,12 @@ NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     ("layers.N.attention.output", ("bert.encoder.layer.N.attention.output.dense",)),
-    ("layers.N.attention_norm", ("bert.encoder.layer.N.attention.output.LayerNorm",)),
+    ("layers.N.attention_LayerNorm", ("bert.encoder.layer.N.attention.output.LayerNorm",)),
     ("layers.N.feed_forward.intermediate", ("bert.encoder.layer.N.intermediate.dense",)),
     ("layers.N.feed_forward.output", ("bert.encoder.layer.N.output.dense",)),
-    ("layers.N.feed_forward_norm", ("bert.encoder.layer.N.output.LayerNorm",)),
+    ("layers.N.feed_forward_LayerNorm", ("bert.encoder.layer.N.output.LayerNorm",)),
     ("head.dense", ("cls.predictions.transform.dense",)),
-    ("head.norm", ("cls.predictions.transform.LayerNorm",)),
+    ("head.LayerNorm", ("cls.predictions.transform.LayerNorm",)),
     ("head", ("cls.predictions",)),  # its bias; the decoder's weight is the word embedding
 )
 TABLE = dict(NAMES)

@@ -55,7 +55,8 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def refuse_transformers(state: Mapping[str, Any]) -> None:
     """Raise ValueError if the names are those of transformers."""
-    if theirs := [key for key in state if BEGINS.search(key)]:
+    # embeddings.LayerNorm is a name of both.
+    if theirs := [key for key in state if BEGINS.search(key) and not key.startswith("embeddings.LayerNorm.")]:
         raise ValueError(
             f"{theirs[0]} is a name of transformers, and this model has others: "
             "load_state_dict(minibert.state_dicts.from_transformers(state)) translates them"

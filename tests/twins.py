@@ -79,7 +79,7 @@ def twins(sizes, attention="eager", dtype=torch.float32):
             elif parameter.dim() == 2:
                 parameter.normal_(0, parameter.shape[1] ** -0.5)
             else:
-                parameter.normal_(1.0 if "norm.weight" in name else 0.0, 0.2)
+                parameter.normal_(1.0 if "LayerNorm.weight" in name else 0.0, 0.2)
     theirs = transformers.BertForMaskedLM(
         transformers.BertConfig(**asdict(ours.config), attn_implementation=attention)
     ).eval()

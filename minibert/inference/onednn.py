@@ -245,7 +245,7 @@ class PrepackedHead(nn.Module):
     ) -> None:
         super().__init__()
         self.dense = linear(head.dense.weight, head.dense.bias, FUSED[hidden_act])
-        self.norm = head.norm
+        self.norm = head.LayerNorm
         self.decoder = linear(word_embeddings, head.bias)
         self.copied = (lookup.data_ptr(), lookup._version)
 

@@ -250,5 +250,5 @@ def before_attention(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tenso
 def after_attention(layer: nn.Module, context: Tensor, x: Tensor) -> Tensor:
     """The rest of EncoderLayer, for any tokens: context (M, H, K) and what the layer read, x (M, D) → (M, D)"""
     assert isinstance(layer, EncoderLayer)
-    x = layer.attention_norm(layer.attention.output(context.flatten(-2)) + x)  # (M, D)
-    return layer.feed_forward_norm(layer.feed_forward(x) + x)  # (M, D)
+    x = layer.attention_LayerNorm(layer.attention.output(context.flatten(-2)) + x)  # (M, D)
+    return layer.feed_forward_LayerNorm(layer.feed_forward(x) + x)  # (M, D)

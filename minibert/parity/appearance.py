@@ -23,17 +23,17 @@ LEFT_OVER = 0.05  # A rule explains an error if at most this part of it is left.
 AXES = {"B": "row", "H": "head", "K": "entry of a head", "D": "entry", "F": "entry", "V": "word"}
 # The module whose bias, or whose LayerNorm, a tensor comes from.
 MODULES = {
-    "embeddings.norm": "embeddings.norm",
+    "embeddings.norm": "embeddings.LayerNorm",
     "layers.N.query": "layers.N.attention.qkv",
     "layers.N.key": "layers.N.attention.qkv",
     "layers.N.value": "layers.N.attention.qkv",
     "layers.N.attention_output": "layers.N.attention.output",
-    "layers.N.attention_norm": "layers.N.attention_norm",
+    "layers.N.attention_norm": "layers.N.attention_LayerNorm",
     "layers.N.intermediate": "layers.N.feed_forward.intermediate",
     "layers.N.feed_forward": "layers.N.feed_forward.output",
-    "layers.N.feed_forward_norm": "layers.N.feed_forward_norm",
+    "layers.N.feed_forward_norm": "layers.N.feed_forward_LayerNorm",
     "head.dense": "head.dense",
-    "head.norm": "head.norm",
+    "head.norm": "head.LayerNorm",
     "logits": "head",
 }
 

@@ -99,7 +99,7 @@ class Steps:
         yield "embeddings.sum", x
         yield (
             "embeddings.norm",
-            self.dropout("embeddings.norm", self.layer_norm("embeddings.norm", x, self.model.embeddings.norm)),
+            self.dropout("embeddings.norm", self.layer_norm("embeddings.norm", x, self.model.embeddings.LayerNorm)),
         )
 
     def prediction(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -130,12 +130,12 @@ class Steps:
         update = x
         for name, update in self.attend(prefix, layer, x):
             yield name, update
-        x = self.add_and_norm(prefix + "attention_norm", x, update, layer.attention_norm)
+        x = self.add_and_norm(prefix + "attention_norm", x, update, layer.attention_LayerNorm)
         yield prefix + "attention_norm", x
         for name, update in self.feed_forward(prefix, layer, x):
             yield name, update
         name = prefix + "feed_forward_norm"
-        yield name, self.add_and_norm(name, x, update, layer.feed_forward_norm)
+        yield name, self.add_and_norm(name, x, update, layer.feed_forward_LayerNorm)
 
     def add_and_norm(self, name: str, x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
         return self.layer_norm(name, update + x, norm)
@@ -208,7 +208,7 @@ class Steps:
         yield "head.dense", x
         x = self.head_activation(x)
         yield "head.activation", x
-        yield "head.norm", self.layer_norm("head.norm", x, head.norm)
+        yield "head.norm", self.layer_norm("head.norm", x, head.LayerNorm)
 
     def head_activation(self, x: Tensor) -> Tensor:
         return self.activation(x)

@@ -134,7 +134,7 @@ def layer_change(row: Row, number: int, model: BertForMaskedLM | None) -> LayerC
     if model is not None and row.has(f"layers.{number}.value", f"layers.{number}.probabilities"):
         layer = _layer(model, number)
         context = read["attention_output"] - layer.attention.output.bias.float().cpu()
-        gamma = layer.attention_norm.weight.float().cpu()
+        gamma = layer.attention_LayerNorm.weight.float().cpu()
         probabilities = row.read(f"layers.{number}.probabilities")
         mixing = mixing_ratio(x, context, probabilities, _given(row, number, model), gamma).tolist()
     return LayerChange(

@@ -24,17 +24,17 @@ from minibert.trace.table import GRADIENT, INPUTS, SHAPES, dtype_name, row_of
 # A module, "in" or "out", and the trace's name for its input or its output. N is a layer's number. Our layer calls one
 # dropout module in two places; the two names are in the order of the calls.
 OURS = (
-    ("embeddings.norm", "in", "embeddings.sum"),
+    ("embeddings.LayerNorm", "in", "embeddings.sum"),
     ("embeddings.dropout", "out", "embeddings.norm"),
     ("layers.N.attention.output", "in", "layers.N.context"),
     ("layers.N.dropout", "out", "layers.N.attention_output layers.N.feed_forward"),
-    ("layers.N.attention_norm", "out", "layers.N.attention_norm"),
+    ("layers.N.attention_LayerNorm", "out", "layers.N.attention_norm"),
     ("layers.N.feed_forward.intermediate", "out", "layers.N.intermediate"),
     ("layers.N.feed_forward.output", "in", "layers.N.activation"),
-    ("layers.N.feed_forward_norm", "out", "layers.N.feed_forward_norm"),
+    ("layers.N.feed_forward_LayerNorm", "out", "layers.N.feed_forward_norm"),
     ("head.dense", "out", "head.dense"),
-    ("head.norm", "in", "head.activation"),
-    ("head.norm", "out", "head.norm"),
+    ("head.LayerNorm", "in", "head.activation"),
+    ("head.LayerNorm", "out", "head.norm"),
     ("head", "out", "logits"),
 )
 THEIRS = (

@@ -172,8 +172,8 @@ def test_encoder_only(theirs, ours, tmp_path, ids):
         "head.bias",
         "head.dense.weight",
         "head.dense.bias",
-        "head.norm.weight",
-        "head.norm.bias",
+        "head.LayerNorm.weight",
+        "head.LayerNorm.bias",
     }
     batch = PackedBatch.from_padded(ids)
     with torch.inference_mode():

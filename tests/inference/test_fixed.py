@@ -151,7 +151,7 @@ REFUSED = {
     "another head": (lambda fast, ours: setattr(fast, "head", ours.head), "change 'head' of the one"),
     "another layer": (lambda fast, ours: fast.layers.__setitem__(0, ours.layers[0]), "change '0' of the one"),
     "another tensor": (
-        lambda fast, ours: setattr(fast.layers[0].attention_norm, "weight", ours.layers[0].attention_norm.weight),
+        lambda fast, ours: setattr(fast.embeddings.LayerNorm, "weight", ours.embeddings.LayerNorm.weight),
         "change 'weight' of the one",
     ),
     "no layer": (lambda fast, _: delattr(fast, "layers"), "change 'layers' of the one"),

@@ -203,9 +203,9 @@ def with_outliers(gain=30):
         for part in (model.embeddings.word, model.embeddings.position, model.embeddings.token_type):
             part.weight[:, [FLAG, *SPIKES]] = 0
         model.embeddings.word.weight[OUTLIER, FLAG] = 1
-        norms = [model.embeddings.norm]
+        norms = [model.embeddings.LayerNorm]
         for layer in model.layers:
-            norms += [layer.attention_norm, layer.feed_forward_norm]
+            norms += [layer.attention_LayerNorm, layer.feed_forward_LayerNorm]
             for linear in (layer.attention.output, layer.feed_forward.output):
                 linear.weight[[FLAG, *SPIKES]] = 0
                 linear.bias[[FLAG, *SPIKES]] = 0
@@ -218,7 +218,7 @@ def with_outliers(gain=30):
             network.intermediate.weight[:2, FLAG] = 10
             network.intermediate.bias[:2] = -10
             network.output.weight[SPIKES, :2] = torch.tensor([[1.0], [-1.0]])
-            layer.feed_forward_norm.weight[SPIKES] = gain
+            layer.feed_forward_LayerNorm.weight[SPIKES] = gain
             reader.weight[:, SPIKES] /= gain
     return model
 

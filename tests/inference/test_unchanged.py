@@ -15,7 +15,7 @@ def another_activation(model):
 
 
 def another_eps(model):
-    model.layers[0].attention_norm.eps = 1e-3
+    model.layers[0].attention_LayerNorm.eps = 1e-3
 
 
 def another_head(model):

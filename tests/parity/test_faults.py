@@ -46,8 +46,8 @@ def eps_1e_5(model, monkeypatch):
 
 def pre_layer_norm(model, monkeypatch):
     def forward(self, x, batch):
-        x = x + self.attention(self.attention_norm(x), batch)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.attention(self.attention_LayerNorm(x), batch)
+        return x + self.feed_forward(self.feed_forward_LayerNorm(x))
 
     monkeypatch.setattr(minibert.model.EncoderLayer, "forward", forward)
 

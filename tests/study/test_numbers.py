@@ -156,7 +156,7 @@ def test_the_mixing_ratio_is_that_of_its_definition(models, found, theirs):
                     own += part
                 else:
                     others += part
-        norms = [((part - part.mean()) * layer.attention_norm.weight).norm() for part in (others, own)]
+        norms = [((part - part.mean()) * layer.attention_LayerNorm.weight).norm() for part in (others, own)]
     assert found.changes[1].mixing[place] == pytest.approx((norms[0] / sum(norms)).item(), abs=ROUNDING)
 
 

@@ -122,8 +122,8 @@ def test_no_decay_of_biases_and_layer_norms(tiny):
     decayed, plain = parameter_groups(model, 0.01)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
-    assert all(name.endswith("bias") or "norm" in name for name in (names[id(p)] for p in plain["params"]))
-    assert not any(name.endswith("bias") or "norm" in name for name in (names[id(p)] for p in decayed["params"]))
+    assert all(name.endswith("bias") or "LayerNorm" in name for name in (names[id(p)] for p in plain["params"]))
+    assert not any(name.endswith("bias") or "LayerNorm" in name for name in (names[id(p)] for p in decayed["params"]))
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 
