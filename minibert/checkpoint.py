@@ -4,25 +4,32 @@ This module knows no layer. It is told which tensors of which shape are wanted, 
 or with an error that names the file and the tensor. It opens safetensors files and never a pickle.
 """
 
+import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minibert.config import BertConfig
+from minibert.config import BertConfig, config_of
 from minibert.config_keys import defaulted_keys, ignored_keys, unknown_keys
 from minibert.files import looks_like, naming, parse_json, read_json, sha256
-from minibert.hub import CONFIG, WeightFiles
+from minibert.hub import CONFIG, INDEX, NEXT, WEIGHTS, Source, WeightFiles, weight_files
 from minibert.names import HEAD, Spelling, hub_names, layers, nearest, read_names, several
+from minibert.state_dicts import same_numbers
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+STORED = {**DTYPES, **INTEGERS, "BOOL": torch.bool}
+TRIES = 100  # to open a model's files while another process saves there
 
 
 @dataclass
@@ -44,7 +51,7 @@ class LoadReport:
     ignored_config_keys: tuple[str, ...] = ()  # in config.json, and known to have no effect
     unknown_config_keys: tuple[str, ...] = ()  # in config.json, and nobody's BERT reads them
     defaulted_config_keys: tuple[str, ...] = ()  # not in config.json: BertConfig's defaults hold
-    stamps: tuple[tuple[int, int], ...] = field(default=(), repr=False)
+    stamps: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
     @cached_property
     def sha256(self) -> dict[str, str]:
@@ -57,27 +64,66 @@ class LoadReport:
         return {path.name: sha256(path) for path in self.files}
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+def _stamp(file: Path | int) -> tuple[int, ...]:
+    """What changes when a file, by its path or its descriptor, is another one or is written to; () if there is none."""
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
 class FoundTensors:
-    """The tensors in the files of a checkpoint, before any is read."""
+    """The configuration of a checkpoint and its open files, before any tensor is read."""
 
     files: WeightFiles
-    entries: dict[str, tuple[Path, dict[str, Any]]]  # name → its file, and its dtype and shape there
+    config: BertConfig
+    config_values: Mapping[str, Any]  # all that is in config.json
+    entries: dict[str, "SafetensorsFile"]  # name → its file
     spelling: Spelling
 
+    @property
+    def opened(self) -> list["SafetensorsFile"]:
+        return list(dict.fromkeys(self.entries.values()))
 
-def find_tensors(files: WeightFiles, config: BertConfig) -> FoundTensors:
-    """Read the heads of the files, and what the names in them mean.
+
+@contextmanager
+def opened(source: Source) -> Iterator[FoundTensors]:
+    """The files of one model, open: its configuration and weights were in the folder at one moment, whatever another
+    process saves there. What is read later is read from them.
+
+    Raises as `BertConfig.from_pretrained` and `find_tensors` do, and OSError if there is never such a moment.
+    """
+    for _ in range(TRIES):
+        with ExitStack() as files:
+            before = _stamps(source)
+            try:
+                found = find_tensors(source, files)
+            except (ValueError, OSError):
+                if before == _stamps(source):
+                    raise
+                continue
+            # Nothing has been put in the place of anything meanwhile, so all of it was there at once.
+            if before == _stamps(source) and all(_stamp(file.path) == file.stamp for file in found.opened):
+                yield found
+                return
+    raise OSError(f"{source.name}: another process writes there all the time: try again")
+
+
+def _stamps(source: Source) -> list[tuple[int, ...]]:
+    return [_stamp(source.folder / name) for name in (CONFIG, NEXT, WEIGHTS, INDEX)] if source.folder else []
+
+
+def find_tensors(source: Source, opening: ExitStack) -> FoundTensors:
+    """Open the files (`opening` closes them), and read their heads, and what the names in them mean.
 
     Raises ValueError for a file that is not whole, for tensors that are twice there or not where the index says, and
-    for fewer layers than `config` has.
+    for fewer layers than the configuration has.
     """
-    entries = _read_headers(files)
+    config, config_values = config_of(source)  # first: no other architecture's weights are downloaded
+    files = weight_files(source)
+    entries = _read_headers(files, opening)
     with naming(files.where):
         spelling = read_names(entries)
         # Before the model is made: a config.json may say a billion.
@@ -90,30 +136,29 @@ def find_tensors(files: WeightFiles, config: BertConfig) -> FoundTensors:
             like = nearest("bert.encoder.layer.0.attention.self.query.weight", entries)
             first = ", ".join([*entries][:3]) or "nothing: it is empty"
             raise ValueError(f"no tensor in it is of a layer of BERT. The names in the file look like {first}{like}")
-    return FoundTensors(files, entries, spelling)
+    return FoundTensors(files, config, config_values, entries, spelling)
 
 
 def read_weights(
     found: FoundTensors,
-    config_values: Mapping[str, Any],
     shapes: Mapping[str, torch.Size],
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     init_missing_head: bool = False,
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensors that `shapes` asks for (our names → shapes), and the report of how they were found. `config_values`
-    are those of the config.json beside them.
+    """The tensors that `shapes` asks for (our names → shapes), and the report of how they were found.
 
     Raises ValueError, naming file and tensor, unless the checkpoint holds these tensors, in these shapes, and
     nothing else but the leftovers in `names.IGNORED` and equal copies of tied tensors.
     """
-    files, entries, spelling = found.files, found.entries, found.spelling
-    dtype = as_dtype(dtype, config_values, [entry["dtype"] for _, entry in entries.values()])
+    files, entries, spelling, config_values = found.files, found.entries, found.spelling, found.config_values
+    file_dtypes = Counter(file.header[name]["dtype"] for name, file in entries.items())
+    dtype = as_dtype(dtype, config_values, file_dtypes)
     report = LoadReport(
         name=files.name,
         files=files.paths,
-        file_dtypes=dict(Counter(entry["dtype"] for _, entry in entries.values())),
+        file_dtypes=dict(file_dtypes),
         dtype=str(dtype).removeprefix("torch."),
         loaded=(),
         commit=files.commit,
@@ -124,7 +169,7 @@ def read_weights(
         ignored_config_keys=tuple(ignored_keys(config_values)),
         unknown_config_keys=tuple(unknown_keys(config_values)),
         defaulted_config_keys=tuple(defaulted_keys(config_values)),
-        stamps=tuple(_stamp(path) for path in files.paths),
+        stamps=tuple(file.stamp for file in found.opened),
     )
     spelled = spelling.spelled
     with naming(files.where):
@@ -137,7 +182,11 @@ def read_weights(
             state[ours] = _initial(ours, shape, dtype, device)
         else:
             state[ours] = torch.empty(shape, dtype=dtype, device=device)
-            _fill(state[ours], [(spelled[hub], entries[spelled[hub]][0]) for hub in hub_names(ours)])
+            parts = [spelled[hub] for hub in hub_names(ours)]  # one under the other
+            for name, part in zip(parts, state[ours].chunk(len(parts)), strict=True):
+                entries[name].fill(part, name)
+    for file in found.opened:
+        file.require_unchanged()
     report.loaded = tuple(sorted(spelled[hub] for ours in shapes for hub in hub_names(ours) if hub in spelled))
     report.non_finite = tuple(name for name, tensor in state.items() if _has_non_finite(tensor))
     if report.non_finite:
@@ -149,17 +198,17 @@ def read_weights(
     return state, report
 
 
-def as_dtype(dtype: torch.dtype | str | None, config_values: Mapping[str, Any], stored: list[str]) -> torch.dtype:
+def as_dtype(dtype: torch.dtype | str | None, config_values: Mapping[str, Any], stored: Counter[str]) -> torch.dtype:
     """What a caller means: a dtype, its name ("bfloat16"), or "auto", which is the one that config.json names or else
     the one that the tensors are stored in. None is float32. Raises ValueError for what is no floating-point type.
     """
     names = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
     if dtype == "auto":
         said = config_values.get("dtype") or config_values.get("torch_dtype")
-        floats = [name for name in stored if name in DTYPES]
+        floats = [name for name, _ in stored.most_common() if name in DTYPES]
         if isinstance(said, str) and said.removeprefix("torch.") in names:
             return names[said.removeprefix("torch.")]
-        return DTYPES[Counter(floats).most_common(1)[0][0]] if floats else torch.float32
+        return DTYPES[floats[0]] if floats else torch.float32
     found = torch.float32 if dtype is None else names.get(dtype) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
@@ -168,19 +217,21 @@ def as_dtype(dtype: torch.dtype | str | None, config_values: Mapping[str, Any], 
     return found
 
 
-def _read_headers(files: WeightFiles) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Tensor name → its file, and its dtype and shape there. Raises ValueError unless each tensor is in one file, and
-    in that which the index names.
+def _read_headers(files: WeightFiles, opening: ExitStack) -> dict[str, "SafetensorsFile"]:
+    """Tensor name → its open file. Raises ValueError unless each tensor is in one file, and in that which the index
+    names.
     """
-    entries: dict[str, tuple[Path, dict[str, Any]]] = {}
+    entries: dict[str, SafetensorsFile] = {}
     for path in files.paths:
-        for key, entry in read_header(path).items():
+        file = SafetensorsFile(path)
+        opening.callback(file.close)
+        for key in file.header:
             if key in entries:
-                raise ValueError(f"{path}: {key} is also in {entries[key][0].name}")
-            entries[key] = (path, entry)
+                raise ValueError(f"{path}: {key} is also in {entries[key].path.name}")
+            entries[key] = file
     if files.index is not None:
         weight_map = read_json(files.index)["weight_map"]
-        found = {key: path.name for key, (path, _) in entries.items()}
+        found = {key: file.path.name for key, file in entries.items()}
         if wrong := [key for key in weight_map.keys() | found.keys() if weight_map.get(key) != found.get(key)]:
             raise ValueError(f"{files.index}: {several('tensor', sorted(wrong))} not where the index says")
     return entries
@@ -222,29 +273,25 @@ def _require_the_wanted(
     return tuple(sorted({wanted[hub] for hub in absent}))
 
 
-def _require_equal_copies(entries: Mapping[str, tuple[Path, Any]], spelling: Spelling) -> None:
-    """Raise ValueError if a second copy of a tied tensor is not the same as the first. NaN counts as equal to NaN."""
+def _require_equal_copies(entries: Mapping[str, "SafetensorsFile"], spelling: Spelling) -> None:
+    """Raise ValueError if a second copy of a tied tensor is not the same as the first."""
     for copy, original in spelling.tied.items():
         first = spelling.spelled[original]
-        one, other = _read_tensor(entries[copy][0], copy), _read_tensor(entries[first][0], first)
-        same = torch.equal(one, other) or (
-            torch.equal(one.isnan(), other.isnan()) and torch.equal(one[~one.isnan()], other[~other.isnan()])
-        )
-        if not same:
+        if not same_numbers(entries[copy].read(copy), entries[first].read(first)):
             raise ValueError(f"{copy} and {first} must be the same tensor, but they differ")
 
 
 def _require_shapes(
     shapes: Mapping[str, torch.Size],
     spelled: Mapping[str, str],
-    entries: Mapping[str, tuple[Path, dict[str, Any]]],
+    entries: Mapping[str, "SafetensorsFile"],
 ) -> None:
     """Raise ValueError for a tensor of another shape, or of whole numbers, before there is memory for any."""
     for ours, shape in shapes.items():
         hubs = hub_names(ours)
         wanted = [shape[0] // len(hubs), *shape[1:]]
         for name in (spelled[hub] for hub in hubs if hub in spelled):
-            path, entry = entries[name]
+            path, entry = entries[name].path, entries[name].header[name]
             if entry["shape"] != wanted:
                 raise ValueError(
                     f"{path}: {name} has shape {tuple(entry['shape'])}, and {CONFIG} asks for {tuple(wanted)}: "
@@ -254,27 +301,44 @@ def _require_shapes(
                 raise ValueError(f"{path}: {name} is {entry['dtype']}, expected one of {', '.join(DTYPES)}")
 
 
-def _fill(target: Tensor, parts: list[tuple[str, Path]]) -> None:
-    """Copy the parts (name in the file, file) into `target`, one under the other."""
-    for (name, path), part in zip(parts, target.chunk(len(parts)), strict=True):
-        part.copy_(_read_tensor(path, name))
-
-
 def _has_non_finite(tensor: Tensor) -> bool:
     # The sum is quick and makes no copy; it can overflow where no entry does, so it only says where to look closely.
     return not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all())
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name → its dtype and shape, from the head of a safetensors file. Raises ValueError for a file that
-    is not whole.
+class SafetensorsFile:
+    """A safetensors file, opened once. What another process puts in its place later is not read.
 
-    The library makes the same checks but the one for a name that stands there twice; here each has a sentence
-    of its own.
+    Raises ValueError for a file that is not whole. The library makes the same checks but the one for a name that stands
+    there twice; here each has a sentence of its own. (The library also maps the file into memory: what has been read
+    then counts as memory of this process, and a file that is cut off meanwhile ends it.)
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: IO[bytes] = open(path, "rb")  # noqa: SIM115
+        try:
+            self.stamp = _stamp(self.file.fileno())
+            self.header, self.metadata, self.start = self._read_header()
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> "SafetensorsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.file.close()
+
+    __del__ = close
+
+    def _read_header(self) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
+        """Tensor name → its dtype, shape and place; the metadata; and where the tensors begin."""
+        path, size = self.path, self.stamp[1]
+        start = self.file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) == 8 and 0 not in start and not looks_like(path):  # no header has 2^56 bytes
             raise ValueError(f"{path}: not a safetensors file: it starts with {start!r}")
@@ -283,22 +347,44 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             raise ValueError(
                 f"{path}: not a whole safetensors file: of {size} bytes, {other if size else 'it is empty'}"
             )
-        raw = file.read(length)
-    try:
-        header = parse_json(raw)
-        with safe_open(path, framework="pt"):  # the library's own checks: offsets, sizes, the end of the file
-            pass
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({size} bytes): {error}") from error
-    return {key: entry for key, entry in header.items() if key != "__metadata__"}
+        try:
+            header = parse_json(self.file.read(length))
+            with safe_open(path, framework="pt"):  # the library's own checks: offsets, sizes, the end of the file
+                pass
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({size} bytes): {error}") from error
+        if _stamp(path) != self.stamp:
+            raise ValueError(f"{path}: another file was put in its place while it was opened: try again")
+        return header, header.pop("__metadata__", {}), 8 + length
 
+    def fill(self, target: Tensor, name: str, first_row: int = 0) -> None:
+        """Read a tensor, or as many rows of it as `target` has, into `target`."""
+        entry = self.header[name]
+        if entry["dtype"] not in STORED:
+            raise ValueError(f"{self.path}: {name} is {entry['dtype']}, expected one of {', '.join(STORED)}")
+        stored = target
+        if not target.is_cpu or not target.is_contiguous() or target.dtype != STORED[entry["dtype"]]:
+            stored = torch.empty(target.shape, dtype=STORED[entry["dtype"]])
+        row = prod(entry["shape"][1:]) * stored.element_size()
+        self.file.seek(self.start + entry["data_offsets"][0] + first_row * row)
+        memory = stored.detach().reshape(-1).view(torch.uint8).numpy()
+        if self.file.readinto(memory) != memory.nbytes:  # type: ignore[attr-defined]
+            raise ValueError(f"{self.path}: it was cut off while it was read")
+        if stored is not target:
+            target.copy_(stored)
 
-def _read_tensor(path: Path, name: str) -> Tensor:
-    # Opened anew for each tensor: the pages of a memory-mapped file count as ours until it is closed, and would
-    # double the peak.
-    with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor
+    def read(self, name: str, rows: range | None = None) -> Tensor:
+        """A tensor, or some rows of it, in the dtype in which it is stored."""
+        entry = self.header[name]
+        shape = entry["shape"] if rows is None else [len(rows), *entry["shape"][1:]]
+        tensor = torch.empty(shape, dtype=STORED.get(entry["dtype"]))
+        self.fill(tensor, name, 0 if rows is None else rows.start)
+        return tensor
+
+    def require_unchanged(self) -> None:
+        """Raise ValueError if the open file itself was written to since it was opened."""
+        if _stamp(self.file.fileno()) != self.stamp:
+            raise ValueError(f"{self.path} was changed while it was read: try again")
 
 
 def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:

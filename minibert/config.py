@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from minibert.config_keys import SIZES, own_values
 from minibert.files import naming, read_json
-from minibert.hub import locate, read_config
+from minibert.hub import Source, locate, read_config
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu", "silu")
 
@@ -86,9 +86,7 @@ class BertConfig:
         cls, name_or_path: str | PathLike[str], *, revision: str | None = None, local_files_only: bool = False
     ) -> "BertConfig":
         """The configuration of a checkpoint, named as for `BertForMaskedLM.from_pretrained`."""
-        path, values = read_config(locate(name_or_path, revision=revision, local_files_only=local_files_only))
-        with naming(path):
-            return cls.from_dict(values)
+        return config_of(locate(name_or_path, revision=revision, local_files_only=local_files_only))[0]
 
     def to_dict(self) -> dict[str, Any]:
         """What save_pretrained writes to config.json: every key here, and those that say it is a BERT."""
@@ -99,3 +97,16 @@ class BertConfig:
             "tie_word_embeddings": True,
             **asdict(self),
         }
+
+
+def config_of(source: Source) -> tuple[BertConfig, dict[str, Any]]:
+    """The configuration of a checkpoint, and all that is in its config.json."""
+    path, values = read_config(source)
+    with naming(path):
+        config = BertConfig.from_dict(values)
+        if source.is_pinned and config != PINNED:
+            raise ValueError(f"{source.name} at {source.commit} has another configuration: {PINNED}")
+    return config, values
+
+
+PINNED = BertConfig()  # of bert-base-uncased, whose config.json has no known SHA-256

@@ -74,8 +74,7 @@ def export(model: BertForMaskedLM, path: str | PathLike[str]) -> Exported:
     target = Path(path)
     if target.suffix not in FORMATS:
         raise ValueError(f"{target}: the name must end in {' or '.join(FORMATS)}, which says what is written")
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{target}: there is no such folder. Make it first")
+    atomic.writable_place(target)
     word = model.embeddings.word.weight
     if not word.is_cpu or word.dtype != torch.float32:
         raise ValueError(f"this model is {word.dtype} on {word.device}: load it in float32 on the CPU, and export that")

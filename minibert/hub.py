@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ class Source:
         if self.folder is not None:
             path = self.folder / filename
             return path if path.is_file() else None
+        if self.is_pinned and filename != CONFIG and (self.commit, filename) not in PINNED_SHA256:
+            return None  # what cannot be checked is not read; what can (the vocabulary) says the same
         return _download(self, filename)
 
     def require(self, filename: str) -> Path:
@@ -67,6 +70,13 @@ class Source:
         if path is None:
             raise FileNotFoundError(f"{self.folder or self.name}: there is no {filename}{self.only_cache}")
         return path
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether its files are known: only those are read that can be checked, against PINNED_SHA256 or, of
+        config.json, by its values.
+        """
+        return self.commit in PINNED_REVISION.values()
 
     @property
     def only_cache(self) -> str:
@@ -136,14 +146,16 @@ def _on_hub(source: Source, revision: str | None, local_files_only: bool) -> Sou
 
 def _ask_for_commit(source: Source) -> str:
     """The commit that a revision is now. Raises FileNotFoundError if the hub has no such repository or revision, and
-    ConnectionError if it does not answer in ASK_SECONDS.
+    ConnectionError if it does not answer in ASK_SECONDS. huggingface_hub asks again, six times in all, if the cache
+    has no weights.
     """
     import huggingface_hub
     from huggingface_hub import errors
 
     url = huggingface_hub.hf_hub_url(source.repo_id, CONFIG, revision=source.revision)
     try:
-        commit = huggingface_hub.get_hf_file_metadata(url, timeout=ASK_SECONDS).commit_hash
+        again = not _cached_commit(source.repo_id, source.revision, (WEIGHTS, INDEX))
+        commit = huggingface_hub.get_hf_file_metadata(url, timeout=ASK_SECONDS, retry_on_errors=again).commit_hash
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(
             f"{source.name}: the hub has no revision {source.revision!r} of {source.repo_id}"
@@ -185,11 +197,13 @@ def _in_cache(source: Source, revision: str | None, why: str) -> Source | None:
     return None
 
 
-def _cached_commit(repo_id: str, revision: str | None) -> str | None:
-    """The commit of a revision (None: the main one), if any file of it is in the cache."""
+def _cached_commit(
+    repo_id: str, revision: str | None, filenames: Sequence[str] = (CONFIG, WEIGHTS, "tokenizer.json", "vocab.txt")
+) -> str | None:
+    """The commit of a revision (None: the main one), if any of these files of it is in the cache."""
     import huggingface_hub
 
-    for filename in (CONFIG, WEIGHTS, "tokenizer.json", "vocab.txt"):
+    for filename in filenames:
         path = huggingface_hub.try_to_load_from_cache(repo_id, filename, revision=revision)
         if isinstance(path, str):
             return Path(path).parent.name
@@ -200,16 +214,17 @@ def _download(source: Source, filename: str) -> Path | None:
     import huggingface_hub
     from huggingface_hub import errors
 
+    # A commit does not change: what the cache has of it, and what the hub has said it has not, is not asked for again.
+    known = huggingface_hub.try_to_load_from_cache(source.repo_id, filename, revision=source.commit or source.revision)
+    if not isinstance(known, str) and (source.only_cached or known is huggingface_hub._CACHED_NO_EXIST):
+        return None
     try:
         path = Path(
-            huggingface_hub.hf_hub_download(
-                source.repo_id, filename, revision=source.revision, local_files_only=bool(source.only_cached)
-            )
+            known
+            if isinstance(known, str)
+            else huggingface_hub.hf_hub_download(source.repo_id, filename, revision=source.revision)
         )
     except errors.LocalEntryNotFoundError as error:
-        known = huggingface_hub.try_to_load_from_cache(source.repo_id, filename, revision=source.revision)
-        if source.only_cached or known is huggingface_hub._CACHED_NO_EXIST:  # the hub has said before that it has none
-            return None
         raise ConnectionError(
             f"{source.name}: {filename} is not in the local cache and the hub cannot be reached: "
             f"{error.__cause__ or error}"

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from minibert import checkpoint, checks, hub, state_dicts, writing
 from minibert.attention import equation_1, formula
 from minibert.checkpoint import LoadReport
-from minibert.config import BertConfig
 from minibert.devices import find_device
-from minibert.files import naming
 from minibert.loss import IGNORE, masked_lm_loss
 from minibert.model import Bert, EncoderLayer
 from minibert.output import MaskedLMOutput
@@ -204,20 +202,16 @@ class BertForMaskedLM(Bert):
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype is {dtype!r} and torch_dtype {torch_dtype!r}: give one of the two")
         source = hub.locate(name_or_path, revision=revision, local_files_only=local_files_only)
-        config_path, config_values = hub.read_config(source)  # first: no other architecture's weights are downloaded
-        with naming(config_path):
-            config = BertConfig.from_dict(config_values)
-        found = checkpoint.find_tensors(hub.weight_files(source), config)
-        with shapes_only():  # no memory yet: the weights are held once, when they are read
-            model = cls(config)
-        state, report = checkpoint.read_weights(
-            found,
-            config_values,
-            {name: tensor.shape for name, tensor in model.state_dict().items()},
-            dtype=torch_dtype if dtype is None else dtype,
-            device=device,
-            init_missing_head=init_missing_head,
-        )
+        with checkpoint.opened(source) as found:
+            with shapes_only():  # no memory yet: the weights are held once, when they are read
+                model = cls(found.config)
+            state, report = checkpoint.read_weights(
+                found,
+                {name: tensor.shape for name, tensor in model.state_dict().items()},
+                dtype=torch_dtype if dtype is None else dtype,
+                device=device,
+                init_missing_head=init_missing_head,
+            )
         model.load_state_dict(state, assign=True)
         model.load_report = report
         return model.eval()

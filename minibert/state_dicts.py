@@ -22,7 +22,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     spelling = read_names(state)
     for copy, original in spelling.tied.items():
-        if not torch.equal(state[copy], state[spelling.spelled[original]]):
+        if not same_numbers(state[copy], state[spelling.spelled[original]]):
             raise ValueError(f"{copy} and {spelling.spelled[original]} must be the same tensor, but they differ")
     parts: dict[str, dict[int, Tensor]] = {}
     for hub, key in spelling.spelled.items():
@@ -41,6 +41,13 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: found[0] if len(found) == 1 else torch.cat([found[part] for part in sorted(found)])
         for name, found in parts.items()
     }
+
+
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two copies of a tensor are equal. NaN is equal to NaN."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,9 +2,8 @@
 
 import json
 import os
-import stat
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def write(
     Raises OSError if they cannot be written. Then, and also if the process is killed, a model that was in `folder`
     before is still loaded by minibert as it was. (Another program may meet new weights with the old configuration, and
     anybody the new `others` with the old weights, if the process is killed between the renames.) Other files in
-    `folder` are not touched.
+    `folder` are not touched. The one error after which the new model is there is atomic.NotOnDisk.
     """
     others = others or {}
     target = Path(folder)
@@ -38,13 +37,22 @@ def write(
     tensors = to_transformers(state)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     values = {**config.to_dict(), "dtype": dtype}
+    texts = {**others, CONFIG: json.dumps(values, indent=2) + "\n"}
+    places = {name: atomic.writable_place(target / name) for name in [*others, WEIGHTS, CONFIG, NEXT]}
     try:
-        with atomic.scratch_folder(target) as scratch:
-            for name, text in {**others, CONFIG: json.dumps(values, indent=2) + "\n"}.items():
-                (scratch / name).write_text(text, encoding="utf-8")
-            save_file(tensors, scratch / WEIGHTS, metadata={"format": "pt"})
-            (scratch / WEIGHTS).chmod(stat.S_IMODE((scratch / CONFIG).stat().st_mode))  # save_file makes it private
-            _replace_model(scratch, target, values, list(others))
+        with ExitStack() as around:
+            # One in each folder: where a file is a link to one elsewhere, that one is replaced.
+            parents = {place.parent for place in places.values()}
+            scratch = {parent: around.enter_context(atomic.scratch_folder(parent)) for parent in parents}
+            new = {name: scratch[place.parent] / name for name, place in places.items()}
+            for name, text in texts.items():
+                new[name].write_text(text, encoding="utf-8")
+            save_file(tensors, new[WEIGHTS], metadata={"format": "pt"})
+            for name in (*texts, WEIGHTS):
+                atomic.set_mode(new[name], places[name])
+            with suppress(OSError):  # a file system without locks
+                around.enter_context(atomic.locked(target, wait=True))  # two at once: one after the other
+            _replace_model(new, places, target, values)
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{target / WEIGHTS}: could not be written: {error}") from error
 
@@ -58,8 +66,8 @@ def _finish_earlier(target: Path) -> None:
     (target / NEXT).unlink(missing_ok=True)
 
 
-def _replace_model(scratch: Path, target: Path, values: dict[str, Any], others: list[str]) -> None:
-    """Move the files of a model from `scratch` to `target`, as if it were one step.
+def _replace_model(new: Mapping[str, Path], places: Mapping[str, Path], target: Path, values: dict[str, Any]) -> None:
+    """Move the files of a model from `new` to their `places`, both by name, as if it were one step.
 
     A file is renamed in one step, but there are several of them, and the weights of one model with the configuration of
     another may even load. If `target` has this very configuration, only the weights are replaced. If it has none, it
@@ -68,33 +76,35 @@ def _replace_model(scratch: Path, target: Path, values: dict[str, Any], others: 
     The others (a tokenizer) come right before the weights.
     """
     _finish_earlier(target)
-    old = (target / CONFIG).read_bytes() if (target / CONFIG).is_file() else None
-    weights = [WEIGHTS] if old == (scratch / CONFIG).read_bytes() else [WEIGHTS, CONFIG]
-    names = [*others, *weights]
+    old = places[CONFIG].read_bytes() if places[CONFIG].is_file() else None
+    weights = [WEIGHTS] if old == new[CONFIG].read_bytes() else [WEIGHTS, CONFIG]
+    names = [*(name for name in places if name not in (WEIGHTS, CONFIG, NEXT)), *weights]
     journal = old is not None and len(weights) == 2
     if journal:
-        belongs = {"weights_sha256": sha256(scratch / WEIGHTS), "config": values}
-        (scratch / NEXT).write_text(json.dumps(belongs), encoding="utf-8")
-    atomic.to_disk(scratch)
-    before, had = scratch / "before", [name for name in names if (target / name).exists()]
-    before.mkdir()
+        belongs = {"weights_sha256": sha256(new[WEIGHTS]), "config": values}
+        new[NEXT].write_text(json.dumps(belongs), encoding="utf-8")
+    for folder in {path.parent for path in new.values()}:
+        atomic.to_disk(folder)
+    had = {name: new[name].with_name(f"before {name}") for name in names if places[name].exists()}
     with suppress(OSError):  # a file system without second names: then NEXT has to do alone
-        for name in had:
-            os.link(target / name, before / name)
+        for name, before in had.items():
+            os.link(places[name], before)
     if journal:
-        os.replace(scratch / NEXT, target / NEXT)
+        os.replace(new[NEXT], places[NEXT])
     try:
         for name in names:
-            os.replace(scratch / name, target / name)
+            os.replace(new[name], places[name])
     except BaseException:
-        if any(not (before / name).exists() for name in had):
+        if any(not before.exists() for before in had.values()):
             raise  # nothing to go back to. NEXT stays, and says which configuration belongs to the weights there now
-        for name in names:
+        for name in reversed(names):  # the configuration first: until the weights are back, NEXT has the one they need
             if name in had:
-                os.replace(before / name, target / name)
+                os.replace(had[name], places[name])
             else:
-                (target / name).unlink(missing_ok=True)
-        (target / NEXT).unlink(missing_ok=True)
+                places[name].unlink(missing_ok=True)
+        places[NEXT].unlink(missing_ok=True)
         raise
-    (target / NEXT).unlink(missing_ok=True)
-    atomic.to_disk(target, files=False)
+    with atomic.in_place(target):
+        places[NEXT].unlink(missing_ok=True)
+        for folder in {place.parent for place in places.values()}:
+            atomic.to_disk(folder, files=False)

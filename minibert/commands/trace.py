@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from minibert.atomic import writable_place
 from minibert.commands.options import add_device_and_dtype, add_model
 
 HELP = "Write every intermediate tensor of a model, for `diff` and `diagnose`."
@@ -50,13 +51,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def require_writable(out: str) -> None:
-    """Before any work: `out` names a file, in a folder that is there."""
-    if not out.strip() or Path(out).is_dir():
-        raise ValueError(f"--out {out!r}: it needs the name of a file")
-    if Path(out).is_file() and b"minibert-trace" not in _start(out):
+    """Before any work: a file can be written there, and what is there is a trace, if anything is."""
+    if writable_place(out).exists() and b"minibert-trace" not in _start(out):
         raise ValueError(f"--out {out}: it is there, and is no trace: choose another name, or delete it first")
-    if not Path(out).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no such folder. Make it first")
 
 
 def _start(path: str) -> bytes:

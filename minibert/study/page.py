@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from minibert.atomic import whole_file
+from minibert.atomic import whole_file, writable_place
 from minibert.study.says import plain
 
 OURS = '<meta name="generator" content="minibert study">'  # how a page of ours is told from other files
@@ -49,11 +49,7 @@ def require_writable(path: str | PathLike[str], *, force: bool = False) -> None:
     `force` is not given.
     """
     target = Path(path)
-    if target.is_dir() or not target.name:
-        raise IsADirectoryError(f"{target} is a folder, and should be the page's file")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {target.parent}: make it first")
-    if target.exists() and not force:
+    if writable_place(target).exists() and not force:
         with open(target, encoding="utf-8", errors="replace") as file:
             if OURS not in file.read(HEAD):
                 raise FileExistsError(f"{target} is there and is no page of minibert study: --force replaces it")

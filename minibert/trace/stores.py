@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from minibert.checkpoint import read_header
+from minibert.checkpoint import SafetensorsFile
 from minibert.files import parse_json
 
 MOST_HEADER = 2**24  # bytes. A file may claim anything.
@@ -35,7 +34,7 @@ class Store(Protocol):
     header: dict[str, dict[str, Any]]
     metadata: dict[str, str]
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str, /) -> Tensor: ...
 
     def rows(self, name: str, start: int, stop: int) -> Tensor: ...
 
@@ -65,27 +64,16 @@ def require_file(path: Path, what: str) -> None:
         raise OSError(f"{path} is a pipe or a device, and should be {what}: write it to a file first")
 
 
-class Safetensors:
+class Safetensors(SafetensorsFile):
     def __init__(self, path: Path) -> None:
-        self.path = path
         with open(path, "rb") as start:
             length = int.from_bytes(start.read(8), "little")
         if MOST_HEADER < length <= path.stat().st_size:
             raise ValueError(f"{path}: its header has {length} bytes, and a trace's has {MOST_HEADER} at most")
-        self.header = read_header(path)
-        with safe_open(path, framework="pt") as file:
-            self.metadata = dict(file.metadata() or {})
-
-    def read(self, name: str) -> Tensor:
-        # The file is opened anew each time: until it is closed, the pages read so far count as memory of this process.
-        with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        super().__init__(path)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            tensor: Tensor = file.get_slice(name)[start:stop]
-        return tensor
+        return self.read(name, range(self.header[name]["shape"][0])[start:stop])
 
 
 class Arrays:

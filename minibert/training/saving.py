@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from minibert.atomic import SCRATCH, whole_file, whole_folder
-from minibert.checkpoint import read_header
+from minibert.atomic import SCRATCH, NotOnDisk, whole_file, whole_folder
+from minibert.checkpoint import SafetensorsFile
 from minibert.files import read_json
 from minibert.hub import CONFIG
 from minibert.masked_lm import BertForMaskedLM
@@ -129,12 +129,12 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     """
     path, keys = checkpoint / OPTIMIZER, ("step", "exp_avg", "exp_avg_sq")
     expected = {f"{name}.{key}" for name, _ in model.named_parameters() for key in keys}
-    if wrong := read_header(path).keys() ^ expected:
-        raise ValueError(f"{path}: {min(wrong)} is missing, or belongs to no parameter of the model")
-    with safe_open(path, framework="pt") as file:
+    with SafetensorsFile(path) as file:
+        if wrong := file.header.keys() ^ expected:
+            raise ValueError(f"{path}: {min(wrong)} is missing, or belongs to no parameter of the model")
         for name, parameter in model.named_parameters():
             for key in keys:
-                saved = file.get_tensor(f"{name}.{key}")
+                saved = file.read(f"{name}.{key}")
                 like = saved if key == "step" else parameter  # the moments are laid out as the parameter is
                 optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(saved)
     return Progress(**read_json(checkpoint / PROGRESS))
@@ -206,6 +206,8 @@ def _told(target: Path, what_stands: str = "") -> Iterator[None]:
     """An error while `target` is written, such as a full disk, becomes an OSError that names it."""
     try:
         yield
+    except NotOnDisk:  # it is written
+        raise
     except (OSError, SafetensorError) as error:  # SafetensorError has no number
         raise OSError(f"{target} could not be written: {error}{what_stands}") from error
 

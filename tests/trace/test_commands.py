@@ -73,7 +73,7 @@ def test_ids_that_are_wrong(tmp_path, capsys, wrong, words):
     ("options", "words"),
     [
         (["--text", "a " * 600, "--out", "FOLDER/t"], "truncate"),  # too long for the model
-        (["--out", "FOLDER/none/t"], "there is no such folder"),
+        (["--out", "FOLDER/none/t"], "there is no folder"),
         (["--out", ""], "needs the name of a file"),
         (["--out", "FOLDER"], "needs the name of a file"),
         (["--out", "FOLDER/t", "--device", "meta:x"], "cpu is everywhere"),
