@@ -58,13 +58,13 @@ class LoadReport:
         """File name → SHA-256, read from the disk at the first time of asking. Raises ValueError if a file is
         no longer the one that was loaded.
         """
-        for path, stamp in zip(self.files, self.stamps, strict=True):
-            if _stamp(path) != stamp:
+        for path, before in zip(self.files, self.stamps, strict=True):
+            if stamp(path) != before:
                 raise ValueError(f"{path} has changed since it was loaded")
         return {path.name: sha256(path) for path in self.files}
 
 
-def _stamp(file: Path | int) -> tuple[int, ...]:
+def stamp(file: Path | int) -> tuple[int, ...]:
     """What changes when a file, by its path or its descriptor, is another one or is written to; () if there is none."""
     try:
         status = os.stat(file)
@@ -105,14 +105,14 @@ def opened(source: Source) -> Iterator[FoundTensors]:
                     raise
                 continue
             # Nothing has been put in the place of anything meanwhile, so all of it was there at once.
-            if before == _stamps(source) and all(_stamp(file.path) == file.stamp for file in found.opened):
+            if before == _stamps(source) and all(stamp(file.path) == file.stamp for file in found.opened):
                 yield found
                 return
     raise OSError(f"{source.name}: another process writes there all the time: try again")
 
 
 def _stamps(source: Source) -> list[tuple[int, ...]]:
-    return [_stamp(source.folder / name) for name in (CONFIG, NEXT, WEIGHTS, INDEX)] if source.folder else []
+    return [stamp(source.folder / name) for name in (CONFIG, NEXT, WEIGHTS, INDEX)] if source.folder else []
 
 
 def find_tensors(source: Source, opening: ExitStack) -> FoundTensors:
@@ -318,7 +318,7 @@ class SafetensorsFile:
         self.path = path
         self.file: IO[bytes] = open(path, "rb")  # noqa: SIM115
         try:
-            self.stamp = _stamp(self.file.fileno())
+            self.stamp = stamp(self.file.fileno())
             self.header, self.metadata, self.start = self._read_header()
         except BaseException:
             self.file.close()
@@ -333,7 +333,9 @@ class SafetensorsFile:
     def close(self) -> None:
         self.file.close()
 
-    __del__ = close
+    def __del__(self) -> None:
+        if hasattr(self, "file"):  # not after an error before it was opened
+            self.close()
 
     def _read_header(self) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
         """Tensor name → its dtype, shape and place; the metadata; and where the tensors begin."""
@@ -353,7 +355,7 @@ class SafetensorsFile:
                 pass
         except (ValueError, SafetensorError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({size} bytes): {error}") from error
-        if _stamp(path) != self.stamp:
+        if stamp(path) != self.stamp:
             raise ValueError(f"{path}: another file was put in its place while it was opened: try again")
         return header, header.pop("__metadata__", {}), 8 + length
 
@@ -383,7 +385,7 @@ class SafetensorsFile:
 
     def require_unchanged(self) -> None:
         """Raise ValueError if the open file itself was written to since it was opened."""
-        if _stamp(self.file.fileno()) != self.stamp:
+        if stamp(self.file.fileno()) != self.stamp:
             raise ValueError(f"{self.path} was changed while it was read: try again")
 
 

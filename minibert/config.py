@@ -105,7 +105,11 @@ def config_of(source: Source) -> tuple[BertConfig, dict[str, Any]]:
     with naming(path):
         config = BertConfig.from_dict(values)
         if source.is_pinned and config != PINNED:
-            raise ValueError(f"{source.name} at {source.commit} has another configuration: {PINNED}")
+            key, known = next((key, known) for key, known in asdict(PINNED).items() if known != getattr(config, key))
+            raise ValueError(
+                f"{source.name} at {source.commit} has not {key} {getattr(config, key)!r} but {known!r}: this file of "
+                "the hub or of the cache is another one"
+            )
     return config, values
 
 

@@ -9,6 +9,7 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,31 +131,32 @@ def _on_hub(source: Source, revision: str | None, local_files_only: bool) -> Sou
     offline = "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
     if offline:
         why = f"because of {offline} the hub was not asked"
-        return _in_cache(wanted, revision, why) or replace(wanted, only_cached=why)
+        cached = _in_cache(wanted, revision, why)
+        return _warned(cached, wanted) if cached is not None else replace(wanted, only_cached=why)
     if not revision and pinned and _cached_commit(wanted.repo_id, pinned):
         return replace(wanted, commit=pinned)
+    cached = _in_cache(wanted, revision, "the hub cannot be reached")
+    in_a_hurry = cached is not None and _cached_commit(cached.repo_id, cached.commit, (WEIGHTS, INDEX)) is not None
     try:
-        return replace(wanted, commit=_ask_for_commit(wanted))
+        return replace(wanted, commit=_ask_for_commit(wanted, again=not in_a_hurry))
     except ConnectionError as error:
-        if cached := _in_cache(wanted, revision, "the hub cannot be reached"):
-            return cached
+        if cached is not None:
+            return _warned(cached, wanted)
         raise ConnectionError(
             f"{error}. Without a connection: give a folder, or a bundled name; or load it once where there is one, and "
             "copy the cache (HF_HOME)"
         ) from error
 
 
-def _ask_for_commit(source: Source) -> str:
+def _ask_for_commit(source: Source, *, again: bool) -> str:
     """The commit that a revision is now. Raises FileNotFoundError if the hub has no such repository or revision, and
-    ConnectionError if it does not answer in ASK_SECONDS. huggingface_hub asks again, six times in all, if the cache
-    has no weights.
+    ConnectionError if it does not answer in ASK_SECONDS. again: huggingface_hub may ask five times more.
     """
     import huggingface_hub
     from huggingface_hub import errors
 
     url = huggingface_hub.hf_hub_url(source.repo_id, CONFIG, revision=source.revision)
     try:
-        again = not _cached_commit(source.repo_id, source.revision, (WEIGHTS, INDEX))
         commit = huggingface_hub.get_hf_file_metadata(url, timeout=ASK_SECONDS, retry_on_errors=again).commit_hash
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(
@@ -180,21 +182,25 @@ def _ask_for_commit(source: Source) -> str:
 
 def _in_cache(source: Source, revision: str | None, why: str) -> Source | None:
     """What the cache has: the wanted revision; or, if the user has named none, what is there under the short name too,
-    or at another commit than the pinned one, with a warning.
+    or at another commit than the pinned one.
     """
     names = [source.repo_id, *([source.name] if source.name in SHORT_NAMES else [])]
     revisions = [source.revision] if revision or not source.revision else [source.revision, None]
     for wanted in revisions:
         for repo_id in names:
             if commit := _cached_commit(repo_id, wanted):
-                if wanted != source.revision:
-                    warnings.warn(
-                        f"{source.name}: the cache has commit {commit}, which is read; minibert was tested with "
-                        f"{source.revision}",
-                        stacklevel=2,
-                    )
                 return replace(source, repo_id=repo_id, revision=commit, commit=commit, only_cached=why)
     return None
+
+
+def _warned(cached: Source, wanted: Source) -> Source:
+    if wanted.revision in PINNED_REVISION.values() and cached.commit != wanted.revision:
+        warnings.warn(
+            f"{cached.name}: the cache has commit {cached.commit}, which is read; minibert was tested with "
+            f"{wanted.revision}",
+            stacklevel=2,
+        )
+    return cached
 
 
 def _cached_commit(
@@ -219,11 +225,14 @@ def _download(source: Source, filename: str) -> Path | None:
     if not isinstance(known, str) and (source.only_cached or known is huggingface_hub._CACHED_NO_EXIST):
         return None
     try:
-        path = Path(
-            known
-            if isinstance(known, str)
-            else huggingface_hub.hf_hub_download(source.repo_id, filename, revision=source.revision)
-        )
+        if not isinstance(known, str):
+            ask = partial(huggingface_hub.hf_hub_download, source.repo_id, filename, revision=source.revision)
+            try:
+                known = ask()
+            except errors.EntryNotFoundError:
+                raise
+            except Exception:  # it asks again itself, but not after a connection that was reset
+                known = ask()
     except errors.LocalEntryNotFoundError as error:
         raise ConnectionError(
             f"{source.name}: {filename} is not in the local cache and the hub cannot be reached: "
@@ -233,6 +242,7 @@ def _download(source: Source, filename: str) -> Path | None:
         return None
     except Exception as error:  # also those of the HTTP library, which depends on huggingface_hub's version
         raise ConnectionError(f"{source.name}: {filename} could not be downloaded: {error}") from error
+    path = Path(known)
     if source.commit and path.parent.name != source.commit:
         raise ConnectionError(f"{source.name}: the hub has just got another commit of it: load it again")
     expected = PINNED_SHA256.get((source.commit or "", filename))

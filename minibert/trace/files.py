@@ -127,8 +127,9 @@ class TraceFile(Trace):
     def __init__(self, path: str | PathLike[str]) -> None:
         self.store = open_store(Path(path))
         metadata = self.store.metadata
-        with naming(Path(path)):
+        with naming(Path(path, "metadata.json") if Path(path).is_dir() else Path(path)):
             config = read_metadata(metadata)
+        with naming(Path(path)):
             _check_header(self.store.header, config)
             found = Forms(self.store, config)
         self.forms, self.others, self.mask = found.forms, found.others, found.mask

@@ -4,15 +4,17 @@ Each store has a header (name → dtype and shape, as safetensors writes them), 
 some rows of it, at a time. No store opens a pickle.
 """
 
-import ast
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from minibert.checkpoint import SafetensorsFile
+from minibert.checkpoint import SafetensorsFile, stamp
 from minibert.files import parse_json
 
 MOST_HEADER = 2**24  # bytes. A file may claim anything.
@@ -83,15 +85,15 @@ class Arrays:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.stamps: dict[Path, tuple[int, ...]] = {}  # what was there when it was opened, and must still be
+        with _damaged(path):
+            names = self._names()
         self.header = {}
-        try:
-            for name in self._names():
-                with self._open(name) as file:
-                    self.header[name] = _npy_header(file)
-            raw = self._metadata()
-        except (ValueError, zipfile.BadZipFile, EOFError, KeyError, SyntaxError) as error:
-            raise ValueError(f"{path}: not a whole set of numpy arrays: {error}") from error
-        metadata = parse_json(raw)
+        for name in names:
+            with self._open(name) as file:
+                self.header[name] = _npy_header(file)
+        with _damaged(path / f"{METADATA}.json" if path.is_dir() else path):
+            metadata = parse_json(self._metadata())
         self.metadata = {key: value if isinstance(value, str) else str(value) for key, value in metadata.items()}
 
     def _names(self) -> list[str]:
@@ -103,10 +105,19 @@ class Arrays:
             raise ValueError("a name stands there twice")
         return [name for name in names if name != METADATA]
 
-    def _open(self, name: str) -> IO[bytes]:
-        if self.path.is_dir():
-            return open(self.path / f"{name}.npy", "rb")
-        return zipfile.ZipFile(self.path).open(f"{name}.npy")
+    @contextmanager
+    def _open(self, name: str) -> Iterator[IO[bytes]]:
+        """The .npy file of a tensor. An error within the block names it."""
+        path = self.path / f"{name}.npy" if self.path.is_dir() else self.path
+        with _damaged(path):
+            if self.stamps.setdefault(path, stamp(path)) != stamp(path):
+                raise ValueError("it has changed since it was opened")
+            if self.path.is_dir():
+                with open(path, "rb") as file:
+                    yield file
+            else:
+                with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as entry:
+                    yield entry
 
     def _metadata(self) -> bytes:
         """The JSON of the metadata; an empty object if there is none."""
@@ -121,31 +132,39 @@ class Arrays:
     def _load(self, name: str) -> Any:
         import numpy
 
-        if self.path.is_dir():
-            return numpy.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        with numpy.load(self.path, allow_pickle=False) as arrays:
-            return arrays[name]
+        with self._open(name) as file:
+            return numpy.lib.format.read_array(file, allow_pickle=False)
 
     def read(self, name: str) -> Tensor:
-        return torch.from_numpy(self._load(name).copy())
+        return torch.from_numpy(self._load(name))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(self._load(name)[start:stop].copy())
+        import numpy
+
+        if not self.path.is_dir():  # packed: there is no way to a row but through those before it
+            return self.read(name)[start:stop]
+        with self._open(name):
+            mapped = numpy.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            return torch.from_numpy(mapped[start:stop].copy())
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Whatever the libraries say of damaged bytes is a ValueError that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, zipfile.BadZipFile, zlib.error, EOFError, LookupError, NotImplementedError) as error:
+        raise ValueError(f"{path}: not a whole set of numpy arrays and metadata: {error}") from error
 
 
 def _npy_header(file: IO[bytes]) -> dict[str, Any]:
-    """The dtype and the shape of a .npy file, of which only the start is read. Raises ValueError for anything else.
+    """The dtype and the shape of a .npy file, of which only the start is read. Raises ValueError for anything else."""
+    from numpy.lib import format as npy
 
-    The format: https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
-    """
-    start = file.read(8)
-    if start[:6] != b"\x93NUMPY" or start[6] not in (1, 2, 3):
-        raise ValueError(f"an array that starts with {start!r} is not numpy's")
-    length = int.from_bytes(file.read(2 if start[6] == 1 else 4), "little")
-    if length > MOST_HEADER:
-        raise ValueError(f"the header of an array claims {length} bytes")
-    found = ast.literal_eval(file.read(length).decode("utf-8"))
-    kind = str(found["descr"])
-    if kind[1:] not in KINDS or kind[0] == ">":
-        raise ValueError(f"an array of the dtype {kind!r}: make it a float32 or an int64 array of this byte order")
-    return {"dtype": KINDS[kind[1:]], "shape": [int(size) for size in found["shape"]]}
+    version = npy.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an array of the format {version}, which only arrays with named fields need")
+    shape, _, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
+    if dtype.str[1:] not in KINDS or dtype.str[0] == ">":
+        raise ValueError(f"an array of the dtype {dtype.str!r}: make it a float32 or int64 array of this byte order")
+    return {"dtype": KINDS[dtype.str[1:]], "shape": [int(size) for size in shape]}

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import socket
 import threading
 
 import huggingface_hub
@@ -28,13 +29,15 @@ HTML = b"<!DOCTYPE html><html><body>Please log in to the airport's network</body
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """repos: name → commit or branch or tag → file name → bytes. What is in `spoilt` goes wrong on its way."""
+    """repos: name → commit or branch or tag → file name → bytes. What is in `spoilt` goes wrong on its way; `hiccups`
+    are what the next questions get instead of an answer: a status, or "reset".
+    """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.repos, self.branches, self.spoilt, self.asked = {}, {"main": COMMIT}, {}, []
+        self.repos, self.branches, self.spoilt, self.asked, self.hiccups = {}, {"main": COMMIT}, {}, [], []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self):
@@ -57,6 +60,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if not slash:
             return self.reply(404)
         hub.asked.append((self.command, repo, revision, filename))
+        if hub.hiccups and (status := hub.hiccups.pop(0)):
+            if status == "reset":
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            return self.reply(status, headers={"Retry-After": "2"} if status == 429 else {})
         commit = hub.branches.get(revision, revision)
         fault = hub.spoilt.get(filename)
         if fault == "portal":  # a network that answers everything itself

@@ -1,8 +1,7 @@
 """Names on the hub, beside a small server that stands in for it: loading, offline, what is not there, bad downloads."""
 
 import hashlib
-import socket
-import time
+import json
 
 import huggingface_hub
 import pytest
@@ -19,7 +18,6 @@ from hub_server import (
     cached,
     partial,
     shard,
-    use,
 )
 from huggingface_hub import constants
 
@@ -125,22 +123,47 @@ def test_offline_with_a_cache_that_has_no_weights(hub, monkeypatch):
 
 
 def test_no_connection(unreachable, waited):
-    start = time.monotonic()
     with pytest.raises(ConnectionError, match=r"config\.json .*cannot be reached.*folder.*bundled.*HF_HOME"):
         BertForMaskedLM.from_pretrained(NAME)
-    assert time.monotonic() - start + sum(waited) < 10  # it is asked once; huggingface_hub alone tries for 23 s
+    assert sum(waited) < 30  # huggingface_hub's five more tries
 
 
-def test_a_hub_that_does_not_answer(hub, monkeypatch, waited):
-    monkeypatch.setattr(minihub, "ASK_SECONDS", 0.2)
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen()
-        use(monkeypatch, f"http://127.0.0.1:{deaf.getsockname()[1]}")
-        start = time.monotonic()
+def test_a_hub_that_does_not_answer(hub, files, monkeypatch):
+    """An answer is awaited for seconds: what is in the cache is read soon, and the error comes within a minute."""
+    asked = []
+
+    def deaf(url, *, timeout, retry_on_errors=False, **_):
+        asked.append(timeout * (6 if retry_on_errors else 1))
+        raise TimeoutError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "get_hf_file_metadata", deaf)
         with pytest.raises(ConnectionError, match=r"owner/name: .*cannot be reached"):
             BertForMaskedLM.from_pretrained(NAME)
-        assert time.monotonic() - start + sum(waited) < 5
+    BertForMaskedLM.from_pretrained(NAME)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", deaf)
+    BertForMaskedLM.from_pretrained(NAME)
+    assert len(asked) == 2
+    assert asked[0] < 60
+    assert asked[1] < 10
+
+
+@pytest.mark.parametrize("hiccups", [[429], [500], [503], ["reset"], [503, "reset", 500]], ids=str)
+@pytest.mark.parametrize("answered", [0, 1, 3], ids=["which commit", "config.json", "weights"])
+def test_a_hiccup_of_the_hub_is_not_the_end(hub, files, tmp_path, waited, hiccups, answered):
+    hub.hiccups[:] = [None] * answered + hiccups
+    if answered == 2:
+        hub.hiccups[:] = [
+            None,
+            None,
+            None,
+            *hiccups,
+        ]  # the question for the weights. (Asked for their bytes: see below)
+    assert_is(BertForMaskedLM.from_pretrained(NAME), files, tmp_path / "expected")
+    assert load_tokenizer(NAME).encode("Paris").ids == [2, 5, 3]
+    assert hub.hiccups == []
+    if hiccups == [429] and answered == 0:
+        assert waited[0] >= 2  # as long as the hub asked for
 
 
 @pytest.mark.parametrize(
@@ -238,8 +261,9 @@ def test_html_page_that_the_hub_itself_holds(hub, cache, name):
 
 
 @pytest.fixture
-def pinned(hub, files):
+def pinned(hub, files, monkeypatch):
     revision = minihub.PINNED_REVISION[BERT]
+    monkeypatch.setattr("minibert.config.PINNED", BertConfig(**SIZES))
     hub.repos[BERT] = {revision: dict(files), COMMIT: {}}
     return revision
 
@@ -283,13 +307,21 @@ def test_cached_bytes_that_rot_are_found(hub, cache, pinned, files, monkeypatch,
     assert_is(BertForMaskedLM.from_pretrained("bert-base-uncased"), files, tmp_path / "expected")
 
 
-def test_the_vocabulary_is_pinned_too(hub, cache, pinned, files, monkeypatch):
-    del hub.repos[BERT][pinned]["tokenizer.json"]
+def test_of_the_pinned_commit_nothing_is_read_unchecked(hub, cache, pinned, files, monkeypatch):
+    other = json.loads(files["tokenizer.json"])
+    other["model"]["vocab"] = dict(zip(other["model"]["vocab"], range(98, -1, -1), strict=True))
+    hub.repos[BERT][pinned]["tokenizer.json"] = json.dumps(other).encode()
+    hub.repos[BERT][pinned]["tokenizer_config.json"] = b'{"do_lower_case": false}'
     with pytest.raises(ValueError, match=r"vocab\.txt: SHA-256"):
         load_tokenizer("bert-base-uncased")
     assert cached(cache, "vocab.txt") == []
     monkeypatch.setitem(minihub.PINNED_SHA256, (pinned, "vocab.txt"), hashlib.sha256(files["vocab.txt"]).hexdigest())
     assert load_tokenizer("bert-base-uncased").encode("Paris").ids == [2, 5, 3]
+    assert load_tokenizer(BERT, revision=pinned).encode("Paris").ids == [2, 5, 3]
+    monkeypatch.setattr("minibert.config.PINNED", BertConfig())
+    for load in (BertForMaskedLM.from_pretrained, BertConfig.from_pretrained):
+        with pytest.raises(ValueError, match=r"config\.json: bert-base-uncased at .*vocab_size 99.*30522"):
+            load("bert-base-uncased")
 
 
 def test_another_revision_is_the_users_choice(hub, pinned, files, tmp_path):

@@ -15,13 +15,14 @@ from hub_server import (
     COMMIT,
     NAME,
     OLDER,
+    SIZES,
     WEIGHTS,
     assert_is,
     cached,
 )
 from huggingface_hub import constants
 
-from minibert import BertForMaskedLM, load_tokenizer
+from minibert import BertConfig, BertForMaskedLM, load_tokenizer
 from minibert import hub as minihub
 
 # --------------------------------------------------------------------------- what other programs have left in the cache
@@ -66,6 +67,7 @@ def test_googles_short_names(alone, cache, files, tmp_path, name, owner):
 def test_the_pinned_commit_under_the_short_name_is_checked(alone, cache, files, monkeypatch, tmp_path):
     pinned = minihub.PINNED_REVISION[BERT]
     put_in_cache(cache, "bert-base-uncased", pinned, files, ref="")
+    monkeypatch.setattr("minibert.config.PINNED", BertConfig(**SIZES))
     with pytest.raises(ValueError, match=r"SHA-256 is .*68d45e23.*cache has changed"):
         BertForMaskedLM.from_pretrained("bert-base-uncased")
     assert cached(cache, WEIGHTS), "a file that cannot be downloaded again is not deleted"
@@ -94,8 +96,8 @@ def test_a_commit_that_changes_while_it_is_loaded(hub, files, monkeypatch):
     hub.repos[NAME][OLDER] = dict(files)
     ask = minihub._ask_for_commit
 
-    def ask_and_push(source):
-        commit = ask(source)
+    def ask_and_push(source, **options):
+        commit = ask(source, **options)
         hub.branches["main"] = OLDER
         return commit
 
