@@ -226,7 +226,7 @@ def _notes(found: TokenizerFiles) -> list[str]:
     notes = [f"pieces from {pieces}"]
     stored = (found.whole or {}).get("normalizer") or {}
     if not isinstance(stored, dict):
-        raise ValueError(f"the normalizer in it is {stored!r}, and must be an object")
+        raise ValueError(f"{found.path()}: its normalizer is {stored!r}, and must be an object")
     if found.as_it_stands:
         notes.append(f"{TOKENIZER} stands as it is")
         notes += [f"{key} {found.settings[key]} in {SETTINGS} has no effect" for key in CASE if key in found.settings]
