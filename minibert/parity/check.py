@@ -7,6 +7,7 @@ and in the dtype in question, which shows what rounding explains. The bounds fol
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import mask_tokens
+from minibert.names import some
 from minibert.parity.report import in_columns, in_markdown
 from minibert.parity.yardstick import K_RMS, K, Measure, largest, measures, rounding_dtype
 from minibert.trace.inputs import hide_padding, standard_inputs
-from minibert.trace.recorder import exact_arithmetic, gradients, trace
+from minibert.trace.recorder import bert_inside, exact_arithmetic, gradients, trace
 from minibert.trace.table import GRADIENT, INPUTS, explain
 
 MASKING_SEED = 0
@@ -58,6 +60,7 @@ class ParityReport:
     rows: list[Row] = field(default_factory=list)
     first_wrong: str | None = None
     last_good: str = "the inputs"
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -76,6 +79,7 @@ class ParityReport:
         return ["", "value", "bound", "verdict", ""], rows
 
     def summary(self) -> Iterator[str]:
+        yield from self.notes
         if self.first_wrong is not None:
             yield f"first wrong: {self.first_wrong}. The last good one is {self.last_good}"
             yield f"between them: {explain(self.first_wrong)}"
@@ -95,9 +99,11 @@ def assert_parity(model: BertForMaskedLM, other: nn.Module, inputs: dict[str, Te
     """Compare `other` (transformers' BertForMaskedLM, or one of ours) with `model`, whose weights are the right ones:
     forward pass, loss, gradients and invariances. inputs: for `trace`, with labels (default: `standard_inputs`).
 
-    Raises AssertionError with the table that `minibert parity` prints.
+    `other` may be wrapped (DataParallel, compiled, PEFT, a module that holds the model), frozen or quantised. Gradients
+    that it does not have are left out, and the table says so. Raises AssertionError with the table that `minibert
+    parity` prints, ValueError if there is no BertForMaskedLM in `other`, or two.
     """
-    dtype = next(other.parameters()).dtype
+    dtype = next(bert_inside(other).parameters()).dtype
     report = check(other, reference_of(model, "model", dtype, inputs))
     if not report.ok:
         raise AssertionError("\n".join(report.lines()))
@@ -107,7 +113,7 @@ def reference_of(
     model: nn.Module, title: str, dtype: torch.dtype, inputs: dict[str, Tensor] | None = None
 ) -> Reference:
     """Raises ValueError if there are no labels: then there is no loss and no gradient to compare."""
-    own = deepcopy(model).to(dtype).eval().requires_grad_(True)
+    own = deepcopy(bert_inside(model)).to(dtype).eval().requires_grad_(True)
     config: Any = own.config
     asked = standard_inputs(config) if inputs is None else inputs
     truth = trace(deepcopy(own).to("cpu", torch.float64), **asked, grad=True)
@@ -119,26 +125,36 @@ def reference_of(
 def check(model: nn.Module, reference: Reference) -> ParityReport:
     """The rows of the table. Intermediates come from the written-out attention, which has them; logits, loss and
     gradients from the model as it is used, fused kernels and all."""
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    config: Any = model.config
+    bert = bert_inside(model)
+    device, dtype = next(bert.parameters()).device, next(bert.parameters()).dtype
+    config: Any = bert.config
     report = ParityReport(
-        f"{'minibert' if isinstance(model, BertForMaskedLM) else type(model).__module__.split('.')[0]} against "
-        f"{reference.title}: {str(dtype).removeprefix('torch.')}, {device}, torch {torch.__version__}"
+        f"{'minibert' if isinstance(bert, BertForMaskedLM) else 'transformers'} against {reference.title}: "
+        f"{str(dtype).removeprefix('torch.')}, {device}, torch {torch.__version__}"
     )
     inputs = {name: x.to(device) for name, x in reference.inputs.items()}
-    given = {**trace(model, **inputs, grad=False).tensors, **_as_used(model, inputs)}
+    used = model if _answers_like_bert(model, inputs) else bert
+    if bert is not model:
+        how = "as it is called" if used is model else "alone: the outer module is called otherwise"
+        report.notes.append(f"{type(model).__name__} holds the model, which was compared {how}")
+    given = {**trace(bert, **inputs, grad=False).tensors, **_as_used(used, bert, inputs)}
     errors = {}
-    for measure in reference.measures:
+    there = [measure for measure in reference.measures if measure.name in given]
+    if absent := [measure.name.removeprefix(GRADIENT) for measure in reference.measures if measure not in there]:
+        report.notes.append(f"left out: the gradients of {some(absent)}, which are frozen or no float parameters here")
+    for measure in there:
         errors[measure.name] = error = measure.error(reference.pick(given[measure.name].cpu()))
         if measure.accepts(error) and report.first_wrong is None:
             report.last_good = measure.name
         elif report.first_wrong is None:
             report.first_wrong = measure.name
     groups: dict[str, list[Measure]] = {"intermediates": [], "logits": [], "loss": [], "gradients": []}
-    for measure in reference.measures:
+    for measure in there:
         alone = measure.name if measure.name in groups else "intermediates"
         groups["gradients" if measure.name.startswith(GRADIENT) else alone].append(measure)
     for name, group in groups.items():
+        if not group:
+            continue
         worst = max(group, key=lambda measure: measure.share(errors[measure.name]))
         error, allowed, explained = errors[worst.name], worst.allowed, worst.explained
         kind = "largest" if error.largest / allowed.largest >= error.rms / allowed.rms else "rms"
@@ -149,16 +165,30 @@ def check(model: nn.Module, reference: Reference) -> ParityReport:
             detail += " (root mean square)"
         report.rows.append(Row(name, getattr(error, kind), getattr(allowed, kind), detail))
     [logits] = groups["logits"]
-    report.rows += _invariances(model, config, logits)
+    report.rows += _invariances(used, config, logits)
     if reference.masked is not None:
         report.rows.append(_masking(config.vocab_size, reference.masked))
     return report
 
 
-def _as_used(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    with exact_arithmetic(inputs["input_ids"].device.type), torch.enable_grad():
+def _answers_like_bert(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
+    """Whether the outer module of a wrapped model takes what BERT takes, and gives logits and a loss."""
+    try:
+        signature(model.forward).bind(**inputs)
+    except TypeError:
+        return False
+    with torch.no_grad():
         out = model(**inputs)
-        found = {"loss": out.loss.detach(), **gradients(model, out.loss)}
+    return isinstance(getattr(out, "logits", None), Tensor) and isinstance(getattr(out, "loss", None), Tensor)
+
+
+def _as_used(used: nn.Module, bert: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """logits, loss, and the gradients by those parameters of `bert` that require one."""
+    with exact_arithmetic(inputs["input_ids"].device.type), torch.enable_grad():
+        out = used(**inputs)
+        found = {"loss": out.loss.detach()}
+        if out.loss.requires_grad and any(parameter.requires_grad for parameter in bert.parameters()):
+            found |= gradients(bert, out.loss)
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
     return {"logits": hide_padding("logits", out.logits.detach(), mask.bool()), **found}
 

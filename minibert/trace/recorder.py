@@ -15,7 +15,7 @@ from minibert.config import BertConfig
 from minibert.config_keys import FIXED_KEYS
 from minibert.kernels import use_kernel
 from minibert.masked_lm import BertForMaskedLM
-from minibert.names import hub_names
+from minibert.names import WRAPPERS, hub_names
 from minibert.packing import PackedBatch
 from minibert.trace.files import FORMAT, HOW_TO_WRITE, VERSION, Trace
 from minibert.trace.inputs import check_inputs, hide_padding
@@ -97,19 +97,15 @@ def trace(
     *,
     grad: bool = False,
 ) -> Trace:
-    """Run our BertForMaskedLM, or transformers', and keep every tensor of TABLE. The inputs are (B, S), as for the
-    model's own call. With `grad`, the trace also has the gradient of the loss by every parameter; no parameter's .grad
-    changes.
+    """Run our BertForMaskedLM, or transformers', or the one inside a wrapper (DataParallel, a compiled model, PEFT's),
+    and keep every tensor of TABLE. The inputs are (B, S), as for the model's own call. With `grad`, the trace also has
+    the gradient of the loss by every parameter; no parameter's .grad changes.
 
     The model stays in its mode: in training mode, dropout is on. Attention is the written-out form, and there is no
     TF32, no autocast and no sum in half precision. Raises ValueError for inputs that a BERT of this size cannot take.
     """
+    model = bert_inside(model)
     ours = isinstance(model, BertForMaskedLM)
-    if not ours and not (type(model).__module__.startswith("transformers.") and hasattr(model, "cls")):
-        raise ValueError(
-            f"trace reads minibert's or transformers' BertForMaskedLM, not {type(model).__module__}."
-            f"{type(model).__name__}: write the trace from your port; {HOW_TO_WRITE}"
-        )
     config = model.config if isinstance(model, BertForMaskedLM) else _our_config(model)
     device = next(model.parameters()).device
     given = (x if x is None else x.to(device) for x in (input_ids, attention_mask, token_type_ids, labels))
@@ -137,6 +133,28 @@ def trace(
         if grad:
             tensors.update(gradients(model, loss))
     return Trace({name: tensor.cpu() for name, tensor in tensors.items()}, config, _metadata(model, config, settings))
+
+
+def bert_inside(module: nn.Module) -> nn.Module:
+    """`module` itself if it is minibert's or transformers' BertForMaskedLM, or the one that it holds. Raises ValueError
+    if there is none, or more than one.
+    """
+
+    def is_bert(each: nn.Module) -> bool:
+        theirs = any(kind.__module__.startswith("transformers.") for kind in type(each).__mro__)
+        parts = {name for name, _ in each.named_children()}  # PEFT's wrapper passes on other attributes of the model
+        return isinstance(each, BertForMaskedLM) or (theirs and {"bert", "cls"} <= parts)
+
+    found = [each for each in module.modules() if is_bert(each)]
+    if len(found) == 1:
+        return found[0]
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if found:
+        raise ValueError(f"there are {len(found)} models of the kind BertForMaskedLM in {kind}: give one of them")
+    raise ValueError(
+        f"trace reads minibert's or transformers' BertForMaskedLM, not {kind}: write the trace from your port; "
+        f"{HOW_TO_WRITE}"
+    )
 
 
 def _metadata(model: nn.Module, config: BertConfig, settings: dict[str, Any]) -> dict[str, str]:
@@ -171,7 +189,8 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     result = {}
     for (name, parameter), gradient in zip(named, found, strict=True):
         gradient = torch.zeros_like(parameter) if gradient is None else gradient
-        hubs = hub_names(name) if isinstance(model, BertForMaskedLM) else [name]
+        bare = WRAPPERS.sub("", name).replace(".base_layer.", ".")  # of PEFT: what stands under an adapter
+        hubs = hub_names(bare) if isinstance(model, BertForMaskedLM) else [bare]
         for hub, part in zip(hubs, gradient.chunk(len(hubs)), strict=True):
             result[GRADIENT + hub] = part.detach().clone()  # a part would keep, and save, the whole
     return result

@@ -1,7 +1,9 @@
 """`minibert parity`, with transformers and without, and `assert_parity`: right models pass, planted faults do not."""
 
 import json
+import re
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -138,3 +140,82 @@ def test_assert_parity_fails_with_the_same_table():
     theirs.cls.predictions.bias.data += 0.1
     with pytest.raises(AssertionError, match=r"(?s)logits +\S+ +\S+ +WRONG.*The last good one is head\.norm"):
         assert_parity(ours, theirs)
+
+
+def frozen(model, names=""):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(names not in name)
+    return model
+
+
+class Holds(nn.Module):
+    """A user's module around BERT."""
+
+    def __init__(self, model, factor=1.0):
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, **asked):
+        out = self.model(**asked)
+        out.logits = out.logits * self.factor
+        return out
+
+
+class Step(Holds):
+    def forward(self, batch):
+        return self.model(**batch).loss
+
+
+def adapted(model):
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "dense"])).eval()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (nn.DataParallel, "as it is called"),
+        (partial(torch.compile, backend="eager"), "as it is called"),
+        (Holds, "as it is called"),
+        (Step, "alone: the outer module is called otherwise"),
+        (adapted, "left out: the gradients of cls.predictions.bias"),
+        (partial(frozen, names="layer.1.output.dense.bias"), "left out: the gradients of .*layer.1.output.dense.bias,"),
+        (frozen, "left out: the gradients of cls.predictions.bias"),
+    ],
+)
+def test_assert_parity_takes_real_modules_and_says_what_it_left_out(wrap, words):
+    ours, theirs = twins(SIZES)
+    other = wrap(theirs)
+    assert_parity(ours, other)
+    theirs.bert.encoder.layer[0].output.dense.bias.data += 0.1
+    with pytest.raises(AssertionError, match=r"first wrong: layers\.0\.feed_forward\. ") as error:
+        assert_parity(ours, other)
+    assert re.search(words, str(error.value)), error.value
+
+
+def test_assert_parity_sees_what_a_wrapper_and_eight_bits_change():
+    ours, theirs = twins(SIZES)
+    with pytest.raises(AssertionError, match="first wrong: logits"):
+        assert_parity(ours, Holds(theirs, 1.01))
+    with pytest.raises(ValueError, match=r"2 models of the kind BertForMaskedLM in .*ModuleList"):
+        assert_parity(ours, nn.ModuleList([ours, theirs]))
+    with pytest.raises(ValueError, match=r"not .*Linear"):
+        assert_parity(ours, nn.Linear(2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has another way to quantise now
+        eight_bits = torch.ao.quantization.quantize_dynamic(theirs, {nn.Linear}, torch.qint8)
+    with pytest.raises(AssertionError, match=r"first wrong: layers.0.query"):
+        assert_parity(ours, eight_bits)
+
+
+def test_assert_parity_asks_the_inputs_that_it_is_given():
+    """A fault of the last position shows only in a row that is so long."""
+    ours, theirs = twins(SIZES)
+    theirs.bert.embeddings.position_embeddings.weight.data[4] += 1
+    short = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, -100, 7]])}
+    assert_parity(ours, theirs, {name: x[:, :3] for name, x in short.items()})
+    with pytest.raises(AssertionError, match=r"embeddings\.sum"):
+        assert_parity(ours, theirs, {name: x.repeat(1, 2) for name, x in short.items()})
+    with pytest.raises(ValueError, match="labels"):
+        assert_parity(ours, theirs, {"input_ids": short["input_ids"]})
