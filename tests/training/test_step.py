@@ -1,0 +1,240 @@
+"""What a setting does to a step: what is multiplied in which type, what is clipped, what decays, what is dropped."""
+
+from dataclasses import fields
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import metrics
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minibert.cli import build_parser
+from minibert.commands.train import read_settings
+from minibert.training import Settings, step
+from minibert.training.batches import Share, Shares
+from minibert.training.data import Corpus
+from minibert.training.evaluation import evaluate, masked_lines
+from minibert.training.loop import train_steps
+from minibert.training.ranks import ALONE, Ranks
+from minibert.training.step import LossSum, accumulate, make_optimizer, take_step
+from minibert.training.tokens import Lines, TokenFile
+
+SETTINGS = dict(steps=12, tokens_per_step=200, max_length=24, learning_rate=5e-3, dtype="float32")
+
+
+@pytest.fixture
+def model(tiny):
+    return tiny.load()[0].train()
+
+
+@pytest.fixture
+def share(tiny):
+    """The first step of a run."""
+    _, tokenizer, files = tiny.load()
+    corpus = Corpus(files, tokenizer, max_length=24, tokens_per_step=200)
+    return Shares(corpus, ALONE, None)[0, 0, next(corpus.steps(0))]
+
+
+def taken(model, share, number=0, ranks=ALONE, **settings):
+    settings = Settings(**{**SETTINGS, **settings})
+    return take_step(LossSum(model), make_optimizer(model, settings), share, number, settings, ranks)
+
+
+def length_of_gradient(model):
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item()
+
+
+def test_a_gradient_that_is_longer_than_clip_is_made_that_long(model, share):
+    model.eval()  # no dropout: the gradient of both steps is the same one
+    long = taken(model, share, clip=1e-3, learning_rate=1e-20)["gradient_norm"]
+    assert length_of_gradient(model) == pytest.approx(1e-3, rel=1e-3)
+    assert long > 0.01, "what is reported is its length before"
+    assert taken(model, share, clip=1e9)["gradient_norm"] == pytest.approx(long, rel=1e-4)
+    assert length_of_gradient(model) == pytest.approx(long, rel=1e-4)  # sums of float32
+    assert Settings(steps=1).clip == 1.0
+
+
+@pytest.mark.parametrize(("given", "decay"), [({}, 0.01), ({"weight_decay": 0.5}, 0.5), ({"weight_decay": 0.0}, 0.0)])
+def test_matrices_decay_and_vectors_do_not(given, decay, model, share):
+    """Where nothing is asked there is no gradient, and what moves a weight is its decay."""
+    nothing = Share(0, 0, share.tokens, [step.Example(one.batch, one.positions[:0], one.targets[:0])
+                                         for one in share.passes])  # fmt: skip
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    assert taken(model, nothing, learning_rate=0.1, warmup=0.0, **given)["loss"] is None
+    for name, parameter in model.named_parameters():
+        kept = 1 - 0.1 * decay if parameter.dim() > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * kept, rtol=1e-6, atol=0, msg=name)
+
+
+def test_adam_has_berts_epsilon(model):
+    """The first step of Adam is lr · g / (|g| + ε): half of lr where g is ε = 1e-6."""
+    settings = Settings(**SETTINGS, weight_decay=0.0)
+    optimizer = make_optimizer(model, settings)
+    before = model.head.bias.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-6)
+    optimizer.step()
+    torch.testing.assert_close(before - model.head.bias.detach(), torch.full_like(before, 5e-3 / 2), rtol=1e-3, atol=0)
+
+
+def test_each_step_seed_and_rank_drops_others_and_the_same_step_the_same(model, share):
+    """The learning rate is so small that the weights stay: what differs is dropout."""
+
+    def loss(number=0, rank=0, **settings):
+        return taken(model, share, number, Ranks(rank, 1), learning_rate=1e-30, **settings)["loss"]
+
+    assert loss() == loss()
+    assert len({loss(), loss(number=1), loss(number=2), loss(seed=1), loss(rank=1)}) == 5
+    model.eval()
+    assert loss() == loss(number=1)
+
+
+class Products(TorchDispatchMode):
+    """The types in which matrices are multiplied while the block lasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.__name__.split(".")[0] in ("mm", "addmm", "bmm", "baddbmm"):
+            self.dtypes.add(args[-1].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_matrices_are_multiplied_in_the_type_that_was_asked_for(dtype, model, share):
+    with Products() as products:
+        taken(model, share, dtype=dtype)
+    assert products.dtypes == {getattr(torch, dtype)}, "forward and backward"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_gradients_go_over_the_wire_once_a_step(model, tiny, tmp_path):
+    _, tokenizer, files = tiny.load()
+    corpus = Corpus(files, tokenizer, max_length=24, tokens_per_step=200)
+    passes = Shares(corpus, ALONE, 60)[0, 0, next(corpus.steps(0))].passes
+    assert len(passes) > 2
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        objective = DistributedDataParallel(LossSum(model), bucket_cap_mb=1000)
+        sent = []
+
+        def hook(_, bucket):
+            sent.append(bucket.buffer().numel())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        objective.register_comm_hook(None, hook)
+        accumulate(objective, passes, 10, "float32", ALONE)
+    finally:
+        dist.destroy_process_group()
+    assert sum(sent) == sum(parameter.numel() for parameter in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------- what a run does with them
+
+
+def run_of(tiny, out, **settings):
+    model, tokenizer, files = tiny.load()
+    out.mkdir()
+    train_steps(model, tokenizer, files, out, Settings(**{**SETTINGS, "steps": 4, **settings}))
+    return metrics(out)
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_a_look_at_the_held_out_lines_leaves_dropout_as_it_was(dropout, tiny, tmp_path, monkeypatch):
+    modes, real = [], step.accumulate
+    monkeypatch.setattr(
+        step, "accumulate", lambda objective, *rest: modes.append(objective.model.training) or real(objective, *rest)
+    )
+    lines = run_of(tiny, tmp_path / "out", dropout=dropout, evaluate_every=1)
+    assert all("held_out" in line for line in lines)
+    assert modes == [dropout] * 4
+
+
+def test_the_command_compiles_every_layer_if_asked(tiny, tmp_path, monkeypatch):
+    compiled = []
+
+    def compile(function, **_):
+        def call(*arguments):
+            compiled.append(function)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert tiny.train(tmp_path / "plain", "--steps", "1") == 0
+    assert not compiled
+    assert tiny.train(tmp_path / "compiled", "--steps", "1", "--compile") == 0
+    assert len({id(function.__self__) for function in compiled}) == tiny.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_the_command_computes_layers_again_if_asked(again, tiny, tmp_path, monkeypatch):
+    calls = []
+    real = step.set_recomputing
+    monkeypatch.setattr(step, "set_recomputing", lambda layers, on: calls.append(on) or real(layers, on))
+    assert tiny.train(tmp_path / "out", "--steps", "1", *(["--checkpoint-activations"] if again else [])) == 0
+    assert (True in calls) == again
+
+
+def test_no_dropout_is_none(tiny, tmp_path):
+    """Then a loss does not depend on how a step is cut into passes."""
+    for name, options in (("one", ()), ("many", ("--micro-tokens", "24"))):
+        assert tiny.train(tmp_path / name, "--no-dropout", "--steps", "1", *options) == 0
+    one, many = (metrics(tmp_path / name)[0]["loss"] for name in ("one", "many"))
+    assert many == pytest.approx(one, rel=1e-6)
+
+
+def test_a_run_has_the_rows_that_its_settings_say(tiny, tmp_path):
+    _, tokenizer, files = tiny.load()
+    shape = dict(short_fraction=1.0, max_length=20, tokens_per_step=100, seed=3)
+    lines = run_of(tiny, tmp_path / "out", **shape)
+    corpus = Corpus(files, tokenizer, **shape)
+    expected = [sum(corpus.lengths(0, numbers)) for numbers in islice(corpus.steps(0), 4)]
+    assert [line["tokens"] for line in lines] == expected
+    for other in ({"short_fraction": 0.3}, {"max_length": 24}, {"tokens_per_step": 200}, {"seed": 0}):
+        corpus = Corpus(files, tokenizer, **{**shape, **other})
+        assert [sum(corpus.lengths(0, numbers)) for numbers in islice(corpus.steps(0), 4)] != expected, other
+
+
+def test_figures_are_of_as_many_held_out_lines_as_asked(tiny):
+    model, tokenizer, _ = tiny.load()
+    ids = torch.randint(5, 100, (310 * 7,)).to(torch.uint16)
+    lines = Lines(ids, torch.arange(311) * 7)
+    file = TokenFile(ids, lines.starts, "text", 1.0, lines, "")
+
+    def masked(number, **settings):
+        return len(masked_lines(file, range(number), tokenizer, **{"max_length": 24, **settings}).positions)
+
+    def found(**settings):
+        return evaluate(model, tokenizer, [file], **settings)["all"]
+
+    assert found()["masked_tokens"] == masked(300)
+    assert found(lines=10)["masked_tokens"] == masked(10) > 0
+    assert found(lines=1000)["masked_tokens"] == masked(310)
+    assert found(max_length=5)["masked_tokens"] == masked(300, max_length=5) < masked(300)
+    assert found(seed=1)["loss"] != found()["loss"]
+    halves = [evaluate(model, tokenizer, [file], ranks=SimpleNamespace(rank=rank, size=2, sum=lambda *n: list(n)))
+              for rank in (0, 1)]  # fmt: skip
+    assert sum(half["all"]["masked_tokens"] for half in halves) == found()["masked_tokens"]
+    assert min(half["all"]["masked_tokens"] for half in halves) > 0
+
+
+def test_every_setting_of_the_command_arrives():
+    given = dict(steps=7, tokens_per_step=300, max_length=30, learning_rate=0.5, schedule="cosine", warmup=0.25)
+    given |= dict(dtype="float32", seed=9, micro_tokens=40, workers=3, save_every=11, evaluate_every=13)
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--no-dropout", "--checkpoint-activations", "--compile"]
+    parser = build_parser()
+    settings = read_settings(parser.parse_args(["train", "text", "--init", "m", "--out", "o", *words]))
+    given |= dict(dropout=False, checkpoint_activations=True, compile=True)
+    assert {name: getattr(settings, name) for name in given} == given
+    least = read_settings(parser.parse_args(["train", "text", "--init", "m", "--out", "o", "--steps", "7"]))
+    assert least == Settings(steps=7), "what is not given is as the function has it"
+    assert {field.name for field in fields(Settings)} - set(given) == {"short_fraction", "weight_decay", "clip"}
