@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", metavar="B", nargs="?", help="another; left out, A is compared with --model's own trace")
     parser.add_argument("--all", action="store_true", help="do not stop at the first tensor that differs")
     parser.add_argument(
-        "--quantised", action="store_true", help="A is of a quantised port: how its error grows, without a verdict"
+        "--quantised",
+        action="store_true",
+        help="A is of a quantised port: which steps 8 bits do not explain",
     )
     add_model(parser, default=None)
     add_format(parser)
@@ -35,8 +37,9 @@ def run(options: argparse.Namespace) -> int:
     model = None if options.model is None else BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
     if options.quantised:
         assert model is not None
-        print_report(quantised(a, model), options.format)
-        return 0
+        measured = quantised(a, model)
+        print_report(measured, options.format)
+        return 0 if measured.ok else 1
     if options.b is None:
         assert model is not None
         report = diff(own_trace(model, a), a, model, everything=options.all)

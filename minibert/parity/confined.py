@@ -55,4 +55,4 @@ def first_section(kind: type[Steps], layers: int) -> int:
         return 1
     if only != ENCODER:  # one layer
         return 1 + int(only[0].split(".")[1])
-    return 0 if changed & {"embed", "types", "positions", "embeddings", "layer_norm", "eps", "dropout"} else 1
+    return 0 if changed & {"embed", "types", "positions", "embeddings", "layer_norm", "eps", "made"} else 1

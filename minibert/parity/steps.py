@@ -1,4 +1,6 @@
-"""BERT step by step, on padded rows: our modules, with one method for each thing that goes wrong in ports (faults/)."""
+"""A second copy of BERT, because here a fault must be able to replace each step, and a trace to stop at it (faults/).
+model.py runs whole layers on packed tokens; this one computes with its modules, on padded rows.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -95,18 +97,18 @@ class Steps:
         yield self.prediction, "head."
 
     def embeddings(self) -> Iterator[tuple[str, Tensor]]:
-        x = self.embed()
+        x = self.made("embeddings.sum", self.embed())
         yield "embeddings.sum", x
         yield (
             "embeddings.norm",
-            self.dropout("embeddings.norm", self.layer_norm("embeddings.norm", x, self.model.embeddings.LayerNorm)),
+            self.made("embeddings.norm", self.layer_norm("embeddings.norm", x, self.model.embeddings.LayerNorm)),
         )
 
     def prediction(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         transformed = x
         for name, transformed in self.head(x):
             yield name, transformed
-        logits = self.decode(transformed)
+        logits = self.made("logits", self.decode(transformed))
         yield "logits", logits
         if self.inputs.labels is not None:
             yield "loss", masked_lm_loss(logits, self.inputs.labels).mean
@@ -130,33 +132,33 @@ class Steps:
         update = x
         for name, update in self.attend(prefix, layer, x):
             yield name, update
-        x = self.add_and_norm(prefix + "attention_norm", x, update, layer.attention_LayerNorm)
-        yield prefix + "attention_norm", x
+        name = prefix + "attention_norm"
+        x = self.made(name, self.add_and_norm(name, x, update, layer.attention_LayerNorm))
+        yield name, x
         for name, update in self.feed_forward(prefix, layer, x):
             yield name, update
         name = prefix + "feed_forward_norm"
-        yield name, self.add_and_norm(name, x, update, layer.feed_forward_LayerNorm)
+        yield name, self.made(name, self.add_and_norm(name, x, update, layer.feed_forward_LayerNorm))
 
     def add_and_norm(self, name: str, x: Tensor, update: Tensor, norm: nn.LayerNorm) -> Tensor:
         return self.layer_norm(name, update + x, norm)
 
     def attend(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        query, key, value = (self.split(part) for part in self.project(layer, x))  # each (B, H, S, K)
-        yield prefix + "query", query
-        yield prefix + "key", key
-        yield prefix + "value", value
-        scores = self.masked(query @ key.transpose(-1, -2) * self.scale())
-        yield prefix + "scores", scores
+        names = [prefix + part for part in ("query", "key", "value")]
+        parts = zip(names, self.project(layer, x), strict=True)
+        query, key, value = (self.made(name, self.split(part)) for name, part in parts)  # each (B, H, S, K)
+        yield from zip(names, (query, key, value), strict=True)
+        name = prefix + "scores"
+        scores = self.made(name, self.masked(query @ key.transpose(-1, -2) * self.scale()))
+        yield name, scores
         name = prefix + "probabilities"
-        probabilities = self.dropout(name, self.softmax(name, scores))
+        probabilities = self.made(name, self.softmax(name, scores))
         yield name, probabilities
-        context = self.merge(probabilities @ value)
-        yield prefix + "context", context
-        output = layer.attention.output
-        yield (
-            prefix + "attention_output",
-            self.dropout(prefix + "attention_output", self.square(context, output.weight, output.bias)),
-        )
+        name = prefix + "context"
+        context = self.made(name, self.merge(probabilities @ value))
+        yield name, context
+        name, output = prefix + "attention_output", layer.attention.output
+        yield name, self.made(name, self.square(context, output.weight, output.bias))
 
     def scale(self) -> float:
         return self.config.head_size**-0.5
@@ -183,11 +185,11 @@ class Steps:
         return scores.masked_fill(~self.seen[:, None, None, :], torch.finfo(scores.dtype).min)
 
     def feed_forward(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        x = layer.feed_forward.intermediate(x)
+        x = self.made(prefix + "intermediate", layer.feed_forward.intermediate(x))
         yield prefix + "intermediate", x
-        x = self.activation(x)
+        x = self.made(prefix + "activation", self.activation(x))
         yield prefix + "activation", x
-        yield prefix + "feed_forward", self.dropout(prefix + "feed_forward", layer.feed_forward.output(x))
+        yield prefix + "feed_forward", self.made(prefix + "feed_forward", layer.feed_forward.output(x))
 
     def activation(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.config.hidden_act](x)
@@ -199,16 +201,17 @@ class Steps:
         """Of the LayerNorm that gives the tensor `name`."""
         return self.config.layer_norm_eps
 
-    def dropout(self, name: str, x: Tensor) -> Tensor:
+    def made(self, name: str, x: Tensor) -> Tensor:
+        """What a trace has under `name`, and the next step reads."""
         return x
 
     def head(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         head = self.model.head
-        x = self.square(x, head.dense.weight, head.dense.bias)
+        x = self.made("head.dense", self.square(x, head.dense.weight, head.dense.bias))
         yield "head.dense", x
-        x = self.head_activation(x)
+        x = self.made("head.activation", self.head_activation(x))
         yield "head.activation", x
-        yield "head.norm", self.layer_norm("head.norm", x, head.LayerNorm)
+        yield "head.norm", self.made("head.norm", self.layer_norm("head.norm", x, head.LayerNorm))
 
     def head_activation(self, x: Tensor) -> Tensor:
         return self.activation(x)

@@ -241,34 +241,6 @@ def test_reports_in_markdown(given, tmp_path, capsys):
     assert "| gradients |" in capsys.readouterr().out
 
 
-def test_a_quantised_port_gets_a_report_without_a_verdict(given, tmp_path, capsys):
-    a, ours = given
-    ours.save_pretrained(tmp_path / "model")
-    for parameter in ours.parameters():
-        if parameter.dim() == 2:
-            step = parameter.detach().abs().amax(1, keepdim=True) / 127
-            parameter.data = (parameter / step).round() * step
-    inputs = {name: a.tensors[name] for name in INPUTS}
-    trace(ours, **inputs).save(tmp_path / "a.safetensors")
-    command = ["diff", str(tmp_path / "a.safetensors"), "--model", str(tmp_path / "model")]
-    assert main([*command, "--quantised"]) == 0
-    said = capsys.readouterr().out
-    assert "the product of weights that adds the most error: " in said
-    assert "the likeliest word is the same at " in said
-    assert "no verdict" in said
-    assert main(command) == 1
-    assert "--quantised" in capsys.readouterr().out  # it looks like eight bits, and says so
-    assert main([*command, "--quantised", "--format", "json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert 0 < report["divergence"] < 0.1
-    assert 0.8 < report["top1"] <= 1
-    assert main(["diff", command[1], *command[1:], "--quantised"]) == 2
-    a.tensors["logits"] = a.tensors["logits"] * 2
-    a.save(tmp_path / "b.safetensors")
-    assert main(["diff", str(tmp_path / "b.safetensors"), "--model", str(tmp_path / "model")]) == 1
-    assert "--quantised" not in capsys.readouterr().out
-
-
 def test_in_memory_names_are_still_only_noted(given):
     a, _ = given
     extra = Trace({**a.tensors, "mine": torch.ones(2)}, a.config, a.metadata)

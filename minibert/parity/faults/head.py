@@ -76,13 +76,14 @@ class DropoutOn(Steps):
     remedy = "switch to evaluation (torch: model.eval()) before comparing"
     source = "huggingface/transformers#679 and #695: the same input, other outputs"
 
-    def dropout(self, name: str, x: Tensor) -> Tensor:
+    def made(self, name: str, x: Tensor) -> Tensor:
         # Which entries were dropped is chance; the given trace shows it. What is checked is all the rest.
-        rate = self.config.hidden_dropout_prob
-        if name.endswith("probabilities"):
-            rate = self.config.attention_probs_dropout_prob
-        if self.given.shapes().get(name) != tuple(x.shape):
+        x = super().made(name, x)
+        dropped = name == "embeddings.norm" or name.endswith((".probabilities", ".attention_output", ".feed_forward"))
+        if not dropped or self.given.shapes().get(name) != tuple(x.shape):
             return x
+        of_attention = name.endswith("probabilities")
+        rate = self.config.attention_probs_dropout_prob if of_attention else self.config.hidden_dropout_prob
         return x * (self.given.read(name).to(x.device) != 0) / (1 - rate)
 
 

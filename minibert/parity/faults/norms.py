@@ -71,15 +71,16 @@ class PreNorm(Steps):
     source = "mead-ml/mead-baseline#529; Xiong et al. 2020, arXiv:2002.04745, figure 1, has both"
 
     def layer(self, prefix: str, layer: EncoderLayer, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        update = read = self.layer_norm(prefix + "attention_norm", x, layer.attention_LayerNorm)
-        for name, update in self.attend(prefix, layer, read):
-            yield name, update
+        name = prefix + "attention_norm"
+        update = read = self.made(name, self.layer_norm(name, x, layer.attention_LayerNorm))
+        for step, update in self.attend(prefix, layer, read):
+            yield step, update
         yield prefix + "attention_norm", read
-        x = x + update
-        read = self.layer_norm(prefix + "feed_forward_norm", x, layer.feed_forward_LayerNorm)
-        for name, update in self.feed_forward(prefix, layer, read):
-            yield name, update
-        yield prefix + "feed_forward_norm", read
+        x, name = x + update, prefix + "feed_forward_norm"
+        read = self.made(name, self.layer_norm(name, x, layer.feed_forward_LayerNorm))
+        for step, update in self.feed_forward(prefix, layer, read):
+            yield step, update
+        yield name, read
         yield "", x + update  # no module gives this, so no trace has it; the next layer reads it
 
 
