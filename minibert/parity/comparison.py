@@ -12,6 +12,7 @@ from torch import Tensor
 from minibert.masked_lm import BertForMaskedLM
 from minibert.names import some
 from minibert.parity.judge import Judge
+from minibert.parity.precision import lower_precision
 from minibert.parity.quantised import hint
 from minibert.parity.report import Report
 from minibert.parity.yardstick import converted, require_same_size
@@ -70,7 +71,11 @@ def diff(a: Trace, b: Trace, model: BertForMaskedLM | None = None, *, everything
         sides = [
             given for given, error in zip((a, b), first.errors or (), strict=False) if error == max(first.errors or ())
         ]
-        report.summary += [said for given in sides if (said := hint(given, model, first.name))]
+        for given in sides:
+            if (lowered := lower_precision(given, model, first.name)) is not None:
+                report.summary += lowered.lines
+            elif said := hint(given, model, first.name):
+                report.summary.append(said)
     return report
 
 

@@ -10,6 +10,7 @@ from minibert.parity.appearance import Wrong, appearance, fitted_eps
 from minibert.parity.confined import ENCODER, HEAD, LAYERS, confined, eps_at, first_section
 from minibert.parity.faults import CATALOGUE
 from minibert.parity.hidden import hidden_faults
+from minibert.parity.precision import lower_precision
 from minibert.parity.quantised import hint
 from minibert.parity.report import count
 from minibert.parity.search import Fit, Progress, Search, clearest
@@ -57,6 +58,9 @@ def diagnose(given: Trace, model: BertForMaskedLM, progress: Progress = lambda f
     result = Diagnosis(False, first_wrong=name)
     result.lines.append(f"{given.title}: the first wrong tensor is {name} ({explain(name)})")
     result.lines += [f"  {said}" for said in (*appearance(wrong), *_afterwards(search))]
+    if (lowered := lower_precision(given, search.yardstick.exact, name)) is not None:
+        result.found, result.lines = [[lowered.title]], result.lines + lowered.lines
+        return result
     fits, others = search.singles(CATALOGUE)
     if not fits:
         fits, _ = search.singles(list(_places(search, wrong)), "places")

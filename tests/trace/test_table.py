@@ -117,7 +117,9 @@ def test_exact_arithmetic_and_only_in_the_trace(which, fails, loose):
             raise KeyError
 
     exact, before = trace(model, **batch).tensors["logits"], settings()
-    model.get_submodule("embeddings.LayerNorm" if which == 0 else "bert.embeddings.LayerNorm").register_forward_hook(look)
+    model.get_submodule("embeddings.LayerNorm" if which == 0 else "bert.embeddings.LayerNorm").register_forward_hook(
+        look
+    )
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(KeyError) if fails else nullcontext():
         assert torch.equal(trace(model, **batch).tensors["logits"], exact)
     assert settings() == before == ("medium", True, True, False)
