@@ -137,5 +137,5 @@ def test_links_lead_somewhere(page):
             assert (REPOSITORY / page).parent.joinpath(name).exists(), f"{page} links to {name}, which is not there"
 
 
-def test_the_readme_is_one_screen_and_a_half():
-    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8")) <= 9000
+def test_the_readme_is_short():
+    assert len((REPOSITORY / "README.md").read_text(encoding="utf-8")) <= 11_000
