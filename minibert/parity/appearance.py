@@ -67,6 +67,9 @@ def appearance(wrong: Wrong) -> Iterator[str]:
         yield f"{int((~wrong.x.isfinite()).sum()):,} of {wrong.x.numel():,} entries are not finite"
         return
     yield from _equal_to_another(wrong)
+    if (said := _of_softmax(wrong)) is not None:
+        yield said
+        return
     yield from _bias(wrong)
     yield from _factor(wrong)
     yield from _eps(wrong)
@@ -85,6 +88,18 @@ def _equal_to_another(wrong: Wrong) -> Iterator[str]:
                 said = ": the activation is missing" if wrong.name.endswith(".activation") else ""
                 yield f"it equals {name}{said}"
                 return
+
+
+def _of_softmax(wrong: Wrong) -> str | None:
+    """Probabilities, or their logarithms, in the place of the logits?"""
+    if wrong.name != "logits":
+        return None
+    truth = wrong.truth.double()
+    if wrong.explained_by(truth.log_softmax(-1)):
+        return "the same number is added to every word: these are log-probabilities. Give what the log-softmax reads"
+    if wrong.explained_by(truth.softmax(-1)):
+        return "these are probabilities. Give what the softmax reads"
+    return None
 
 
 def _factor(wrong: Wrong) -> Iterator[str]:
@@ -190,9 +205,10 @@ def _places(wrong: Wrong) -> Iterator[str]:
             continue
         what = ("key" if axis == 3 else "position") if letter == "S" else AXES[letter]
         whole = found == list(range(found[0], found[-1] + 1))
-        listed = f"{what} {found[0]}" if len(found) == 1 else f"{what}s {', '.join(map(str, found[:4]))}"
+        many = what.replace("entry", "entries") if "entry" in what else f"{what}s"
+        listed = f"{what} {found[0]}" if len(found) == 1 else f"{many} {', '.join(map(str, found[:4]))}"
         if len(found) > 2 and whole:
-            listed = f"{what}s {found[0]} to {found[-1]}"
+            listed = f"{many} {found[0]} to {found[-1]}"
         elif len(found) > 4:
             listed += f" and {len(found) - 4} more"
         yield f"only in {listed} of {apart.shape[axis]}"

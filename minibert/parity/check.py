@@ -82,7 +82,7 @@ class ParityReport:
         yield from self.notes
         if self.first_wrong is not None:
             yield f"first wrong: {self.first_wrong}. The last good one is {self.last_good}"
-            yield f"between them: {explain(self.first_wrong)}"
+            yield f"{self.first_wrong} is {explain(self.first_wrong)}"
         yield (
             f"a value is an error from float64; its bound is {K:.0f} times the error of the reference's own "
             f"rounding ({K_RMS:.0f} times for a root mean square)"

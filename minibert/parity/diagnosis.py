@@ -12,7 +12,7 @@ from minibert.parity.faults import CATALOGUE
 from minibert.parity.hidden import hidden_faults
 from minibert.parity.precision import lower_precision
 from minibert.parity.quantised import hint
-from minibert.parity.report import count
+from minibert.parity.report import between, count
 from minibert.parity.search import Fit, Progress, Search, clearest
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import Error
@@ -64,6 +64,8 @@ def diagnose(given: Trace, model: BertForMaskedLM, progress: Progress = lambda f
     fits, others = search.singles(CATALOGUE)
     if not fits:
         fits, _ = search.singles(list(_places(search, wrong)), "places")
+    if not fits and (value := fitted_eps(wrong)) is not None:
+        fits, _ = search.singles([eps_at(wrong.name, value, model.config.layer_norm_eps)], "places")
     if not fits:
         fits = search.pairs(others)
     fits = clearest(fits)
@@ -82,8 +84,6 @@ def _wrong_tensor(search: Search) -> Wrong:
 
 def _places(search: Search, wrong: Wrong) -> Iterator[type[Steps]]:
     """Known faults in one place only: where the first wrong tensor is, or in the encoder, or in the head."""
-    if (value := fitted_eps(wrong)) is not None:
-        yield eps_at(wrong.name, value, search.rough.config.layer_norm_eps)
     section = wrong.name.rpartition(".")[0] + "."
     layers = search.rough.config.num_hidden_layers
     for fault in CATALOGUE:
@@ -128,7 +128,11 @@ def _named(given: Trace, fits: list[Fit]) -> Iterator[str]:
 
 def _unnamed(search: Search, fits: list[Fit]) -> Iterator[str]:
     yield f"none of the known faults, alone, in one place or in pairs: {len(CATALOGUE)} were tried"
-    yield f"look at what computes {search.plain.first_wrong}; `minibert diff` with the model's own trace shows where"
+    assert search.plain.first_wrong is not None
+    good = ["the inputs", *search.plain.errors][search.plain.reproduced]
+    first, *further = between(search.given.config, good, search.plain.first_wrong, search.shapes)
+    yield f"look at what computes it: {first}"
+    yield from further
     best = max(fits, key=lambda fit: (fit.reproduced, -fit.gain), default=None)
     if best is not None and best.first_wrong is None:
         yield (
@@ -140,7 +144,7 @@ def _unnamed(search: Search, fits: list[Fit]) -> Iterator[str]:
             f"the nearest is {best.title}: with it the first wrong tensor is {best.first_wrong}, "
             f"{count(best.reproduced - search.plain.reproduced)} later. {best.faults[0].remedy}"
         )
-    if (said := hint(search.given, search.yardstick.exact, search.plain.first_wrong or "")) is not None:
-        yield said
+    if (looks := hint(search.given, search.yardstick.exact, search.plain.first_wrong or "")) is not None:
+        yield looks
     if torch.finfo(search.given.dtype).eps > 1e-4:
         yield "repeat it in float32: there the faults differ more from each other and from rounding"

@@ -10,11 +10,11 @@ from minibert.masked_lm import BertForMaskedLM
 from minibert.parity import yardstick
 from minibert.parity.appearance import Wrong, appearance
 from minibert.parity.hidden import hidden_faults
-from minibert.parity.report import Row, count, shape_words
+from minibert.parity.report import Row, between, count, shape_words
 from minibert.parity.yardstick import Error, Gap, Measure, Yardstick, distance, largest, span
 from minibert.trace.files import Trace
 from minibert.trace.inputs import covered, hide_padding
-from minibert.trace.table import GRADIENT, dtype_name, exchanged_axes, expected_shape, explain, row_of
+from minibert.trace.table import GRADIENT, INPUTS, dtype_name, exchanged_axes, expected_names, expected_shape, row_of
 
 # Without a model there is no truth to measure from. Then two right traces differ by at most so many eps of the coarser
 # dtype: the first number, and the second for every layer, which hands the errors on (twice, for gradients). In half
@@ -160,7 +160,10 @@ class Judge:
 
     def accuse(self, row: Row, last_good: str) -> Iterator[str]:
         yield f"first wrong: {row.name}. The last good one is {last_good}"
-        yield f"between them: {explain(row.name)}"
+        forward = [name for name in expected_names(self.a.config) if not name.startswith((GRADIENT, *INPUTS, "loss"))]
+        absent = [side for side, shapes in zip("AB", self.shapes, strict=True) if set(forward) - shapes.keys()]
+        shared = self.shapes[0].keys() & self.shapes[1].keys()
+        yield from between(self.a.config, last_good, row.name, shared, " and ".join(absent) or "B")
         yield from self.described(row)
         if not self.sticks:
             yield f"which of the two is wrong, only a model can tell (--model); {self.without_model(row.name)}"

@@ -1,9 +1,11 @@
 """The result of comparing two traces: a row for each tensor, notes, and the answer in words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
+from minibert.config import BertConfig
 from minibert.parity.yardstick import Error
+from minibert.trace.table import GRADIENT, INPUTS, expected_names, explain
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,27 @@ def in_markdown(header: list[str], rows: list[list[str]]) -> Iterator[str]:
     yield f"|{'---|' * len(header)}"
     for row in rows:
         yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
+
+
+def between(
+    config: BertConfig, good: str, wrong: str, present: Iterable[str], where: str = "the trace"
+) -> Iterator[str]:
+    """What the first wrong tensor is, and what stands between it and the last good one but is not `present`: then the
+    fault may be in any of these. where: from which trace they are absent, in words.
+    """
+    yield f"{wrong} is {explain(wrong)}"
+    names = [name for name in expected_names(config) if name not in INPUTS]
+    start = names.index(good) + 1 if good in names else 0
+    absent = [name for name in names[start : names.index(wrong)] if name not in set(present)]
+    if wrong.startswith(GRADIENT) or not absent:
+        return
+    listed = ", ".join(absent) if len(absent) <= 14 else f"from {absent[0]} to {absent[-1]}"
+    yield f"between {good} and {wrong}, {count(len(absent))} are not in {where}: {listed}"
+    # What all later tensors depend on divides the stretch; one of three parallel projections does not.
+    passed = [name for name in absent if not name.endswith((".query", ".key", ".value", ".scores"))] or absent
+    middle = names.index(absent[len(absent) // 2])
+    following = min(passed, key=lambda name: abs(names.index(name) - middle))
+    yield f"write {following} into {where} next: it halves the stretch in which the fault can be"
 
 
 def count(tensors: int) -> str:

@@ -33,7 +33,7 @@ def test_a_pair_and_an_unknown_fault(monkeypatch):
     diagnosis = diagnose(trace(theirs, **batch), ours)
     assert not diagnosis.found
     assert any("none of the known faults" in line for line in diagnosis.lines)
-    assert any(f"look at what computes {diagnosis.first_wrong}" in line for line in diagnosis.lines)
+    assert any(f"look at what computes it: {diagnosis.first_wrong} is " in line for line in diagnosis.lines)
 
 
 def test_exchanged_axes_are_named_before_any_fault():

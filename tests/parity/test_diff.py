@@ -111,7 +111,7 @@ def test_what_is_said_of_a_fault(made):
     soft = {"layers.0.scores": scores, "layers.0.probabilities": scores.softmax(-1)}
     said = diff(a, changed(b, **soft), ours).summary
     assert "first wrong: layers.0.probabilities" in said[0]
-    assert said[1] == "between them: the mask and the softmax over the keys"
+    assert said[1] == "layers.0.probabilities is the scores after the mask and the softmax over the keys"
     stale = [changed(each, **{"embeddings.sum": each.tensors["embeddings.sum"] + 1}) for each in (a, b)]
     assert "are these the weights of --model?" in diff(*stale, ours).summary[-1]
     one_wrong = diff(a, stale[1], ours)
@@ -123,7 +123,7 @@ def test_what_is_said_of_a_fault(made):
     assert "inf times" not in said
     gradient = "gradient.cls.predictions.bias"
     said = diff(a, changed(b, **{gradient: b.tensors[gradient] + 1})).summary[1]
-    assert said == "between them: the backward pass, from the head to the embeddings, as far as cls.predictions.bias"
+    assert said == f"{gradient} is the backward pass, from the head to the embeddings, as far as cls.predictions.bias"
     assert "hides small faults" not in diff(a, b).summary[0]
     half = [Trace(each.tensors, each.config, {**each.metadata, "dtype": "bfloat16"}) for each in (a, b)]
     assert "1.9e-01, which hides small faults: --model, or traces in float32, show more" in diff(*half).summary[0]
@@ -200,3 +200,27 @@ def test_an_acquittal_says_what_it_covers(made):
     for said in (diff(a, b).summary, diff(a, b, ours).summary, diagnose(b, ours).lines):
         assert "positions 0 to 4 of 11, token types 0, 1 of 3, rows of 3 to 5 tokens" in "\n".join(said)
         assert "from 5 on would not show" in "\n".join(said)
+
+
+def test_what_a_sparse_trace_does_not_show(made):
+    a, b, ours = made
+    kept = ("input_ids", "attention_mask", "token_type_ids", "labels", "embeddings.norm", "layers.0.feed_forward_norm")
+    few = Trace({name: b.tensors[name] for name in kept}, b.config, b.metadata)
+    few.tensors["layers.0.feed_forward_norm"] = few.tensors["layers.0.feed_forward_norm"] * 1.01
+    for said in (diff(a, few, ours).summary, diff(a, few).summary, diagnose(few, ours).lines):
+        said = "\n".join(said)
+        assert "between embeddings.norm and layers.0.feed_forward_norm, 11 tensors are not in " in said
+        assert "layers.0.query, layers.0.key, " in said
+        assert "write layers.0.context into " in said
+    few.tensors["layers.0.context"] = b.tensors["layers.0.context"]
+    assert "write layers.0.intermediate into B next" in "\n".join(diff(a, few, ours).summary)
+    assert "are not in" not in "\n".join(diff(a, changed(b, **{"layers.0.key": a.tensors["layers.0.key"] + 1})).summary)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("log_softmax", "log-probabilities"), ("softmax", "probabilities")])
+def test_probabilities_for_logits(made, kind, words):
+    a, b, ours = made
+    given = changed(b, logits=getattr(b.tensors["logits"], kind)(-1))
+    for said in (diff(a, given, ours).summary, diff(a, given).summary, diagnose(given, ours).lines):
+        assert f"these are {words}" in "\n".join(said)
+        assert "bias" not in "\n".join(said).replace("embeddingsᵀ + bias", "").split("nearest")[0]

@@ -90,6 +90,13 @@ def test_eps_in_one_place_is_estimated(value):
     assert any(f"LayerNorm eps fits {value:.1e} here" in line for line in diagnosis.lines)
 
 
+def test_one_fault_has_one_name():
+    ours, theirs, _ = port(SIZES[1])
+    norms(theirs)[-1].eps = 1e-5
+    diagnosis = diagnose(trace(theirs, **standard_inputs(ours.config)), ours)
+    assert diagnosis.found == [["LayerNorm eps 1e-5, in the head alone"]], diagnosis.lines
+
+
 def test_a_known_fault_in_one_place_is_named_with_the_place(monkeypatch):
     ours, theirs, _ = port(SIZES[1])
     batch = standard_inputs(ours.config)
