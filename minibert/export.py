@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minibert import atomic
+from minibert.checkpoint import files
 from minibert.masked_lm import BertForMaskedLM
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -74,7 +74,7 @@ def export(model: BertForMaskedLM, path: str | PathLike[str]) -> Exported:
     target = Path(path)
     if target.suffix not in FORMATS:
         raise ValueError(f"{target}: the name must end in {' or '.join(FORMATS)}, which says what is written")
-    atomic.writable_place(target)
+    files.writable_place(target)
     word = model.embeddings.word.weight
     if not word.is_cpu or word.dtype != torch.float32:
         raise ValueError(f"this model is {word.dtype} on {word.device}: load it in float32 on the CPU, and export that")
@@ -84,7 +84,7 @@ def export(model: BertForMaskedLM, path: str | PathLike[str]) -> Exported:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), atomic.whole_file(target) as temporary:
+        with torch.no_grad(), files.whole_file(target) as temporary:
             write, load = (_write_onnx, _load_onnx) if target.suffix == ".onnx" else (_write_pt2, _load_pt2)
             with _quiet():
                 write(_Logits(model), _example(model), temporary)

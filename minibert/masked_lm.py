@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from minibert import checkpoint, checks, hub, state_dicts, writing
+from minibert import checks
 from minibert.attention import equation_1, formula
-from minibert.checkpoint import LoadReport
+from minibert.checkpoint import hub, names, reading, writing
+from minibert.checkpoint.reading import LoadReport, shapes_only
+from minibert.config import config_of
 from minibert.devices import find_device
 from minibert.loss import IGNORE, masked_lm_loss
 from minibert.model import Bert, EncoderLayer
 from minibert.output import MaskedLMOutput
 from minibert.packing import PackedBatch
 from minibert.recomputing import is_recomputing, set_recomputing
-from minibert.shapes import shapes_only
 from minibert.tokenizer import as_files
 from minibert.tracing import Rectangle, being_traced, rectangle
 
@@ -202,10 +203,10 @@ class BertForMaskedLM(Bert):
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
             raise ValueError(f"dtype is {dtype!r} and torch_dtype {torch_dtype!r}: give one of the two")
         source = hub.locate(name_or_path, revision=revision, local_files_only=local_files_only)
-        with checkpoint.opened(source) as found:
+        with reading.opened(source, config_of) as found:
             with shapes_only():  # no memory yet: the weights are held once, when they are read
                 model = cls(found.config)
-            state, report = checkpoint.read_weights(
+            state, report = reading.read_weights(
                 found,
                 {name: tensor.shape for name, tensor in model.state_dict().items()},
                 dtype=torch_dtype if dtype is None else dtype,
@@ -241,13 +242,13 @@ class BertForMaskedLM(Bert):
         with shapes_only():
             wanted = Bert(self.config).state_dict()
         state = self.state_dict() if state_dict is None else state_dict
-        state_dicts.require_state(state, wanted)
+        names.require_state(state, wanted)
         files = None if tokenizer is None else as_files(tokenizer, self.config.max_position_embeddings)
-        writing.write(folder, self.config, state, files)
+        writing.write(folder, self.config.to_dict(), state, files)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch. For tensors under transformers' names there is `minibert.state_dicts.from_transformers`."""
-        state_dicts.refuse_transformers(state_dict)
+        """As in torch. `minibert.checkpoint.names.from_transformers` translates tensors under transformers' names."""
+        names.refuse_transformers(state_dict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def num_parameters(self, only_trainable: bool = False) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordPiece
 
-from minibert import hub
-from minibert.files import naming
+from minibert.checkpoint import hub
+from minibert.checkpoint.files import naming
 from minibert.tokenizer_files import (
     CASE,
     ROLES,

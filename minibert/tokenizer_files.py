@@ -25,8 +25,8 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from minibert.files import naming, read_json
-from minibert.hub import CONFIG, Source
+from minibert.checkpoint.files import naming, read_json
+from minibert.checkpoint.hub import CONFIG, Source
 
 TOKENIZER, VOCABULARY, SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"

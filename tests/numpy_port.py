@@ -6,7 +6,7 @@ from math import erf
 
 import numpy as np
 
-from minibert.names import hub_names
+from minibert.checkpoint.names import hub_names
 
 
 @dataclass

@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from minibert import BertForMaskedLM, FillMask, load_tokenizer
-from minibert.files import sha256
-from minibert.hub import BUNDLED
+from minibert.checkpoint.files import sha256
+from minibert.checkpoint.hub import BUNDLED
 
 NAME = "minibert-uncased"
 

@@ -174,7 +174,7 @@ def test_the_notebooks_shapes():
 def real_weights():
     from huggingface_hub import try_to_load_from_cache
 
-    from minibert import hub
+    from minibert.checkpoint import hub
 
     for folder in hub.BUNDLED:
         if (folder / "bert-base-uncased" / "model.safetensors").is_file():

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from minibert import BertConfig, BertForMaskedLM
-from minibert.names import NAMES, hub_names
+from minibert.checkpoint.names import NAMES, hub_names
 from minibert.packing import PackedBatch
 
 # Awkward on purpose: no two sizes are equal, so that swapped axes and forgotten splits fail.

@@ -9,7 +9,7 @@ from minibert.commands.options import add_json, add_model
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from minibert.checkpoint import LoadReport
+    from minibert.checkpoint.reading import LoadReport
     from minibert.tokenizer import TokenizerReport
 
 HELP = "A model's configuration, its parameters, and how its files were read."

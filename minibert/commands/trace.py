@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from minibert.atomic import writable_place
+from minibert.checkpoint.files import writable_place
 from minibert.commands.options import add_device_and_dtype, add_model
 
 HELP = "Write every intermediate tensor of a model, for `diff` and `diagnose`."

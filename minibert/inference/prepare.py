@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minibert import checks
+from minibert.checkpoint.reading import shapes_only
 from minibert.inference.cuda_graphs import Graphs, can_compile, has_flash_attention
 from minibert.inference.fixed import PREPARED, fix
 from minibert.inference.int8 import Int8Embedding, Int8Linear, finish_layer
@@ -35,7 +36,6 @@ from minibert.masked_lm import BertForMaskedLM
 from minibert.model import ACTIVATIONS, Bert, EncoderLayer, FeedForward, MLMHead, SelfAttention
 from minibert.packing import PackedBatch
 from minibert.recomputing import RecomputedLayer
-from minibert.shapes import shapes_only
 
 COMPILED_ON = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibert.checkpoint.names import hub_names
 from minibert.masked_lm import BertForMaskedLM
-from minibert.names import hub_names
 from minibert.parity.yardstick import Error, Gap
 from minibert.trace.files import Trace
 from minibert.trace.inputs import hide_padding

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minibert.checkpoint.names import some
 from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import mask_tokens
-from minibert.names import some
 from minibert.parity.report import in_columns, in_markdown
 from minibert.parity.yardstick import K_RMS, K, Measure, largest, measures, rounding_dtype
 from minibert.trace.inputs import hide_padding, standard_inputs

@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 from torch import Tensor
 
+from minibert.checkpoint.names import some
 from minibert.masked_lm import BertForMaskedLM
-from minibert.names import some
 from minibert.parity.judge import Judge
 from minibert.parity.precision import lower_precision
 from minibert.parity.quantised import hint

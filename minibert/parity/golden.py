@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minibert import hub
-from minibert.files import sha256
+from minibert.checkpoint import hub
+from minibert.checkpoint.files import sha256
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.check import Reference, collator_masks
 from minibert.parity.yardstick import measures

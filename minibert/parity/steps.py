@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibert.checkpoint.names import hub_names
 from minibert.loss import masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.model import ACTIVATIONS, EncoderLayer
-from minibert.names import hub_names
 from minibert.trace.files import Trace
 from minibert.trace.inputs import Inputs
 from minibert.trace.table import GRADIENT, parameter_names

@@ -36,10 +36,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minibert.config_keys import SIZES
+from minibert.checkpoint.config_keys import SIZES
+from minibert.checkpoint.reading import shapes_only
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.steps import Steps
-from minibert.shapes import shapes_only
 from minibert.trace.files import Trace
 from minibert.trace.inputs import Inputs, check_inputs, hide_padding
 from minibert.trace.table import GRADIENT, row_of

@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from minibert.atomic import whole_file, writable_place
+from minibert.checkpoint.files import whole_file, writable_place
 from minibert.study.says import plain
 
 OURS = '<meta name="generator" content="minibert study">'  # how a page of ours is told from other files

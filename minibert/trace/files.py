@@ -19,11 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minibert.atomic import whole_file
-from minibert.checkpoint import DTYPES
+from minibert.checkpoint.files import naming, parse_json, whole_file
+from minibert.checkpoint.names import some
+from minibert.checkpoint.reading import DTYPES
 from minibert.config import BertConfig
-from minibert.files import naming, parse_json
-from minibert.names import some
 from minibert.packing import PackedBatch
 from minibert.trace.forms import Form, Forms, shown
 from minibert.trace.inputs import Inputs, check_inputs, hide_padding

@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from minibert.checkpoint.files import read_json
 from minibert.config import BertConfig
-from minibert.files import read_json
 from minibert.loss import IGNORE
 from minibert.tokenizer import encode
 from minibert.trace.stores import require_file

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minibert.checkpoint.config_keys import FIXED_KEYS
+from minibert.checkpoint.names import WRAPPERS, hub_names
 from minibert.config import BertConfig
-from minibert.config_keys import FIXED_KEYS
 from minibert.kernels import use_kernel
 from minibert.masked_lm import BertForMaskedLM
-from minibert.names import WRAPPERS, hub_names
 from minibert.packing import PackedBatch
 from minibert.trace.files import FORMAT, HOW_TO_WRITE, VERSION, Trace
 from minibert.trace.inputs import check_inputs, hide_padding

@@ -14,8 +14,8 @@ from typing import IO, Any, Protocol
 import torch
 from torch import Tensor
 
-from minibert.checkpoint import SafetensorsFile, stamp
-from minibert.files import parse_json
+from minibert.checkpoint.files import parse_json
+from minibert.checkpoint.reading import SafetensorsFile, stamp
 
 MOST_HEADER = 2**24  # bytes. A file may claim anything.
 KINDS = {

@@ -11,10 +11,10 @@ from functools import cache
 
 import torch
 
+from minibert.checkpoint.names import NAMES, hub_names
+from minibert.checkpoint.reading import shapes_only
 from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
-from minibert.names import NAMES, hub_names
-from minibert.shapes import shapes_only
 
 # Name, shape, and how the tensor follows from those above it. Dropout belongs to the tensor that it is applied to: a
 # trace holds what the next step reads.

@@ -7,8 +7,8 @@
     OUT/best/             the model with the least loss on held-out lines, so far
     OUT/config.json, …    the model after the last step: it is there when the run is finished
 
-Each file and folder appears whole, or not at all (atomic.py). So a run can be killed at any moment, and the newest
-checkpoint stands. Tensors are in safetensors, all else is JSON; nothing is a pickle.
+Each file and folder appears whole, or not at all (checkpoint/files.py). So a run can be killed at any moment, and the
+newest checkpoint stands. Tensors are in safetensors, all else is JSON; nothing is a pickle.
 """
 
 import json
@@ -27,10 +27,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
 
-from minibert.atomic import SCRATCH, NotOnDisk, whole_file, whole_folder
-from minibert.checkpoint import SafetensorsFile
-from minibert.files import read_json
-from minibert.hub import CONFIG
+from minibert.checkpoint.files import SCRATCH, NotOnDisk, read_json, whole_file, whole_folder
+from minibert.checkpoint.hub import CONFIG
+from minibert.checkpoint.reading import SafetensorsFile
 from minibert.masked_lm import BertForMaskedLM
 from minibert.training.locks import locked
 

@@ -10,8 +10,8 @@ The token files of a text are in a folder named after it and its SHA-256, so tha
     train.starts, held_out.starts    where each line begins, and the end, int64
     about.json                       the text, the tokenizer, the counts, and the SHA-256 of each file
 
-A folder gets its name when all of it is on the disk (atomic.py). So what is there is complete, and a run that is killed
-loses only the text that it was at.
+A folder gets its name when all of it is on the disk (checkpoint/files.py). So what is there is complete, and a run that
+is killed loses only the text that it was at.
 """
 
 import glob
@@ -38,8 +38,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from minibert.atomic import SCRATCH, whole_folder
-from minibert.files import sha256
+from minibert.checkpoint.files import SCRATCH, sha256, whole_folder
 from minibert.tokenizer import as_tokenizer
 from minibert.training.locks import locked
 from minibert.training.workers import encode, tokenizing

@@ -16,7 +16,7 @@ from huggingface_hub.utils import _http
 from safetensors.torch import load_file
 
 from minibert import BertConfig, BertForMaskedLM, load_tokenizer
-from minibert import hub as minihub
+from minibert.checkpoint import hub as minihub
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import transformers
 from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from minibert import BertConfig, BertForMaskedLM, config_keys
+from minibert import BertConfig, BertForMaskedLM
+from minibert.checkpoint import config_keys
 
 SIZES = dict(
     vocab_size=99,

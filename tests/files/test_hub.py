@@ -22,7 +22,7 @@ from hub_server import (
 from huggingface_hub import constants
 
 from minibert import BertConfig, BertForMaskedLM, load_tokenizer
-from minibert import hub as minihub
+from minibert.checkpoint import hub as minihub
 
 # -------------------------------------------------------------------------------------------------------------- loading
 

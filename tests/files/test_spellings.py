@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from minibert import BertForMaskedLM, PackedBatch
-from minibert.names import BEGINS, NAMES, common_prefix, hub_names, read_names
+from minibert.checkpoint.names import BEGINS, NAMES, common_prefix, hub_names, read_names
 
 SIZES = dict(
     vocab_size=99,

@@ -22,7 +22,8 @@ from checkpoints import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minibert import BertConfig, BertForMaskedLM, files, hub, writing
+from minibert import BertConfig, BertForMaskedLM
+from minibert.checkpoint import files, hub, writing
 
 # -------------------------------------------------------------------------------------------------------------- writing
 

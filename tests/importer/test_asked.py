@@ -9,7 +9,7 @@ import transformers
 from twins import CONFIGS, copy_weights, make_batch, twins
 
 from minibert import BertConfig, BertForMaskedLM, prepare_for_inference
-from minibert.state_dicts import from_transformers
+from minibert.checkpoint.names import from_transformers
 
 SIZES = CONFIGS["batch 13, gelu"]
 

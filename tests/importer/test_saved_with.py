@@ -10,7 +10,8 @@ import torch
 import transformers
 from twins import CONFIGS
 
-from minibert import BertConfig, BertForMaskedLM, FillMask, load_tokenizer, writing
+from minibert import BertConfig, BertForMaskedLM, FillMask, load_tokenizer
+from minibert.checkpoint import writing
 from minibert.mlm import mask_and_guess
 from minibert.score import pseudo_log_likelihood
 from minibert.study import study

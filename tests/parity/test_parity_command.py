@@ -16,9 +16,10 @@ from twins import CONFIGS, twins
 import minibert.kernels
 import minibert.masked_lm
 import minibert.model
-from minibert import BertForMaskedLM, hub
+from minibert import BertForMaskedLM
+from minibert.checkpoint import hub
+from minibert.checkpoint.files import sha256
 from minibert.cli import main
-from minibert.files import sha256
 from minibert.parity import assert_parity, golden
 
 SIZES = CONFIGS["3 heads, gelu_new"]

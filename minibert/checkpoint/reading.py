@@ -7,28 +7,28 @@ or with an error that names the file and the tensor. It opens safetensors files 
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from minibert.config import BertConfig, config_of
-from minibert.config_keys import defaulted_keys, ignored_keys, unknown_keys
-from minibert.files import looks_like, naming, parse_json, read_json, sha256
-from minibert.hub import CONFIG, INDEX, NEXT, WEIGHTS, Source, WeightFiles, weight_files
-from minibert.names import HEAD, Spelling, hub_names, layers, nearest, read_names, several
-from minibert.state_dicts import same_numbers
+from minibert.checkpoint.config_keys import defaulted_keys, ignored_keys, unknown_keys
+from minibert.checkpoint.files import looks_like, naming, parse_json, read_json, sha256
+from minibert.checkpoint.hub import CONFIG, INDEX, NEXT, WEIGHTS, Source, WeightFiles, weight_files
+from minibert.checkpoint.names import HEAD, Spelling, hub_names, layers, nearest, read_names, same_numbers, several
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 STORED = {**DTYPES, **INTEGERS, "BOOL": torch.bool}
+Config = TypeVar("Config")
 TRIES = 100  # to open a model's files while another process saves there
 
 
@@ -74,11 +74,11 @@ def stamp(file: Path | int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class FoundTensors:
+class FoundTensors(Generic[Config]):
     """The configuration of a checkpoint and its open files, before any tensor is read."""
 
     files: WeightFiles
-    config: BertConfig
+    config: Config
     config_values: Mapping[str, Any]  # all that is in config.json
     entries: dict[str, "SafetensorsFile"]  # name → its file
     spelling: Spelling
@@ -89,17 +89,21 @@ class FoundTensors:
 
 
 @contextmanager
-def opened(source: Source) -> Iterator[FoundTensors]:
+def opened(
+    source: Source, config_of: Callable[[Source], tuple[Config, dict[str, Any]]]
+) -> Iterator[FoundTensors[Config]]:
     """The files of one model, open: its configuration and weights were in the folder at one moment, whatever another
-    process saves there. What is read later is read from them.
+    process saves there. What is read later is read from them. config_of: gives the configuration, and all that is in
+    its file. It is asked first, so no other architecture's weights are downloaded.
 
-    Raises as `BertConfig.from_pretrained` and `find_tensors` do, and OSError if there is never such a moment.
+    Raises as `config_of` and `find_tensors` do, and OSError if there is never such a moment.
     """
     for _ in range(TRIES):
         with ExitStack() as files:
             before = _stamps(source)
             try:
-                found = find_tensors(source, files)
+                config, values = config_of(source)
+                found = find_tensors(source, config, values, files)
             except (ValueError, OSError):
                 if before == _stamps(source):
                     raise
@@ -115,23 +119,23 @@ def _stamps(source: Source) -> list[tuple[int, ...]]:
     return [stamp(source.folder / name) for name in (CONFIG, NEXT, WEIGHTS, INDEX)] if source.folder else []
 
 
-def find_tensors(source: Source, opening: ExitStack) -> FoundTensors:
+def find_tensors(
+    source: Source, config: Config, config_values: dict[str, Any], opening: ExitStack
+) -> FoundTensors[Config]:
     """Open the files (`opening` closes them), and read their heads, and what the names in them mean.
 
     Raises ValueError for a file that is not whole, for tensors that are twice there or not where the index says, and
     for fewer layers than the configuration has.
     """
-    config, config_values = config_of(source)  # first: no other architecture's weights are downloaded
     files = weight_files(source)
     entries = _read_headers(files, opening)
     with naming(files.where):
         spelling = read_names(entries)
         # Before the model is made: a config.json may say a billion.
         count = layers(spelling.spelled)
-        if 0 < count < config.num_hidden_layers:
-            raise ValueError(
-                f"layer {count} is missing (num_hidden_layers in {CONFIG} is {config.num_hidden_layers}, from 0)"
-            )
+        said = config_values["num_hidden_layers"]
+        if 0 < count < said:
+            raise ValueError(f"layer {count} is missing (num_hidden_layers in {CONFIG} is {said}, from 0)")
         if not count:
             like = nearest("bert.encoder.layer.0.attention.self.query.weight", entries)
             first = ", ".join([*entries][:3]) or "nothing: it is empty"
@@ -140,7 +144,7 @@ def find_tensors(source: Source, opening: ExitStack) -> FoundTensors:
 
 
 def read_weights(
-    found: FoundTensors,
+    found: FoundTensors[Any],
     shapes: Mapping[str, torch.Size],
     *,
     dtype: torch.dtype | str | None = None,
@@ -396,3 +400,31 @@ def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.dev
     if name == "head.dense.weight":
         return torch.eye(shape[0], dtype=dtype, device=device)
     return (torch.ones if name == "head.LayerNorm.weight" else torch.zeros)(shape, dtype=dtype, device=device)
+
+
+# ----------------------------------------------------------------- a model that has shapes, before its weights are read
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within this block modules have shapes, but no memory and no initial values. In this thread only: torch's own
+    `with torch.device("meta")` also writes a variable that all threads share.
+    """
+    with _NoMemory():
+        yield
+
+
+class _NoMemory(TorchFunctionMode):
+    """Makes tensors on the meta device, and leaves out what would fill one. That would change nothing there, but torch
+    does some of it in Python, and imports sympy and torch.compile for that: a second, and twice the memory of the
+    bundled weights.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        # Which of torch.nn.init's functions come here whole, and which as the steps that they take, depends on torch.
+        if in_place or getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        return func(*args, **{**kwargs, "device": "meta"} if func in (torch.empty, torch.zeros, torch.ones) else kwargs)

@@ -1,4 +1,4 @@
-"""Tensors → files: a model is written whole, or not at all. (checkpoint.py reads one.)"""
+"""Tensors → files: a model is written whole, or not at all. (reading.py reads one.)"""
 
 import json
 import os
@@ -11,47 +11,47 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minibert import atomic
-from minibert.config import BertConfig
-from minibert.files import sha256
-from minibert.hub import CONFIG, NEXT, WEIGHTS, unfinished_config
-from minibert.state_dicts import to_transformers
+from minibert.checkpoint import files
+from minibert.checkpoint.files import sha256
+from minibert.checkpoint.hub import CONFIG, NEXT, WEIGHTS, unfinished_config
+from minibert.checkpoint.names import to_transformers
 
 
 def write(
     folder: str | os.PathLike[str],
-    config: BertConfig,
+    config: Mapping[str, Any],
     state: Mapping[str, Tensor],
     others: Mapping[str, str] | None = None,
 ) -> None:
-    """config.json and model.safetensors in `folder`, which is made if need be; and others: name → text.
+    """config.json (the values of `config`) and model.safetensors in `folder`, which is made if need be; and others:
+    name → text.
 
     Raises OSError if they cannot be written. Then, and also if the process is killed, a model that was in `folder`
     before is still loaded by minibert as it was. (Another program may meet new weights with the old configuration, and
     anybody the new `others` with the old weights, if the process is killed between the renames.) Other files in
-    `folder` are not touched. The one error after which the new model is there is atomic.NotOnDisk.
+    `folder` are not touched. The one error after which the new model is there is files.NotOnDisk.
     """
     others = others or {}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     tensors = to_transformers(state)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    values = {**config.to_dict(), "dtype": dtype}
+    values = {**config, "dtype": dtype}
     texts = {**others, CONFIG: json.dumps(values, indent=2) + "\n"}
-    places = {name: atomic.writable_place(target / name) for name in [*others, WEIGHTS, CONFIG, NEXT]}
+    places = {name: files.writable_place(target / name) for name in [*others, WEIGHTS, CONFIG, NEXT]}
     try:
         with ExitStack() as around:
             # One in each folder: where a file is a link to one elsewhere, that one is replaced.
             parents = {place.parent for place in places.values()}
-            scratch = {parent: around.enter_context(atomic.scratch_folder(parent)) for parent in parents}
+            scratch = {parent: around.enter_context(files.scratch_folder(parent)) for parent in parents}
             new = {name: scratch[place.parent] / name for name, place in places.items()}
             for name, text in texts.items():
                 new[name].write_text(text, encoding="utf-8")
             save_file(tensors, new[WEIGHTS], metadata={"format": "pt"})
             for name in (*texts, WEIGHTS):
-                atomic.set_mode(new[name], places[name])
+                files.set_mode(new[name], places[name])
             with suppress(OSError):  # a file system without locks
-                around.enter_context(atomic.locked(target, wait=True))  # two at once: one after the other
+                around.enter_context(files.locked(target, wait=True))  # two at once: one after the other
             _replace_model(new, places, target, values)
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{target / WEIGHTS}: could not be written: {error}") from error
@@ -61,7 +61,7 @@ def _finish_earlier(target: Path) -> None:
     """Give the weights that a killed save has left their configuration, which still waits in NEXT."""
     waiting = unfinished_config(target)
     if waiting is not None:
-        with atomic.whole_file(target / CONFIG) as path:
+        with files.whole_file(target / CONFIG) as path:
             path.write_text(json.dumps(waiting, indent=2) + "\n", encoding="utf-8")
     (target / NEXT).unlink(missing_ok=True)
 
@@ -84,7 +84,7 @@ def _replace_model(new: Mapping[str, Path], places: Mapping[str, Path], target: 
         belongs = {"weights_sha256": sha256(new[WEIGHTS]), "config": values}
         new[NEXT].write_text(json.dumps(belongs), encoding="utf-8")
     for folder in {path.parent for path in new.values()}:
-        atomic.to_disk(folder)
+        files.to_disk(folder)
     had = {name: new[name].with_name(f"before {name}") for name in names if places[name].exists()}
     with suppress(OSError):  # a file system without second names: then NEXT has to do alone
         for name, before in had.items():
@@ -104,7 +104,7 @@ def _replace_model(new: Mapping[str, Path], places: Mapping[str, Path], target: 
                 places[name].unlink(missing_ok=True)
         places[NEXT].unlink(missing_ok=True)
         raise
-    with atomic.in_place(target):
+    with files.in_place(target):
         places[NEXT].unlink(missing_ok=True)
         for folder in {place.parent for place in places.values()}:
-            atomic.to_disk(folder, files=False)
+            files.to_disk(folder, files=False)

@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minibert.files import read_json, sha256
+from minibert.checkpoint.files import read_json, sha256
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 NEXT = ".config.json.next"  # see writing._replace_model
-BUNDLED = (Path(__file__).parent / "weights", Path(__file__).parent.parent / "weights")  # in the wheel, in a checkout
+BUNDLED = (Path(__file__).parents[1] / "weights", Path(__file__).parents[2] / "weights")  # in the wheel, in a checkout
 # Google's BERTs had no owner in their names once, and many programs still call them so.
 SHORT_NAMES = {
     name: f"google-bert/{name}"

@@ -1,0 +1,1 @@
+"""A checkpoint: where it lies (hub), what its tensors are called (names), and how it is read and written."""
