@@ -1,10 +1,23 @@
-"""The faults of the catalogue, planted in transformers' own model by patching it, and where each must be found."""
+"""The faults of the catalogue, planted in transformers' own model by patching it. A fault that is not planted here
+is tested with its own steps.
+"""
 
+from functools import cache
+
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers.models.bert.modeling_bert as hub
+from independent import eight_bits
 from torch import nn
 from twins import CONFIGS, make_batch, twins
+
+from minibert.parity import Trace, trace
+from minibert.parity.faults import CATALOGUE
+from minibert.parity.steps import Steps
+from minibert.parity.yardstick import converted
+from minibert.trace.inputs import hide_padding
+from minibert.trace.table import expected_names, row_of
 
 SIZES = [
     {**CONFIGS["batch 13, gelu"], "num_hidden_layers": 1},
@@ -185,40 +198,40 @@ def erf_gelu(model, patch):
 
 
 PLANTED = {
-    "pre-LayerNorm": (pre_norm, "layers.0.query"),
-    "key and value swapped": (key_as_value, "layers.0.key"),
-    "heads split in the wrong order": (interleaved, "layers.0.query"),
-    "heads put together without the transpose": (lambda m, p: eager(p, merge=False), "layers.0.context"),
-    "attention mask added as 0 and 1": (lambda m, p: eager(p, mask="raw"), "layers.0.scores"),
-    "causal mask": (lambda m, p: eager(p, mask="causal"), "layers.0.scores"),
-    "tanh-GELU": (tanh_gelu, "layers.0.activation"),
-    "LayerNorm eps 1e-5": (eps(1e-5), "embeddings.norm"),
-    "LayerNorm eps 1e-6": (eps(1e-6), "embeddings.norm"),
-    "LayerNorm eps 1e-3": (eps(1e-3), "embeddings.norm"),
-    "residual added after the LayerNorm": (residual_after, "layers.0.attention_norm"),
-    "head activation missing": (no_head_activation, "head.activation"),
-    "LayerNorm weight and bias not loaded": (not_loaded, "embeddings.norm"),
-    "LayerNorm divides by n - 1": (sample_variance, "embeddings.norm"),
-    "token type embedding missing": (no_types, "embeddings.sum"),
-    "token types ignored": (constant_types, "embeddings.sum"),
-    "positions off by one": (off_by_one, "embeddings.sum"),
-    "scores not scaled": (unscaled, "layers.0.scores"),
-    "scores scaled by √D": (lambda m, p: eager(p, scale=m.config.num_attention_heads**-0.5), "layers.0.scores"),
-    "query and key swapped": (lambda m, p: eager(p, swap=True), "layers.0.query"),
-    "attention mask ignored": (lambda m, p: eager(p, mask="ignored"), "layers.0.probabilities"),
-    "attention mask inverted": (lambda m, p: eager(p, mask="inverted"), "layers.0.scores"),
-    "attention mask after the softmax": (lambda m, p: eager(p, mask="after"), "layers.0.probabilities"),
-    "square weights transposed": (transposed, "layers.0.query"),
-    "head transform skipped": (no_transform, "logits"),
-    "MLM bias missing": (no_bias, "logits"),
-    "MLM bias doubled": (double_bias, "logits"),
-    "decoder untied": (untied, "gradient.bert.embeddings.word_embeddings.weight"),
-    "dropout left on": (dropout_on, "embeddings.norm"),
-    "positions count tokens, not columns": (positions(lambda m: (m.cumsum(1) - 1).clamp(min=0)), "embeddings.sum"),
-    "positions off by the padding id (RoBERTa's)": (positions(lambda m: m.cumsum(1) * m + 1), "embeddings.sum"),
-    "heads split by a view, without the transpose": (split_without_transpose, "layers.0.query"),
-    "erf-GELU": (erf_gelu, "layers.0.activation"),
-    "fp16 softmax overflow": (lambda m, p: eager(p, largest_subtracted=False), "layers.0.probabilities"),
+    "pre-LayerNorm": pre_norm,
+    "key and value swapped": key_as_value,
+    "heads split in the wrong order": interleaved,
+    "heads put together without the transpose": lambda m, p: eager(p, merge=False),
+    "attention mask added as 0 and 1": lambda m, p: eager(p, mask="raw"),
+    "causal mask": lambda m, p: eager(p, mask="causal"),
+    "tanh-GELU": tanh_gelu,
+    "LayerNorm eps 1e-5": eps(1e-5),
+    "LayerNorm eps 1e-6": eps(1e-6),
+    "LayerNorm eps 1e-3": eps(1e-3),
+    "residual added after the LayerNorm": residual_after,
+    "head activation missing": no_head_activation,
+    "LayerNorm weight and bias not loaded": not_loaded,
+    "LayerNorm divides by n - 1": sample_variance,
+    "token type embedding missing": no_types,
+    "token types ignored": constant_types,
+    "positions off by one": off_by_one,
+    "scores not scaled": unscaled,
+    "scores scaled by √D": lambda m, p: eager(p, scale=m.config.num_attention_heads**-0.5),
+    "query and key swapped": lambda m, p: eager(p, swap=True),
+    "attention mask ignored": lambda m, p: eager(p, mask="ignored"),
+    "attention mask inverted": lambda m, p: eager(p, mask="inverted"),
+    "attention mask after the softmax": lambda m, p: eager(p, mask="after"),
+    "square weights transposed": transposed,
+    "head transform skipped": no_transform,
+    "MLM bias missing": no_bias,
+    "MLM bias doubled": double_bias,
+    "decoder untied": untied,
+    "dropout left on": dropout_on,
+    "positions count tokens, not columns": positions(lambda m: (m.cumsum(1) - 1).clamp(min=0)),
+    "positions off by the padding id (RoBERTa's)": positions(lambda m: m.cumsum(1) * m + 1),
+    "heads split by a view, without the transpose": split_without_transpose,
+    "erf-GELU": erf_gelu,
+    "fp16 softmax overflow": lambda m, p: eager(p, largest_subtracted=False),
 }  # fmt: skip
 
 
@@ -237,3 +250,40 @@ def port(sizes, title=""):
             query.data *= 30
             layer.attention.qkv.weight.data[: len(query)] = query.data
     return ours, theirs, make_batch(sizes, MASKS.get(title, "right"), (5, 7), two_segments=True)
+
+
+KNOWN = {fault.title: fault for fault in CATALOGUE}
+
+
+def given_by(title, column="float32", sizes=SIZES[1]):
+    """Our model, and the trace of a port with a known fault: transformers' model with the fault planted by hand, if
+    planted.py does; otherwise the steps of the fault itself.
+    """
+    ours, theirs, batch = port(sizes, title)
+    if column == "bfloat16" and ours.dtype == torch.float32:
+        ours, theirs = ours.bfloat16(), theirs.bfloat16()
+    if column == "8 bits":
+        ours, theirs = ours.float(), eight_bits(theirs.float())
+    if title in PLANTED:
+        with pytest.MonkeyPatch.context() as patch:
+            PLANTED[title](theirs, patch)
+            return ours, trace(theirs, **batch, grad=title == "decoder untied" and column != "8 bits")
+    right = trace(ours, **batch)
+    model = eight_bits(ours) if column == "8 bits" else ours
+    steps = KNOWN[title](converted(model, model.dtype), right.inputs()[0], right)
+    found = {name: hide_padding(row_of(name), x, batch["attention_mask"].bool()) for name, x in steps.run()}
+    return ours, Trace({**right.tensors, **found}, right.config, right.metadata)
+
+
+@cache
+def place_of(title):
+    """The first tensor that a known fault changes, in float64."""
+    ours, given = given_by(title, "float32")
+    exact, inputs = converted(ours, torch.float64), given.inputs()[0]
+    mask, found = inputs.attention_mask.bool(), []
+    for kind in (Steps, KNOWN[title]):
+        steps = kind(exact, inputs, given)
+        found.append({name: hide_padding(row_of(name), x, mask) for name, x in steps.run()} | dict(steps.gradients()))
+    right, wrong = found
+    apart = [name for name in right if name in wrong and not torch.allclose(right[name], wrong[name], 1e-9, 1e-9)]
+    return min(apart, key=expected_names(ours.config).index)

@@ -4,9 +4,9 @@ import json
 from copy import deepcopy
 
 import pytest
-from planted import PLANTED, SIZES, port
+from independent import RIGHT, eight_bits
+from planted import PLANTED, SIZES, place_of, port
 from strange import STRANGE
-from torch import nn
 from twins import twins
 
 from minibert.cli import main
@@ -14,38 +14,6 @@ from minibert.parity import diagnose, diff, trace
 from minibert.parity.quantised import quantised
 from minibert.trace import Trace, standard_inputs
 from minibert.trace.table import INPUTS
-
-
-def rounded(x, axis=-1, levels=127):
-    step = (x.abs().amax() if axis is None else x.abs().amax(axis, keepdim=True)).clamp(min=1e-30) / levels
-    return (x / step).round() * step
-
-
-def eight_bits(model, weights=rounded, read=None, embeddings=False):
-    """A copy of ours or of transformers' model. read: what its products make of what they read."""
-    model = deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            if len(module.weight) != model.config.vocab_size:  # the decoder is the word embeddings
-                module.weight.data = weights(module.weight.data)
-            if read:
-                module.register_forward_pre_hook(lambda module, inputs: (read(inputs[0]),))
-        elif isinstance(module, nn.Embedding) and embeddings:
-            module.weight.data = weights(module.weight.data)
-    return model
-
-
-def of_tensor(x):
-    return rounded(x, None)
-
-
-RIGHT = {
-    "weights by channel": {},
-    "weights by tensor": dict(weights=of_tensor),
-    "everything by tensor": dict(weights=of_tensor, read=of_tensor, embeddings=True),
-    "7 bits read": dict(read=lambda x: rounded(x, None, 63)),
-    "by token": dict(read=rounded),
-}
 
 
 @pytest.mark.parametrize("kind", RIGHT)
@@ -64,9 +32,9 @@ def test_a_right_port_passes(kind):
 def test_a_fault_of_a_quantised_port_is_named(title, monkeypatch):
     ours, theirs, _ = port(SIZES[1])
     theirs = eight_bits(theirs)
-    PLANTED[title][0](theirs, monkeypatch)
+    PLANTED[title](theirs, monkeypatch)
     report = quantised(trace(theirs, **standard_inputs(ours.config)), ours)
-    assert (report.ok, report.first_wrong) == (False, PLANTED[title][1])
+    assert (report.ok, report.first_wrong) == (False, place_of(title))
     assert [line.split(":")[0] for line in report.summary if "with this fault" in line] == [title], report.summary
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from planted import PLANTED, SIZES, norms, port, tanh_gelu
+from planted import PLANTED, SIZES, norms, place_of, port, tanh_gelu
 from strange import STRANGE
 from torch import nn
 from twins import twins
@@ -151,11 +151,10 @@ def test_known_faults_in_bfloat16(title, monkeypatch):
     ours, theirs, _ = port(SIZES[1])
     ours, theirs = ours.bfloat16(), theirs.bfloat16()
     batch = standard_inputs(ours.config)
-    plant, place = PLANTED[title]
     with monkeypatch.context() as patch:
-        plant(theirs, patch)
+        PLANTED[title](theirs, patch)
         given = trace(theirs, **batch)
     diagnosis = diagnose(given, ours)
-    assert (diagnosis.first_wrong, diagnosis.found) == (place, [[title]])
+    assert (diagnosis.first_wrong, diagnosis.found) == (place_of(title), [[title]])
     for model in (None, ours):
         assert "exchanged" not in "\n".join(diff(trace(ours, **batch), given, model).lines())
