@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor
 
-from minibert.masked_lm import BertForMaskedLM
 from minibert.checkpoint.names import some
+from minibert.masked_lm import BertForMaskedLM
 from minibert.parity import yardstick
 from minibert.parity.appearance import Wrong, appearance
 from minibert.parity.diagnosis import hidden_faults

@@ -1,4 +1,4 @@
-"""How far right pairs are apart, for the constants in yardstick.py and comparison.py: times rounding, and in eps. By hand:
+"""How far right pairs are apart, for the constants in yardstick.py and comparison.py: in roundings and in eps. By hand:
 
 PYTHONPATH=.:tests:tests/parity python tests/parity/calibrate.py
 """
