@@ -131,7 +131,7 @@ def test_names_and_tokenizers_do_without_torch(room):
 
 
 def test_the_processes_that_tokenize_do_without_torch():
-    code = "import sys, minibert.training.workers; print('torch' in sys.modules)"
+    code = "import sys, minibert.training.processes; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

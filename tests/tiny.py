@@ -49,7 +49,7 @@ class Tiny:
         return main(self.arguments(out, *more))
 
     def load(self):
-        """Model, tokenizer and token files, for `minibert.training.loop.train_steps`."""
+        """Model, tokenizer and token files, for `minibert.training.run.train_steps`."""
         model, tokenizer = BertForMaskedLM.from_pretrained(self.start), load_tokenizer(self.start)
         return model, tokenizer, token_files([str(self.text)], tokenizer, self.tokens)
 

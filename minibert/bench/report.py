@@ -30,6 +30,7 @@ class Row:
     quartiles: tuple[float, float] | None = None
     tokens_per_second: float | None = None
     share_of_matmul: float | None = None  # its rate of arithmetic over the machine's
+    share_of_peak: float | None = None  # over what the maker of the card promises
     peak_memory_bytes: int | None = None
     against: str = ""  # which of our rows it is compared with
     ratio: float | None = None  # that row's median over this one
@@ -93,7 +94,7 @@ def table(report: Report) -> str:
             f"{task}, {shape}: {work['rows']} rows of {work['shortest']} to {work['longest']} tokens, "
             f"{work['real_tokens']} real ({work['padded_tokens']} padded), asked at {work['asked']}",
             f"  {'contender':<22} {'precision':<9} {'median ms':>10} {'quartiles':>17} {'tokens/s':>9} {'ours/its':>8} "
-            f"{'of matmul':>9} {'differs':>8} {'peak MiB':>9}",
+            f"{'of matmul':>9} {'of peak':>8} {'differs':>8} {'peak MiB':>9}",
         ]
         for row in rows:
             out.append(_line(row))
@@ -117,10 +118,11 @@ def _line(row: Row) -> str:
     spread = f"{1e3 * row.quartiles[0]:.1f}–{1e3 * row.quartiles[1]:.1f}"
     ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"
     share = "–" if row.share_of_matmul is None else f"{row.share_of_matmul:.0%}"
+    peak = "–" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
     memory = "–" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f}"
     line = (
         f"{start}{1e3 * row.median:>10.1f} {spread:>17} {row.tokens_per_second:>9.0f} {ratio:>8} {share:>9} "
-        f"{row.difference:>8.0e} {memory:>9}"
+        f"{peak:>8} {row.difference:>8.0e} {memory:>9}"
     )
     return line + (f"  {row.reason}" if row.reason else "")
 
@@ -133,15 +135,16 @@ is refused, not timed. Then all are timed in turn, A B C, A B C, so that whateve
 first calls, which compile and allocate, do not count, and a call under 0.3 s is preceded by one that is not timed.
 The median is printed because one disturbed round does not move it; the quartiles show how much the rounds differ.
 tokens/s counts real tokens: padding earns nothing. Dense shapes ask for logits everywhere, the others (and training) at
-15 % of the tokens. There the peers' own forward computes them everywhere all the same; CTranslate2 has no head, and
-gets one at the asked positions only.
+15 % of the tokens. There the peers' own forward computes them everywhere all the same; sdpa-asked calls the head of
+transformers by hand, at the asked positions only.
 ours/its is our median over that row's, below 1 where ours is faster: minibert prepared (in training: minibert) in the
 same precision; beside int8, where there is no int8 of ours, in bfloat16, or else in float32. "of matmul" is the
 arithmetic that was asked for (products only, no padding), a second, over this machine's measured matmul rate in that
-precision. int8 stands for products of 8-bit numbers; attention, norms and sums are in a higher precision, and each
-contender rounds in its own way. Training is forward, loss at the asked positions, backward and AdamW, on float32
-weights, in bfloat16 under autocast, with the dropout of the configuration; int8 is for inference, and ONNX Runtime,
-OpenVINO and CTranslate2 do not train here. peak MiB (--memory) is the whole process's resident memory on the CPU,
-torch's allocations on CUDA, up to that workload, with loading and preparing the model. Every contender has the number
-of threads printed above. The command lets glibc keep freed memory, for all of them alike, unless MALLOC_MMAP_THRESHOLD_
-or MALLOC_TRIM_THRESHOLD_ is set; in a process of your own, 1073741824 and 2147483647 in these variables do the same."""
+precision; "of peak" is over what the maker of the card promises, where the card is known. int8 stands for products of
+8-bit numbers; attention, norms and sums are in a higher precision, and each contender rounds in its own way. Training
+is forward, loss at the asked positions, backward and AdamW, on float32 weights, in bfloat16 under autocast, with the
+dropout of the configuration; int8 is for inference, and ONNX Runtime and OpenVINO do not train here. peak MiB
+(--memory) is the whole process's resident memory on the CPU, torch's allocations on CUDA, up to that workload, with
+loading and preparing the model. Every contender has the number of threads printed above. The command lets glibc keep
+freed memory, for all of them alike, unless MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ is set; in a process of
+your own, 1073741824 and 2147483647 in these variables do the same."""

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from minibert.bench.contenders import build, lineup, random_model
-from minibert.bench.machine import describe_machine, matmul_rate, synchronize
-from minibert.bench.peak_memory import measure_memory
+from minibert.bench.machine import describe_machine, matmul_rate, measure_memory, peak_rate, synchronize
 from minibert.bench.report import Report, Row, progress
-from minibert.bench.settings import TOLERANCE, Settings
+from minibert.bench.settings import Settings
 from minibert.bench.workloads import SHAPES, Absent, Contender, Workload, make_workload
 from minibert.devices import computing_device
 from minibert.masked_lm import BertForMaskedLM
 
 TRAINING_SHAPES = ("8x128", "mixed")
+# The largest difference of a logit from minibert's in float32, over the largest logit. float32: the same sums in
+# another order; bfloat16: some tens of roundings of 2^-8. int8 is reported and has no gate.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "int8": None}
 SHORT = 0.3  # seconds: a call that is shorter is preceded by one that is not timed, in every round
 SETTLE = 0.01  # seconds between two contenders, in which the threads of the last one go to sleep
 
@@ -49,12 +51,14 @@ def run(settings: Settings) -> Report:
             gc.collect()
         if settings.memory:
             measure_memory(rows, folder, settings)
+    machine = describe_machine(settings.device)
     for row in rows:
-        rate = matmul.get(row.precision)
+        rate, peak = matmul.get(row.precision), peak_rate(machine.get("gpu", ""), row.precision)
         if row.median and rate:
             work = next(w for task, works in plans if task == row.task for w in works if w.name == row.shape)
             flops = work.flops(config) * (3 if row.task == "training" else 1)  # backward: two products for each one
             row.share_of_matmul = flops / row.median / rate
+            row.share_of_peak = peak and flops / row.median / peak
     described = {
         f"{task} {work.name}": {
             "rows": len(work.lengths),
@@ -67,7 +71,7 @@ def run(settings: Settings) -> Report:
         for task, works in plans
         for work in works
     }
-    return Report(describe_machine(settings.device), settings, matmul, described, rows)
+    return Report(machine, settings, matmul, described, rows)
 
 
 def _run_task(

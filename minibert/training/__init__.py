@@ -3,9 +3,9 @@
     from minibert.training import Settings, train
     train(["corpus.txt"], init="minibert-uncased", out="OUT", settings=Settings(steps=1000))
 
-The files, in reading order: tokens.py (text to token files), data.py (to examples), batches.py (to the steps of a run),
-step.py (one step), evaluation.py (held-out lines), loop.py (step after step), saving.py (what is left on the disk, and
-how a run goes on), ranks.py (several processes), run.py (all of it).
+The files, in reading order: settings.py (the recipe), tokens.py (text to token files), data.py (to the examples of each
+step), step.py (one step, and the held-out lines), saving.py (what is left on the disk, and how a run goes on), run.py
+(step after step). ranks.py: several processes. processes.py: what a run asks of the system.
 """
 
 from importlib import import_module

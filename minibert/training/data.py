@@ -1,4 +1,4 @@
-"""Token files to training examples: an epoch is cut, shuffled into steps, and masked.
+"""Token files to training examples: an epoch is cut, shuffled into steps, and masked; and each rank gets its share.
 
 An epoch goes through each text as often as its weight says. Each pass cuts the text at other places, so that a word is
 seen with other neighbours. Most of the text becomes rows that run on over the ends of lines. Some of it becomes rows of
@@ -9,16 +9,24 @@ example. Nothing else is remembered. So any process can make any example, in any
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from minibert.masking import example_generator, mask_packed
 from minibert.packing import PackedBatch
 from minibert.tokenizer import count_ids, require_id, special_ids
+from minibert.training.processes import end_with_parent
+from minibert.training.ranks import Ranks
+from minibert.training.saving import Progress
+from minibert.training.settings import Settings
 from minibert.training.tokens import Lines, TokenFile
 
 REGION = 1000  # tokens: neighbouring lines that on one pass all stand alone, or all run on
@@ -184,3 +192,89 @@ def masked_rows(
     masked = mask_packed(ids, special, lengths, generators, vocab_size=known, mask_token_id=int(mask))
     positions = (masked.labels >= 0).nonzero().flatten()  # (M,)
     return Example(PackedBatch.from_flat(masked.input_ids, lengths), positions, masked.labels[positions])
+
+
+# ---------------------------------------------------------------------------------------------------- who computes what
+
+
+class Share(NamedTuple):
+    """What one rank computes of one step."""
+
+    epoch: int
+    step_in_epoch: int
+    tokens: int  # in all passes
+    passes: list[Example]
+
+
+class Shares(Dataset["Share | Exception"]):
+    """Makes the share of one rank: shares[epoch, step_in_epoch, the numbers of the step's rows]. Rows of like length
+    come together, which wastes least on a GPU.
+    """
+
+    def __init__(self, corpus: Corpus, ranks: Ranks, micro_tokens: int | None) -> None:
+        self.corpus = corpus
+        self.rank, self.size = ranks.rank, ranks.size
+        self.micro_tokens = micro_tokens
+
+    def __getitem__(self, step: tuple[int, int, list[int]]) -> "Share | Exception":
+        """An error is returned, not raised: DataLoader would wrap a worker's error in the text of its traceback."""
+        try:
+            return self.share(*step)
+        except Exception as error:
+            return error
+
+    def share(self, epoch: int, step_in_epoch: int, numbers: list[int]) -> Share:
+        length = dict(zip(numbers, self.corpus.lengths(epoch, numbers), strict=True))
+        mine = sorted(numbers, key=lambda number: -length[number])[self.rank :: self.size]
+        passes = [self.corpus.examples(epoch, some) for some in into_passes(mine, length, self.micro_tokens)]
+        if not passes:  # fewer rows than ranks: take part all the same, with a row in which nothing is asked
+            idle = self.corpus.examples(epoch, numbers[:1])
+            passes = [Example(idle.batch, idle.positions[:0], idle.targets[:0])]
+        return Share(epoch, step_in_epoch, sum(length[number] for number in mine), passes)
+
+
+def into_passes(numbers: Sequence[int], length: Mapping[int, int], most: int | None) -> list[list[int]]:
+    """The rows with these numbers, in their order, as passes of at most `most` tokens. None: one pass."""
+    passes: list[list[int]] = []
+    room = 0.0
+    for number in numbers:
+        if length[number] > room:
+            passes.append([])
+            room = math.inf if most is None else most
+        passes[-1].append(number)
+        room -= length[number]
+    return passes
+
+
+def shares(corpus: Corpus, settings: Settings, progress: Progress, ranks: Ranks) -> Iterator[Share]:
+    """This rank's shares of all the steps from `progress` on."""
+
+    def steps(begin: tuple[int, int]) -> Iterator[tuple[int, int, list[int]]]:
+        for epoch in count(begin[0]):
+            for step_in_epoch, numbers in enumerate(corpus.steps(epoch)):
+                if (epoch, step_in_epoch) >= begin:
+                    yield epoch, step_in_epoch, numbers
+
+    loader: DataLoader[Share | Exception] = DataLoader(
+        Shares(corpus, ranks, settings.micro_tokens),
+        batch_size=None,
+        sampler=islice(steps((progress.epoch, progress.step_in_epoch)), settings.steps - progress.step),
+        num_workers=settings.workers,
+        multiprocessing_context="fork" if settings.workers else None,  # the token files stay mapped, and are not copied
+        collate_fn=_as_it_is,
+        worker_init_fn=_start_worker,
+    )
+    for share in loader:
+        if isinstance(share, Exception):
+            raise share
+        yield share
+
+
+def _as_it_is(share: Any) -> Any:
+    return share
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent()

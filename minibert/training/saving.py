@@ -31,7 +31,7 @@ from minibert.checkpoint.files import SCRATCH, NotOnDisk, read_json, whole_file,
 from minibert.checkpoint.hub import CONFIG
 from minibert.checkpoint.reading import SafetensorsFile
 from minibert.masked_lm import BertForMaskedLM
-from minibert.training.locks import locked
+from minibert.training.processes import locked
 
 RUN, METRICS, LOCK = "run.json", "metrics.jsonl", ".lock"
 OPTIMIZER, PROGRESS = "optimizer.safetensors", "progress.json"

@@ -5,7 +5,7 @@ then linear decay of the learning rate; google-research/bert, optimization.py.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCHEDULES = ("linear", "cosine")
@@ -14,31 +14,40 @@ DTYPES = ("float32", "bfloat16")
 FREE = ("micro_tokens", "checkpoint_activations", "compile", "workers", "save_every", "evaluate_every")
 
 
+def option(default: Any, help: str, **about: Any) -> Any:
+    """A field that is an option of `minibert train`. ...: it must be given."""
+    metadata = {"help": help, **about}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of a run. Raises ValueError, naming the setting, for a value that makes no sense."""
+    """The settings of a run. Raises ValueError, naming the setting, for a value that makes no sense.
+
+    Most are options of `minibert train`, whose help text is beside the field.
+    """
 
     # What is learnt. A run that goes on must keep these.
-    steps: int  # of the optimizer
-    tokens_per_step: int = 8192  # about so many in each step, over all passes and processes
-    max_length: int = 128  # tokens in a row, at most, [CLS] and [SEP] included
+    steps: int = option(..., "how many steps the optimizer takes", metavar="N")
+    tokens_per_step: int = option(8192, "tokens in a step, about, over all passes and processes", metavar="N")
+    max_length: int = option(128, "tokens in a row, at most, [CLS] and [SEP] included", metavar="TOKENS")
     short_fraction: float = 0.3  # share of the rows that are one line alone
-    learning_rate: float = 3e-4  # its peak
-    schedule: str = "linear"  # how it falls from the peak to 0: "linear" or "cosine"
-    warmup: float = 0.05  # share of the steps in which it rises to the peak
+    learning_rate: float = option(3e-4, "the highest one, after the warm-up", metavar="LR")
+    schedule: str = option("linear", "how the learning rate falls to 0", choices=SCHEDULES)
+    warmup: float = option(0.05, "share of the steps in which the learning rate rises", metavar="SHARE")
     weight_decay: float = 0.01  # of matrices
     clip: float = 1.0  # a gradient that is longer is made this long
-    dropout: bool = True  # with the rates of the model's own configuration
-    dtype: str = "bfloat16"  # in which matrices are multiplied; the weights are float32
-    seed: int = 0  # of the random weights, the order of the rows, the masks and dropout
+    dropout: bool = option(True, "train without dropout")  # with the rates of the model's own configuration
+    dtype: str = option("bfloat16", "in which matrices are multiplied; the weights are float32", choices=DTYPES)
+    seed: int = option(0, "of the random weights, the order of the rows, the masks and dropout", metavar="N")
 
     # How it is computed and saved. These may change when a run goes on.
-    micro_tokens: int | None = None  # tokens in one pass, at most; a step is as many passes as it takes. None: one
-    checkpoint_activations: bool = False  # keep only each layer's input, and compute the layer again for the gradient
-    compile: bool = False  # the layers, with torch.compile
-    workers: int = 0  # processes that make batches ahead; 0: this process makes them
-    save_every: int = 500  # steps between checkpoints
-    evaluate_every: int = 500  # steps between looks at the held-out lines
+    micro_tokens: int | None = option(None, "tokens in one pass, at most (default: the whole step)", metavar="N")
+    checkpoint_activations: bool = option(False, "compute each layer twice, and keep less in memory")
+    compile: bool | None = option(None, "compile the layers with torch.compile (default: on CUDA, where Triton is)")
+    workers: int = option(0, "processes that tokenize, and that make batches; 0: by need", metavar="N")
+    save_every: int = option(500, "save a checkpoint every so many steps", metavar="STEPS")
+    evaluate_every: int = option(500, "look at the held-out lines every so many steps", metavar="STEPS")
 
     def __post_init__(self) -> None:
         for key, least in (("steps", 1), ("save_every", 1), ("evaluate_every", 1), ("workers", 0)):

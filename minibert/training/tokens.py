@@ -40,8 +40,7 @@ from tqdm import tqdm
 
 from minibert.checkpoint.files import SCRATCH, sha256, whole_folder
 from minibert.tokenizer import as_tokenizer
-from minibert.training.locks import locked
-from minibert.training.workers import encode, tokenizing
+from minibert.training.processes import encode, locked, tokenizing
 
 FORMAT = "minibert-tokens 1"
 KINDS = ("train", "held_out")

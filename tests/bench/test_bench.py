@@ -10,11 +10,12 @@ import torch
 from needs import lacking
 
 from minibert import BertConfig, BertForMaskedLM
-from minibert.bench import contenders, peers, run
-from minibert.bench.report import Row, slower, table
+from minibert.bench import contenders, machine, run, settings
+from minibert.bench.report import Report, Row, slower, table
 from minibert.bench.settings import Settings
 from minibert.bench.workloads import Absent, Contender, make_workload
-from minibert.cli import main
+from minibert.cli import build_parser, main
+from minibert.commands.options import read_settings
 from minibert.inference import ways
 from minibert.inference.onednn import has_bfloat16
 
@@ -44,9 +45,12 @@ def folder(tmp_path_factory):
 def bench(folder, capsys, monkeypatch):
     """The command on the tiny model: what it printed."""
     monkeypatch.setattr(run, "SETTLE", 0.0)
+    monkeypatch.setattr(machine, "SIZES", (16, 32, 64))  # int8 by oneDNN's reference may take a minute at BERT-base's
 
     def call(*arguments):
-        assert main(["bench", "--traceback", "--model", str(folder), "--rounds", "3", *arguments]) == 0
+        assert (
+            main(["bench", "--traceback", "--model", str(folder), "--rounds", "2", "--device", "cpu", *arguments]) == 0
+        )
         return capsys.readouterr().out
 
     return call
@@ -56,7 +60,12 @@ def bench(folder, capsys, monkeypatch):
 def report(folder):
     return run.run(
         Settings(
-            model=str(folder), precisions=("float32",), shapes=("2x5", "mixed"), rounds=3, peers=("sdpa", "packed")
+            model=str(folder),
+            dtype=("float32",),
+            shapes=("2x5", "mixed"),
+            rounds=3,
+            peers=("sdpa", "sdpa-asked", "reduce-overhead"),
+            device="cpu",
         )
     )
 
@@ -66,14 +75,20 @@ def test_every_row_is_timed_or_says_why_not(report):
         (task, shape) for task in ("inference", "training") for shape in ("2x5", "mixed")
     }
     for row in report.rows:
-        if row.contender == "packed":
+        if row.contender == "reduce-overhead":
             assert (row.status, row.median) == ("absent", None)
             assert "CUDA" in row.reason
         else:
             assert row.status == "timed", row.reason
             assert row.difference <= row.tolerance
     names = [row.contender for row in report.rows if row.task == "inference" and row.shape == "mixed"]
-    assert names == ["minibert prepared", "minibert plain", "transformers sdpa", "packed"]
+    assert names == [
+        "minibert prepared",
+        "minibert plain",
+        "transformers sdpa",
+        "transformers sdpa-asked",
+        "reduce-overhead",
+    ]
 
 
 def test_the_figures_follow_from_the_times(report):
@@ -92,7 +107,10 @@ def test_the_figures_follow_from_the_times(report):
         assert row.ratio == pytest.approx(ours.median / row.median)
         assert row.against == f"{ours.contender} float32"
         assert row.tokens_per_second == pytest.approx(row.tokens / row.median)
-        assert row.share_of_matmul > 0
+        work = make_workload(row.shape, CONFIG, "cpu", everywhere=row.task == "inference")
+        done = work.flops(CONFIG) * (3 if row.task == "training" else 1)  # backward: two products for each one
+        assert row.share_of_matmul == pytest.approx(done / row.median / report.matmul["float32"])
+        assert row.share_of_peak is None, "the CPU is no card"
 
 
 def test_only_real_tokens_and_asked_logits_are_counted(report):
@@ -124,15 +142,32 @@ def test_the_table_is_for_people_and_says_what_is_absent(report):
     text = table(report)
     assert "What this says." in text
     assert "transformers sdpa" in text
-    assert "packed" in text
-    assert "absent: transformers packs only with flash attention" in text
+    assert "absent: reduce-overhead is CUDA graphs" in text
     assert f"torch {torch.__version__}" in text
     assert "GFLOP/s in float32" in text
 
 
+def test_the_table_has_milliseconds_mebibytes_and_shares():
+    figures = dict(seconds=[0.25], median=0.25, quartiles=(0.125, 0.5), tokens_per_second=40.0, difference=1e-6)
+    row = Row("inference", "1x10", "sdpa", "transformers sdpa", "float32", tokens=10, **figures)
+    row.peak_memory_bytes, row.share_of_matmul, row.share_of_peak, row.ratio = 3 * 2**30, 0.5, 0.25, 0.75
+    work = {"rows": 1, "shortest": 10, "longest": 10, "real_tokens": 10, "padded_tokens": 10, "asked": 10}
+    text = table(Report({}, Settings(device="cpu"), {"float32": 2e9}, {"inference 1x10": work}, [row]))
+    (line,) = (line.split() for line in text.splitlines() if line.startswith("  transformers sdpa"))
+    assert line[3:] == ["250.0", "125.0–500.0", "40", "0.75", "50%", "25%", "1e-06", "3072"]
+    assert "2 GFLOP/s in float32" in text
+
+
+def test_a_card_is_known_by_its_name():
+    assert machine.peak_rate("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert machine.peak_rate("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert machine.peak_rate("NVIDIA L4", "bfloat16") < machine.peak_rate("NVIDIA L40S", "bfloat16")
+    assert machine.peak_rate("Voodoo 2", "bfloat16") is machine.peak_rate("NVIDIA H100", "int8") is None
+
+
 def test_a_peer_that_is_faster_is_named(report):
     inference = [row for row in report.rows if row.task == "inference" and row.shape == "mixed"]
-    ours, _, peer, _ = inference
+    ours, _, peer, *_ = inference
     before = peer.median
     try:
         peer.median = ours.median / 2
@@ -235,9 +270,9 @@ def test_the_command_prints_one_line_of_json(bench):
 
 
 def test_a_package_that_is_not_installed_is_said(bench, monkeypatch):
-    there = peers.find_spec
+    there = contenders.find_spec
     monkeypatch.setattr(
-        peers,
+        contenders,
         "find_spec",
         lambda name: None if name in ("transformers", "onnxruntime", "openvino", "nncf") else there(name),
     )
@@ -254,7 +289,7 @@ def test_a_precision_the_processor_has_not_is_said(bench, monkeypatch):
 
 
 def test_changed_weights_are_refused_and_not_timed(bench, monkeypatch):
-    load = peers.load_transformers
+    load = contenders.load_transformers
 
     def spoilt(*arguments):
         model = load(*arguments)
@@ -262,7 +297,7 @@ def test_changed_weights_are_refused_and_not_timed(bench, monkeypatch):
             model.bert.encoder.layer[1].output.dense.bias[0] += 0.1  # to all, LayerNorm would undo it
         return model
 
-    monkeypatch.setattr(peers, "load_transformers", spoilt)
+    monkeypatch.setattr(contenders, "load_transformers", spoilt)
     out = bench("--shapes", "3x7", "--dtype", "float32", "--peers", "sdpa")
     lines = [line for line in out.splitlines() if "transformers sdpa" in line]
     assert len(lines) == 2, "one for inference, one for training"
@@ -276,7 +311,7 @@ def test_a_peer_that_breaks_is_a_row_and_not_the_end(bench, monkeypatch):
 
         return Contender(f"transformers {name}", precision, no, no)
 
-    monkeypatch.setattr(peers, "build_transformers", broken)
+    monkeypatch.setattr(contenders, "build_transformers", broken)
     out = bench("--task", "inference", "--shapes", "1x3", "--dtype", "float32", "--peers", "eager")
     assert "failed: RuntimeError: no such kernel" in out
 
@@ -345,8 +380,8 @@ def test_openvino_in_another_precision_than_asked_is_absent(monkeypatch, tmp_pat
             return "f32"
 
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core))
-    monkeypatch.setattr(peers, "require", lambda *packages: None)
-    monkeypatch.setattr(peers, "_export", lambda folder: folder / "model.onnx")
+    monkeypatch.setattr(contenders, "require", lambda *packages: None)
+    monkeypatch.setattr(contenders, "_export", lambda folder: folder / "model.onnx")
     monkeypatch.setattr(contenders, "has_bfloat16", lambda: True)
     assert contenders.build("openvino", "float32", "inference", tmp_path, "cpu").precision == "float32"
     with pytest.raises(Absent, match="OpenVINO computes in f32 on this CPU, though it was told bf16"):
@@ -355,17 +390,49 @@ def test_openvino_in_another_precision_than_asked_is_absent(monkeypatch, tmp_pat
 
 
 def test_every_peer_has_its_row():
-    pairs = contenders.lineup("inference", contenders.PEERS, ("float32", "bfloat16", "int8"))
-    assert {name for name, _ in pairs} == {"minibert prepared", "minibert plain", *contenders.PEERS}
+    pairs = contenders.lineup("inference", settings.PEERS, ("float32", "bfloat16", "int8"))
+    assert {name for name, _ in pairs} == {"minibert prepared", "minibert plain", *settings.PEERS}
     assert len(set(pairs)) == len(pairs)
     assert ("openvino-bfloat16", "bfloat16") in pairs
     assert ("sdpa", "bfloat16") in pairs
     eights = [name for name, precision in pairs if precision == "int8"]
-    assert eights == ["minibert prepared", *(name for name in contenders.PEERS if name.endswith("-int8"))]
-    assert contenders.lineup("training", ("sdpa",), ("float32", "int8")) == [
-        ("minibert", "float32"),
-        ("sdpa", "float32"),
-    ]
+    assert eights == ["minibert prepared", *(name for name in settings.PEERS if name.endswith("-int8"))]
+    trained = contenders.lineup("training", ("sdpa", "sdpa-asked", "openvino"), ("float32", "int8"))
+    assert trained == [("minibert", "float32"), ("sdpa", "float32")]
+
+
+def test_every_option_arrives():
+    def read(*words):
+        return read_settings(build_parser().parse_args(["bench", *words]), Settings)
+
+    assert read() == Settings()
+    assert (read().peers, read().tasks) == (settings.PEERS, ("inference", "training"))
+    assert read().precisions == ("float32", "bfloat16", "int8")
+    assert read("--task", "training").precisions == ("float32", "bfloat16"), "nothing is trained in int8"
+    words = "--model m --revision r --device cpu --dtype bfloat16,int8 --task inference --shapes 1x2,mixed --rounds 4"
+    expected = Settings(
+        model="m",
+        revision="r",
+        device="cpu",
+        dtype=("bfloat16", "int8"),
+        task="inference",
+        shapes=("1x2", "mixed"),
+        rounds=4,
+        peers=("sdpa", "onnxruntime"),
+        memory=True,
+    )
+    assert read(*words.split(), "--peers", "sdpa,onnxruntime", "--memory") == expected
+    assert read("--random", "--layers", "3", "--peers", "none") == Settings(layers=3, peers=())
+
+
+def test_the_random_model_has_the_layers_that_were_asked_for(folder, monkeypatch, capsys):
+    asked = []
+    tiny = BertForMaskedLM.from_pretrained(folder)
+    monkeypatch.setattr(run, "random_model", lambda layers: asked.append(layers) or tiny)
+    monkeypatch.setattr(machine, "SIZES", (16, 32, 64))
+    small = ("--task", "inference", "--dtype", "float32", "--shapes", "1x3", "--peers", "none", "--rounds", "1")
+    assert main(["bench", "--layers", "3", "--device", "cpu", *small]) == 0
+    assert asked == [3]
 
 
 @pytest.mark.parametrize(
@@ -392,7 +459,6 @@ def test_a_mistake_is_one_line(folder, capsys, arguments, message):
     assert message in err
 
 
-def test_the_peers_are_imported_only_when_built():
+def test_the_other_engines_run_on_the_cpu_only():
     with pytest.raises(Absent, match="only its CPU form"):
         contenders.build("onnxruntime", "float32", "inference", None, "cuda")
-    assert "tensorrt" not in sys.modules

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from minibert.memory import keep_freed_memory
+from minibert.training.processes import keep_freed_memory
 
 KEPT = """
 import resource, sys
-from minibert.memory import keep_freed_memory
+from minibert.training.processes import keep_freed_memory
 import torch
 if sys.argv[1] == "kept":
     keep_freed_memory()

@@ -17,7 +17,7 @@ from minibert.inference.int8 import Int8Linear
 from minibert.inference.onednn import FUSED, NONE
 from minibert.inference.ways import working_ways
 from minibert.kernels import use_kernel
-from minibert.training.evaluation import evaluate
+from minibert.training.step import evaluate
 from minibert.training.tokens import Lines, TokenFile
 
 REFERENCE = {

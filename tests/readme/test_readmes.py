@@ -36,8 +36,8 @@ NOT_RUN = {
     "git clone": "the network",
     "minibert train corpus.txt": "an hour",
     "minibert bench": "minutes, and a quiet machine",
-    "python -m minibert.bench.scoring": "minutes, and a quiet machine",
-    "python -m minibert.bench.quality": "minutes, and texts that are not here",
+    "python tests/measure/scoring.py": "minutes, and a quiet machine",
+    "python tests/measure/quality.py": "minutes, and texts that are not here",
     "bash weights/train.sh": "an hour and a half, and the texts",
     "python weights/build_corpus.py": "the texts are fetched from a package registry",
 }

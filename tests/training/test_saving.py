@@ -15,8 +15,7 @@ from tiny import metrics, weights
 from minibert import BertForMaskedLM, load_tokenizer
 from minibert.cli import main
 from minibert.training import Settings, saving, step
-from minibert.training.loop import train_steps
-from minibert.training.run import describe
+from minibert.training.run import describe, train_steps
 from minibert.training.step import parameter_groups
 
 KILLED_AT = """

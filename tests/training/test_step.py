@@ -12,14 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibert.cli import build_parser
-from minibert.commands.train import read_settings
+from minibert.commands.options import read_settings
 from minibert.training import Settings, step
-from minibert.training.batches import Share, Shares
-from minibert.training.data import Corpus
-from minibert.training.evaluation import evaluate, masked_lines
-from minibert.training.loop import train_steps
+from minibert.training.data import Corpus, Share, Shares
 from minibert.training.ranks import ALONE, Ranks
-from minibert.training.step import LossSum, accumulate, make_optimizer, take_step
+from minibert.training.run import train_steps
+from minibert.training.step import LossSum, accumulate, evaluate, make_optimizer, masked_lines, take_step
 from minibert.training.tokens import Lines, TokenFile
 
 SETTINGS = dict(steps=12, tokens_per_step=200, max_length=24, learning_rate=5e-3, dtype="float32")
@@ -232,9 +230,9 @@ def test_every_setting_of_the_command_arrives():
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words += ["--no-dropout", "--checkpoint-activations", "--compile"]
     parser = build_parser()
-    settings = read_settings(parser.parse_args(["train", "text", "--init", "m", "--out", "o", *words]))
+    settings = read_settings(parser.parse_args(["train", "text", "--init", "m", "--out", "o", *words]), Settings)
     given |= dict(dropout=False, checkpoint_activations=True, compile=True)
     assert {name: getattr(settings, name) for name in given} == given
-    least = read_settings(parser.parse_args(["train", "text", "--init", "m", "--out", "o", "--steps", "7"]))
+    least = read_settings(parser.parse_args(["train", "text", "--init", "m", "--out", "o", "--steps", "7"]), Settings)
     assert least == Settings(steps=7), "what is not given is as the function has it"
     assert {field.name for field in fields(Settings)} - set(given) == {"short_fraction", "weight_decay", "clip"}

@@ -15,12 +15,10 @@ from minibert import BertForMaskedLM, load_tokenizer
 from minibert.cli import main
 from minibert.tokenizer import from_vocabulary, own_token
 from minibert.training import Settings, saving, step
-from minibert.training.batches import Shares
-from minibert.training.data import Corpus
-from minibert.training.evaluation import evaluate
-from minibert.training.loop import train_steps
+from minibert.training.data import Corpus, Shares
 from minibert.training.ranks import ALONE, Ranks
-from minibert.training.step import LossSum, accumulate, parameter_groups, wrapped_layers
+from minibert.training.run import train_steps
+from minibert.training.step import LossSum, accumulate, evaluate, parameter_groups, wrapped_layers
 from minibert.training.tokens import token_files
 
 # ------------------------------------------------------------------------------------------------------------- learning
@@ -313,7 +311,7 @@ def test_weights_that_are_not_numbers_stop_at_the_first_step(tiny, tmp_path):
         ("--warmup 2", "warmup is a share, from 0 to 1, not 2"),
         ("--schedule sudden", "invalid choice: 'sudden'"),
         ("--dtype float16", "invalid choice: 'float16'"),
-        ("--workers 0", "workers must be at least 1, not 0"),
+        ("--workers -1", "workers must be at least 0, not -1"),
         (f"--seed {2**70}", "seed must fit in 64 bits"),
         ("--init no/such.json", "no/such.json: no such file"),
         ("--init nothing", "nothing"),

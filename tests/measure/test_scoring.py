@@ -3,9 +3,9 @@
 import re
 
 import pytest
+from measure import scoring
 
 from minibert import BertConfig, BertForMaskedLM, load_tokenizer
-from minibert.bench import scoring
 
 
 def test_the_texts_are_the_same_in_every_run_and_of_mixed_length():

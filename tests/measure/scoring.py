@@ -1,7 +1,7 @@
 """Pseudo-log-likelihoods beside minicons and two loops over transformers: the same weights, the same texts.
 
-    python -m minibert.bench.scoring                          # the bundled model
-    python -m minibert.bench.scoring --model bert-base        # BERT-base's sizes with random weights
+    python tests/measure/scoring.py                          # the bundled model
+    python tests/measure/scoring.py --model bert-base        # BERT-base's sizes with random weights
 
 Each peer is given its best: no padding, or as little as sorting by length leaves, and several sizes of batch. What is
 credited are the tokens scored in a second, in the median of the rounds; in a round each takes its turn. With
@@ -24,9 +24,9 @@ from tokenizers import Tokenizer
 from minibert.bench.contenders import random_model
 from minibert.inference import prepare_for_inference
 from minibert.masked_lm import BertForMaskedLM
-from minibert.memory import keep_freed_memory
 from minibert.score import pseudo_log_likelihood
 from minibert.tokenizer import load_tokenizer
+from minibert.training.processes import keep_freed_memory
 
 Way = Callable[[list[str]], list[list[float]]]  # texts → the log-probability of each token of each
 BERT_BASE = "bert-base"

@@ -1,14 +1,15 @@
-"""minibert.bench.quality on a tiny text: what it prints, and that all contenders are asked the same."""
+"""tests/measure/quality.py on a tiny text: what it prints, and that all contenders are asked the same."""
 
 import re
 
 import pytest
 import torch
+from measure import quality
 
 from minibert import BertForMaskedLM, load_tokenizer
-from minibert.bench import contenders, quality
+from minibert.bench import contenders
 from minibert.inference.ways import working_ways
-from minibert.training.evaluation import evaluate
+from minibert.training.step import evaluate
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What each precision costs in answers: minibert in float32, bfloat16 and int8, and its peers in int8, on one model's
 masked tokens. Run by hand:
 
-    python -m minibert.bench.quality TEXT... --lines 300
+    python tests/measure/quality.py TEXT... --lines 300
 
 A TEXT is what `minibert train` takes. Of each, the first --lines held-out lines are taken, one line a row, masked by
 BERT's recipe. All contenders see the same rows, a few at a time: for a peer that has one step for a whole tensor, what
@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minibert.bench import contenders, peers
+from minibert.bench import contenders
 from minibert.bench.workloads import Absent, Contender, Workload
 from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import example_generator
 from minibert.tokenizer import load_tokenizer
 from minibert.training.data import Example, masked_rows
-from minibert.training.evaluation import masked_lines
+from minibert.training.step import masked_lines
 from minibert.training.tokens import TokenFile, token_files
 
 LINEUP = (
@@ -79,7 +79,7 @@ def calibration(files: Sequence[TokenFile], tokenizer: Tokenizer, max_length: in
 def build(name: str, precision: str, folder: Path, calibrating: Sequence[Workload]) -> Contender | Absent:
     try:
         if name == "openvino-int8":
-            peers.quantise_for_openvino(folder, [(work.input_ids, work.attention_mask) for work in calibrating])
+            contenders.quantise_for_openvino(folder, [(work.input_ids, work.attention_mask) for work in calibrating])
         return contenders.build(name, precision, "inference", folder, "cpu")
     except Absent as reason:
         return reason
