@@ -11,7 +11,7 @@ example. Nothing else is remembered. So any process can make any example, in any
 import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -39,6 +39,17 @@ class Example:
     batch: PackedBatch  # what the model sees, some tokens masked
     positions: Tensor  # (M,): of the tokens that it is asked about, counted from 0 to T − 1
     targets: Tensor  # (M,): the ids that were there
+
+    def to(self, device: torch.device) -> "Example":
+        """The same on another device. CUDA fetches it by itself, from pinned memory, and nobody waits."""
+
+        def move(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return (x.pin_memory() if device.type == "cuda" and x.is_cpu else x).to(device, non_blocking=True)
+
+        batch = replace(self.batch, **{one.name: move(getattr(self.batch, one.name)) for one in fields(self.batch)})
+        return Example(batch, move(self.positions), move(self.targets))
 
 
 @dataclass(frozen=True)
@@ -268,6 +279,23 @@ def shares(corpus: Corpus, settings: Settings, progress: Progress, ranks: Ranks)
         if isinstance(share, Exception):
             raise share
         yield share
+
+
+def ahead(shares: Iterator[Share], device: torch.device) -> Iterator[Share]:
+    """The shares on the device. Each is sent there before the one before it is computed; on the CPU there is nothing to
+    send.
+    """
+    if device.type == "cpu":
+        yield from shares
+        return
+    before: Share | None = None
+    for share in shares:
+        sent = share._replace(passes=[example.to(device) for example in share.passes])
+        if before is not None:
+            yield before
+        before = sent
+    if before is not None:
+        yield before
 
 
 def _as_it_is(share: Any) -> Any:

@@ -22,7 +22,7 @@ from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
 from minibert.tokenizer import as_tokenizer, count_ids, load_tokenizer, require_id
 from minibert.training import saving
-from minibert.training.data import Corpus, shares
+from minibert.training.data import Corpus, ahead, shares
 from minibert.training.ranks import ALONE, Ranks, join
 from minibert.training.saving import Progress
 from minibert.training.settings import Settings
@@ -240,14 +240,11 @@ def train_steps(
     progress = Progress() if checkpoint is None else saving.restore(checkpoint, model, optimizer)
     figures: Figures = {}
     with ExitStack() as around:
-        around.enter_context(
-            wrapped_layers(
-                model, compile=compiles(settings, model.device), checkpoint_activations=settings.checkpoint_activations
-            )
-        )
+        compiled, again = compiles(settings, model.device), settings.checkpoint_activations
+        around.enter_context(wrapped_layers(model, compile=compiled, checkpoint_activations=again))
         log = around.enter_context(open_log(out, progress.step, settings.steps)) if ranks.first else None
         began = time.perf_counter()
-        for share in shares(corpus, settings, progress, ranks):
+        for share in ahead(shares(corpus, settings, progress, ranks), model.device):
             taken = take_step(objective, optimizer, share, progress.step, settings, ranks)
             progress.step += 1
             progress.epoch, progress.step_in_epoch = share.epoch, share.step_in_epoch + 1

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -51,7 +52,10 @@ class LossSum(nn.Module):
         self.model = model
 
     def forward(self, batch: PackedBatch, positions: Tensor, targets: Tensor) -> Tensor:
-        return masked_lm_loss(self.model.predict(batch, positions), targets).sum
+        logits = self.model.predict(batch, positions)  # (M, V)
+        # Not masked_lm_loss, which asks whether a target is out of range: in each step that would stop a GPU.
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, targets, reduction="sum")
 
 
 def make_objective(model: BertForMaskedLM, ranks: Ranks) -> nn.Module:
@@ -60,23 +64,23 @@ def make_objective(model: BertForMaskedLM, ranks: Ranks) -> nn.Module:
     return objective if ranks.size == 1 else DistributedDataParallel(objective, gradient_as_bucket_view=True)
 
 
-def accumulate(objective: nn.Module, passes: Sequence[Example], targets: float, dtype: str, ranks: Ranks) -> float:
+def accumulate(objective: nn.Module, passes: Sequence[Example], targets: float, dtype: str, ranks: Ranks) -> Tensor:
     """Add the gradient of the mean loss over the step. `targets` is how many masked tokens the step has, in all passes
-    of all ranks. Returns the sum of the loss over the passes of this rank.
+    of all ranks. Returns the sum of the loss over the passes of this rank, on the device.
     """
     device = next(objective.parameters()).device
     losses: list[Tensor] = []
     for number, example in enumerate(passes, start=1):
-        batch, positions, answers = example.batch.to(device), example.positions.to(device), example.targets.to(device)
+        example = example.to(device)
         with ExitStack() as around:
             if isinstance(objective, DistributedDataParallel) and number < len(passes):
                 around.enter_context(objective.no_sync())  # gradients go over the wire once a step
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-                loss = objective(batch, positions, answers)
+                loss = objective(example.batch, example.positions, example.targets)
             # Over the ranks, DistributedDataParallel takes the mean of the gradients, and this is a part of a sum.
             (loss * (ranks.size / targets)).backward()
         losses.append(loss.detach())
-    return sum(loss.item() for loss in losses)
+    return torch.stack(losses).sum()
 
 
 def take_step(
@@ -85,24 +89,29 @@ def take_step(
     """Take one step of the optimizer; `step` counts from 0. Returns its loss (None if no token was masked), learning
     rate, length of the gradient, and numbers of tokens.
 
-    Raises FloatingPointError, before the weights are touched, if the loss or the gradient is not a number any more.
+    Raises FloatingPointError if the loss or the gradient is not a number any more; the weights are then untouched.
+
+    A GPU is asked nothing until all of the step is under way.
     """
     targets, tokens = ranks.sum(sum(len(example.targets) for example in share.passes), share.tokens)
     # Dropout draws from torch's own generator. It is seeded anew for each step, so there is no state to save.
     torch.manual_seed(random.Random(f"{settings.seed} {step} {ranks.rank}").getrandbits(63))
     optimizer.zero_grad()
     loss_sum = accumulate(objective, share.passes, max(1, targets), settings.dtype, ranks)
-    loss = ranks.sum(loss_sum)[0] / max(1, targets)
-    norm = nn.utils.clip_grad_norm_(objective.parameters(), settings.clip).item()
+    length = nn.utils.clip_grad_norm_(objective.parameters(), settings.clip)
+    # As GradScaler does it: where this is 1, torch's fused AdamW leaves the weights alone.
+    optimizer.found_inf = (~(loss_sum.isfinite() & length.isfinite())).float()  # type: ignore[attr-defined]
     rate = settings.rate(step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    here, norm = torch.stack([loss_sum, length.to(loss_sum)]).tolist()
+    loss = ranks.sum(here)[0] / max(1, targets)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(
             f"step {step + 1}: the loss is {loss}, the length of the gradient {norm}. The weights were not touched, "
             f"and what was saved before stands. Is a learning rate of {settings.learning_rate} too high?"
         )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
     return {
         "loss": loss if targets else None,
         "learning_rate": rate,

@@ -283,7 +283,7 @@ def test_a_configuration_that_has_changed_is_noticed(tiny, tmp_path, monkeypatch
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(tiny.start / name, tmp_path / name)
     config, out = tmp_path / "config.json", tmp_path / "out"
-    monkeypatch.setattr(step, "accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or 0.0)
+    monkeypatch.setattr(step, "accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT) or torch.zeros(()))
     assert tiny.train(out, "--init", config) == 130
     monkeypatch.undo()
     config.write_text(config.read_text().replace('"hidden_dropout_prob": 0.1', '"hidden_dropout_prob": 0.2'))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minibert.cli import build_parser
 from minibert.commands.options import read_settings
 from minibert.training import Settings, step
-from minibert.training.data import Corpus, Share, Shares
+from minibert.training.data import Corpus, Share, Shares, ahead
 from minibert.training.ranks import ALONE, Ranks
 from minibert.training.run import train_steps
 from minibert.training.step import LossSum, accumulate, evaluate, make_optimizer, masked_lines, take_step
@@ -134,6 +134,60 @@ def test_gradients_go_over_the_wire_once_a_step(model, tiny, tmp_path):
     assert sum(sent) == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_nothing_is_asked_of_the_device_before_the_optimizer_is_under_way(model, share, monkeypatch):
+    """.item() and .tolist() wait for a GPU."""
+    asked, real = [], torch.optim.AdamW.step
+
+    class Questions(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_local_scalar_dense" in function.__name__ or function.__name__.startswith("nonzero"):
+                asked.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def step_(*arguments, **settings):
+        assert not asked
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_)
+    monkeypatch.setattr("minibert.checks.require_positions", lambda *_: None)  # it asks the CPU only
+    with Questions():
+        torch.ones(1).item()
+        assert asked.pop(), "or it would notice nothing"
+        taken(model, share)
+
+
+def test_batches_are_sent_before_they_are_needed_and_in_order(share, tiny):
+    """On a device other than the CPU: "meta" here, which has no numbers."""
+    _, tokenizer, files = tiny.load()
+    corpus = Corpus(files, tokenizer, max_length=24, tokens_per_step=200)
+    made = []
+
+    def steps():
+        for number, numbers in enumerate(islice(corpus.steps(0), 4)):
+            made.append(number)
+            yield Shares(corpus, ALONE, 100)[0, number, numbers]
+
+    for number, sent in enumerate(ahead(steps(), torch.device("meta"))):
+        assert sent.step_in_epoch == number
+        assert len(made) == min(number + 2, 4)
+        for example in sent.passes:
+            tensors = (example.positions, example.targets, example.batch.input_ids, example.batch.cu_seqlens)
+            assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert next(ahead(iter([share]), torch.device("cpu"))) is share
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "triton", "compiled"),
+    [(None, "cuda", True, True), (None, "cuda", False, False), (None, "cpu", True, False), (None, "mps", True, False),
+     (True, "cpu", False, True), (False, "cuda", True, False)],
+)  # fmt: skip
+def test_layers_are_compiled_on_cuda_with_triton_unless_something_else_is_said(
+    asked, device, triton, compiled, monkeypatch
+):
+    monkeypatch.setattr(step, "find_spec", lambda name: object() if triton else None)
+    assert step.compiles(Settings(steps=1, compile=asked), torch.device(device)) is compiled
+
+
 # ------------------------------------------------------------------------------------------- what a run does with them
 
 
@@ -150,9 +204,12 @@ def test_a_look_at_the_held_out_lines_leaves_dropout_as_it_was(dropout, tiny, tm
     monkeypatch.setattr(
         step, "accumulate", lambda objective, *rest: modes.append(objective.model.training) or real(objective, *rest)
     )
-    lines = run_of(tiny, tmp_path / "out", dropout=dropout, evaluate_every=1)
-    assert all("held_out" in line for line in lines)
+    lines = run_of(tiny, tmp_path / "out", dropout=dropout, evaluate_every=1, max_length=9)
     assert modes == [dropout] * 4
+    model, tokenizer, files = tiny.load()
+    shown = evaluate(model, tokenizer, files, max_length=9)["all"]["masked_tokens"]
+    assert {line["held_out"]["all"]["masked_tokens"] for line in lines} == {shown}
+    assert shown < evaluate(model, tokenizer, files)["all"]["masked_tokens"], "rows of the length of the run's"
 
 
 def test_the_command_compiles_every_layer_if_asked(tiny, tmp_path, monkeypatch):
