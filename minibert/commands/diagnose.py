@@ -1,8 +1,9 @@
 """`minibert diagnose`."""
 
 import argparse
+from pathlib import Path
 
-from minibert.commands.options import add_format, add_model
+from minibert.commands.options import add_format, add_model, add_names
 from minibert.commands.printing import as_json, progress
 
 HELP = "Which known porting fault computes what is in a trace. Exit status 1 if wrong."
@@ -11,6 +12,7 @@ HELP = "Which known porting fault computes what is in a trace. Exit status 1 if 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", metavar="TRACE", help="a safetensors or .npz file, or a folder of .npy files")
     add_model(parser)
+    add_names(parser)
     add_format(parser)
 
 
@@ -18,8 +20,9 @@ def run(options: argparse.Namespace) -> int:
     from minibert import BertForMaskedLM
     from minibert.parity.diagnosis import diagnose
     from minibert.trace.files import TraceFile
+    from minibert.trace.forms import read_names
 
-    given = TraceFile(options.trace)
+    given = TraceFile(options.trace, None if options.names is None else read_names(Path(options.names)))
     model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
     diagnosis = diagnose(given, model, progress)
     if options.format == "json":

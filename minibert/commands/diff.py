@@ -1,8 +1,9 @@
 """`minibert diff`."""
 
 import argparse
+from pathlib import Path
 
-from minibert.commands.options import add_format, add_model
+from minibert.commands.options import add_format, add_model, add_names
 from minibert.commands.printing import print_report
 
 HELP = "The first tensor in which two traces differ. Exit status 1 if there is one."
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="A is of a quantised port: which steps 8 bits do not explain",
     )
     add_model(parser, default=None)
+    add_names(parser)
     add_format(parser)
 
 
@@ -26,6 +28,7 @@ def run(options: argparse.Namespace) -> int:
     from minibert.parity.comparison import diff, own_trace
     from minibert.parity.quantised import quantised
     from minibert.trace.files import TraceFile
+    from minibert.trace.forms import read_names
 
     if options.model is None and options.revision is not None:
         raise ValueError(f"--revision {options.revision} is of a hub model, and no --model was given")
@@ -33,7 +36,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("one trace alone is compared with a model: give --model, or a second trace")
     if options.quantised and (options.b is not None or options.all):
         raise ValueError("--quantised measures one trace against --model: leave B and --all out")
-    a = TraceFile(options.a)
+    names = None if options.names is None else read_names(Path(options.names))
+    a = TraceFile(options.a, names if options.b is None else None)  # of two traces, B is the port's
     model = None if options.model is None else BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
     if options.quantised:
         assert model is not None
@@ -44,6 +48,6 @@ def run(options: argparse.Namespace) -> int:
         assert model is not None
         report = diff(own_trace(model, a), a, model, everything=options.all)
     else:
-        report = diff(a, TraceFile(options.b), model, everything=options.all)
+        report = diff(a, TraceFile(options.b, names), model, everything=options.all)
     print_report(report, options.format)
     return 0 if report.ok else 1

@@ -47,6 +47,12 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_const", const="json", dest="format", help="short for --format json")
 
 
+def add_names(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--names", metavar="FILE", help="JSON: what the port's own names stand for, {N} for a layer's number"
+    )
+
+
 def add_truncate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate", action="store_true", help="cut a text that is too long for the model")
 

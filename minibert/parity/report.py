@@ -42,8 +42,22 @@ class Report:
     summary: list[str] = field(default_factory=list)
     ok: bool = True
 
+    @property
+    def first_wrong(self) -> str | None:
+        """The first tensor that is not right."""
+        return next((row.name for row in self.rows if not row.ok), None)
+
     def to_dict(self) -> dict[str, object]:
-        return asdict(self)
+        """For JSON. What there is of A and of B has these letters as keys."""
+        rows = []
+        for row in self.rows:
+            values = {**asdict(row), "ok": row.ok}
+            for key in ("errors", "allowed"):
+                pair = getattr(row, key)
+                values[key] = pair and {side: each._asdict() for side, each in zip("AB", pair, strict=True)}
+            rows.append(values)
+        titles = dict(zip("AB", self.titles, strict=True))
+        return {**asdict(self), "titles": titles, "first_wrong": self.first_wrong, "rows": rows}
 
     def lines(self) -> Iterator[str]:
         yield f"A  {self.titles[0]}"

@@ -24,7 +24,7 @@ from minibert.checkpoint.names import some
 from minibert.checkpoint.reading import DTYPES
 from minibert.config import BertConfig
 from minibert.packing import PackedBatch
-from minibert.trace.forms import Form, Forms, shown
+from minibert.trace.forms import Form, Forms, Renamed, shown
 from minibert.trace.inputs import Inputs, check_inputs, hide_padding
 from minibert.trace.stores import open_store
 from minibert.trace.table import INPUTS, MEANINGS, TABLE, dtype_name, expected_names, expected_shape, row_of
@@ -120,11 +120,15 @@ class TraceFile(Trace):
     """A trace in a file (or a folder, see stores.py), of which only what is asked for is read.
 
     Tensors in another form that means the same (forms.py) are turned into the form of the table. Raises OSError if the
-    file is not there, and ValueError if it is not a trace. Each message names the file.
+    file is not there, and ValueError if it is not a trace. Each message names the file. names: what the names in the
+    file stand for, if they are a port's own; see `read_names`.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
+    def __init__(self, path: str | PathLike[str], names: dict[str, str | None] | None = None) -> None:
         self.store = open_store(Path(path))
+        if names:
+            with naming(Path(path)):
+                self.store = Renamed(self.store, names)
         metadata = self.store.metadata
         with naming(Path(path, "metadata.json") if Path(path).is_dir() else Path(path)):
             config = read_metadata(metadata)

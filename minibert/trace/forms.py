@@ -5,20 +5,25 @@ them, a loss with an axis, and LayerNorm's older names. What is none of these st
 """
 
 import difflib
+import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minibert.config import BertConfig
+from minibert.files import read_json
 from minibert.loss import IGNORE
-from minibert.trace.stores import Store
+from minibert.trace.stores import Store, require_file
 from minibert.trace.table import GRADIENT, INPUTS, SHAPES, expected_names, expected_shape, row_of
 
 PACKED = "cu_seqlens"  # where each sequence starts in packed tokens, and the end: (B + 1,)
 MOST_PADDED = 2**20  # places that packed tokens may take when they are padded
+NUMBER = "{N}"  # stands for a layer's number in a port's names
 EXTRA = "extra."  # Tensors whose names begin so belong to the port alone.
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
@@ -47,7 +52,7 @@ class Forms:
     def __init__(self, store: Store, config: BertConfig) -> None:
         self.config = config
         self.shapes = {name: tuple(entry["shape"]) for name, entry in store.header.items()}
-        self.names = _known_names(store.header, config)
+        self.names, unknown = _known_names(store.header, config)
         self.asked: Tensor | None = None
         self.packed: Tensor | None = None
         self.mask = self._mask(store)
@@ -56,6 +61,8 @@ class Forms:
         if "labels" in self.forms:
             self.labels = self.forms["labels"].turn(store.read(self.names["labels"]))
         self.forms |= {name: self._form(name, stored) for name, stored in self.names.items() if name not in INPUTS}
+        if unknown:
+            raise ValueError(_unknown(unknown, config) + self._offer(unknown, store))
         self.others: dict[str, Form] = {}
         for name, form in list(self.forms.items()):
             self._two_layouts(name, form)
@@ -128,6 +135,36 @@ class Forms:
             self.forms[name] = replace(form, layout="S H K")
             self.others[name] = replace(form, layout="H S K", turn=lambda x: x[None])
 
+    def _offer(self, unknown: list[str], store: Store) -> str:
+        """The end of a sentence: which names of the table the unknown ones may stand for, by shape, likeness and order.
+        "" if no shape fits.
+        """
+        order = sorted(unknown, key=lambda name: store.header[name].get("data_offsets", [0]))
+        first: dict[str, str] = {}  # rule → the first name that it stands for
+        for name in order:
+            first.setdefault(re.sub(r"\d+", NUMBER, name, count=1), name)
+        absent = [name for name in expected_names(self.config) if name not in self.names]
+        rows = list(dict.fromkeys(row_of(name) for name in absent if not name.startswith(GRADIENT)))
+        scores = {}
+        for place, (rule, stored) in enumerate(first.items()):
+            for number, row in enumerate(rows):
+                name = row.replace(".N.", ".0.")
+                wanted = expected_shape(name, self.config, tuple(self.mask.shape))
+                whole = not store.header[stored]["dtype"].startswith(("F", "BF"))
+                if (NUMBER in rule) != (".N." in row) or whole != (row in INPUTS) or not self.shapes[stored]:
+                    continue
+                if ("input_ids" not in self.names and row in INPUTS) or self._form(name, stored).shape == wanted:
+                    apart = abs(place / len(first) - number / len(rows))
+                    scores[rule, row] = _alike(rule, row) + (1 - apart) / 3
+        found: dict[str, str] = {}
+        for rule, row in sorted(scores, key=lambda pair: -scores[pair]):
+            if rule not in found and row not in found.values():
+                found[rule] = row
+        if not found:
+            return ""
+        offered = json.dumps({shown(rule): found[rule] for rule in first if rule in found}, ensure_ascii=False)
+        return f". A guess by shape and order, for you to check and correct in such a file: {offered}"
+
     def _unpack(self, x: Tensor, filler: int = 0) -> Tensor:
         return self._place(x, self.mask, filler)
 
@@ -137,8 +174,10 @@ class Forms:
         return result
 
 
-def _known_names(header: Iterable[str], config: BertConfig) -> dict[str, str]:
-    """Name in the table → name in the store. Raises ValueError for others, with the name that may be meant."""
+def _known_names(header: Iterable[str], config: BertConfig) -> tuple[dict[str, str], list[str]]:
+    """Name in the table → name in the store, and the names in the store that are no trace's. Raises ValueError if two
+    are one tensor's.
+    """
     known = set(expected_names(config))
     result: dict[str, str] = {}
     unknown = []
@@ -153,14 +192,17 @@ def _known_names(header: Iterable[str], config: BertConfig) -> dict[str, str]:
             result[name] = stored
         elif stored != PACKED and not stored.startswith(EXTRA):
             unknown.append(stored)
-    if unknown:
-        listed = ", ".join(_with_guess(name, known) for name in sorted(unknown)[:12])
-        more = f" and {len(unknown) - 12} more" if len(unknown) > 12 else ""
-        raise ValueError(
-            f"no trace of this model has {listed}{more}. minibert/parity/README.md lists the names; a tensor of your "
-            f"own may be called {EXTRA}…, and is then not compared"
-        )
-    return result
+    return result, unknown
+
+
+def _unknown(names: list[str], config: BertConfig) -> str:
+    known = expected_names(config)
+    listed = ", ".join(_with_guess(name, known) for name in sorted(names)[:12])
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return (
+        f"no trace of this model has {listed}{more}. minibert/parity/README.md lists the names; a tensor of your own "
+        f"may be called {EXTRA}…, and is then not compared; --names FILE says what the names of a port stand for"
+    )
 
 
 def _with_guess(name: str, known: Iterable[str]) -> str:
@@ -171,3 +213,56 @@ def _with_guess(name: str, known: Iterable[str]) -> str:
 def shown(text: Any) -> str:
     """A text from a file, with what is not printable escaped: a line feed could look like a verdict of ours."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+
+
+def _alike(rule: str, row: str) -> float:
+    """How much a port's name looks like one of ours, from 0 to 1."""
+    ours = row.rpartition(".")[2]
+    words = re.findall("[a-z]+", rule.lower())
+    if ours in ("query", "key", "value") and ours[0] in words:
+        return 1.0
+    return max(difflib.SequenceMatcher(None, theirs, ours).ratio() for theirs in (*words, "_".join(words), ""))
+
+
+def read_names(path: Path) -> dict[str, str | None]:
+    """What the names of a port stand for, from a JSON object: its name → ours, or null for what is not compared. {N} is
+    a layer's number. Raises OSError or ValueError, naming the file.
+    """
+    require_file(path, "a JSON object of names")
+    names = read_json(path)
+    for theirs, ours in names.items():
+        rows = {name for name in SHAPES if name != "gradient.NAME"}
+        if ours is not None and (not isinstance(ours, str) or row_of(ours.replace(NUMBER, "N")) not in SHAPES):
+            raise ValueError(f"{path}: {shown(theirs)} stands for {_with_guess(str(ours), rows)}, which no trace has")
+        if isinstance(ours, str) and (NUMBER in theirs) != (".N." in ours or NUMBER in ours):
+            raise ValueError(f"{path}: {shown(theirs)} and {shown(ours)}: both have {NUMBER} for a layer, or neither")
+    return names
+
+
+class Renamed:
+    """A store whose tensors have our names. Raises ValueError if a name stands for nothing in it, or two for one."""
+
+    def __init__(self, store: Store, names: dict[str, str | None]) -> None:
+        self.store, self.metadata = store, store.metadata
+        self.stored: dict[str, str] = {}
+        rules = {theirs: re.compile(re.escape(theirs).replace(re.escape(NUMBER), r"(\d+)")) for theirs in names}
+        unused = set(names)
+        for stored in store.header:
+            name = stored
+            for theirs, rule in rules.items():
+                if (match := rule.fullmatch(stored)) is not None:
+                    unused.discard(theirs)
+                    ours = names[theirs] or EXTRA + stored
+                    name = re.sub(r"\{N\}|(?<=\.)N(?=\.)", match[1], ours) if match.groups() else ours
+            if name in self.stored:
+                raise ValueError(f"--names: {shown(stored)} and {shown(self.stored[name])} are both {shown(name)}")
+            self.stored[name] = stored
+        if unused:
+            raise ValueError(f"--names: there is no tensor {', '.join(map(shown, sorted(unused)))}")
+        self.header = {name: store.header[stored] for name, stored in self.stored.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.store.read(self.stored[name])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.store.rows(self.stored[name], start, stop)

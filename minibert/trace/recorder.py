@@ -19,7 +19,7 @@ from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 from minibert.trace.files import FORMAT, HOW_TO_WRITE, VERSION, Trace
 from minibert.trace.inputs import check_inputs, hide_padding
-from minibert.trace.table import GRADIENT, INPUTS, SHAPES, dtype_name, row_of
+from minibert.trace.table import GRADIENT, INPUTS, SHAPES, THEIRS, dtype_name, row_of
 
 # A module, "in" or "out", and the trace's name for its input or its output. N is a layer's number. Our layer calls one
 # dropout module in two places; the two names are in the order of the calls.
@@ -36,21 +36,6 @@ OURS = (
     ("head.LayerNorm", "in", "head.activation"),
     ("head.LayerNorm", "out", "head.norm"),
     ("head", "out", "logits"),
-)
-THEIRS = (
-    ("bert.embeddings.LayerNorm", "in", "embeddings.sum"),
-    ("bert.embeddings.dropout", "out", "embeddings.norm"),
-    ("bert.encoder.layer.N.attention.output.dense", "in", "layers.N.context"),
-    ("bert.encoder.layer.N.attention.output.dropout", "out", "layers.N.attention_output"),
-    ("bert.encoder.layer.N.attention.output.LayerNorm", "out", "layers.N.attention_norm"),
-    ("bert.encoder.layer.N.intermediate.dense", "out", "layers.N.intermediate"),
-    ("bert.encoder.layer.N.output.dense", "in", "layers.N.activation"),
-    ("bert.encoder.layer.N.output.dropout", "out", "layers.N.feed_forward"),
-    ("bert.encoder.layer.N.output.LayerNorm", "out", "layers.N.feed_forward_norm"),
-    ("cls.predictions.transform.dense", "out", "head.dense"),
-    ("cls.predictions.transform.LayerNorm", "in", "head.activation"),
-    ("cls.predictions.transform.LayerNorm", "out", "head.norm"),
-    ("cls.predictions", "out", "logits"),
 )
 
 

@@ -44,6 +44,22 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("loss", "", "the mean cross-entropy over the labels that are not −100, in float32"),
     ("gradient.NAME", "", "the gradient of the loss by parameter NAME, with its name and shape in the checkpoint"),
 )
+# The modules of the hub's BERT, "in" or "out", and the trace's name for their input or output. N is a layer's number.
+THEIRS = (
+    ("bert.embeddings.LayerNorm", "in", "embeddings.sum"),
+    ("bert.embeddings.dropout", "out", "embeddings.norm"),
+    ("bert.encoder.layer.N.attention.output.dense", "in", "layers.N.context"),
+    ("bert.encoder.layer.N.attention.output.dropout", "out", "layers.N.attention_output"),
+    ("bert.encoder.layer.N.attention.output.LayerNorm", "out", "layers.N.attention_norm"),
+    ("bert.encoder.layer.N.intermediate.dense", "out", "layers.N.intermediate"),
+    ("bert.encoder.layer.N.output.dense", "in", "layers.N.activation"),
+    ("bert.encoder.layer.N.output.dropout", "out", "layers.N.feed_forward"),
+    ("bert.encoder.layer.N.output.LayerNorm", "out", "layers.N.feed_forward_norm"),
+    ("cls.predictions.transform.dense", "out", "head.dense"),
+    ("cls.predictions.transform.LayerNorm", "in", "head.activation"),
+    ("cls.predictions.transform.LayerNorm", "out", "head.norm"),
+    ("cls.predictions", "out", "logits"),
+)
 INPUTS = tuple(name for name, _, _ in TABLE[:4])
 SHAPES = {name: shape.split() for name, shape, _ in TABLE}
 MEANINGS = {name: meaning for name, _, meaning in TABLE}
@@ -51,9 +67,17 @@ GRADIENT = "gradient."
 
 
 def as_markdown() -> str:
-    """TABLE as a table in markdown, for a README."""
-    rows = [f"| `{name}` | {shape or '–'} | {meaning} |" for name, shape, meaning in TABLE]
-    return "\n".join(["| tensor | shape | what it is |", "|---|---|---|", *rows])
+    """TABLE as a table in markdown, for a README, with the hub's module that gives each tensor."""
+    modules = {name: f"`{module}`" if side == "out" else f"into `{module}`" for module, side, name in THEIRS}
+    # Dropout has no weights, and does nothing in evaluation: the module before it gives the same.
+    modules["embeddings.norm"] = "`bert.embeddings.LayerNorm`"
+    modules["layers.N.attention_output"] = "`bert.encoder.layer.N.attention.output.dense`"
+    modules["layers.N.feed_forward"] = "`bert.encoder.layer.N.output.dense`"
+    for part in ("query", "key", "value"):
+        modules[f"layers.N.{part}"] = f"`bert.encoder.layer.N.attention.self.{part}`"
+    modules["layers.N.scores"] = modules["layers.N.probabilities"] = "in `bert.encoder.layer.N.attention.self`"
+    rows = [f"| `{name}` | {shape or '–'} | {meaning} | {modules.get(name, '–')} |" for name, shape, meaning in TABLE]
+    return "\n".join(["| tensor | shape | what it is | in the hub's model |", "|---|---|---|---|", *rows])
 
 
 def row_of(name: str) -> str:

@@ -115,7 +115,13 @@ def test_diff(made, capsys):
     capsys.readouterr()
     assert main(["diff", *files, "--model", str(folder), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert (report["rows"][-1]["name"], report["rows"][-1]["first"]) == ("layers.1.query", [0, 0, 1, 0])
+    last = report["rows"][-1]
+    assert (report["ok"], report["first_wrong"]) == (False, last["name"]) == (False, "layers.1.query")
+    assert (last["ok"], last["first"], report["rows"][0]["ok"]) == (False, [0, 0, 1, 0], True)
+    assert report["titles"] == {"A": f"{files[0]} (minibert, float32)", "B": TraceFile(files[1]).title}
+    assert last["errors"]["A"]["largest"] < last["allowed"]["A"]["largest"]
+    assert last["errors"]["B"]["largest"] > last["allowed"]["B"]["largest"]
+    assert last["errors"]["B"]["rms"] > last["allowed"]["B"]["rms"]
     assert main(["diff", *files, "--all"]) == 1
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.endswith(" ok") or " differs" in line]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy
 import pytest
@@ -193,6 +194,79 @@ def test_names_that_are_not_ours(given, tmp_path, name, words):
     with pytest.raises(ValueError, match=words):
         stored(tmp_path / "a.safetensors", a, {name: torch.ones(2)})
     assert stored(tmp_path / "b.safetensors", a, {f"extra.{name}": torch.ones(2)}).names == a.names
+
+
+GGML = {
+    "inp_embd": "embeddings.sum",
+    "inp_norm": "embeddings.norm",
+    "blk.{N}.attn_q": "layers.{N}.query",
+    "blk.{N}.attn_k": "layers.N.key",
+    "blk.{N}.attn_v": "layers.N.value",
+    "blk.{N}.ffn_out": "layers.N.feed_forward",
+    "l_out-{N}": "layers.N.feed_forward_norm",
+    "result_output": "logits",
+}
+
+
+def ggml(path, a):
+    """The trace under names of a port's own, in the order in which it computes."""
+    arrays = {name: a.tensors[name].numpy() for name in INPUTS}
+    for theirs, ours in GGML.items():
+        for number in range(2) if "{N}" in theirs else [0]:
+            name = ours.replace("{N}", str(number)).replace(".N.", f".{number}.")
+            arrays[theirs.replace("{N}", str(number))] = a.tensors[name].numpy()
+    numpy.savez(path, metadata=json.dumps(a.metadata), mine=numpy.ones(3, numpy.float32), **arrays)
+    return str(path)
+
+
+def test_a_port_with_names_of_its_own(given, tmp_path, capsys):
+    a, ours = given
+    ours.save_pretrained(tmp_path / "model")
+    a.save(tmp_path / "ours.safetensors")
+    port, model = ggml(tmp_path / "port.npz", a), ["--model", str(tmp_path / "model")]
+    (tmp_path / "names.json").write_text(json.dumps({**GGML, "mine": None}))
+    names = ["--names", str(tmp_path / "names.json")]
+    assert set(TraceFile(port, {**GGML, "mine": None}).names) >= {"layers.1.query", "layers.0.feed_forward", "logits"}
+    for command in (
+        ["diff", port, *model],
+        ["diff", str(tmp_path / "ours.safetensors"), port],
+        ["diagnose", port, *model],
+    ):
+        assert main([*command, *names]) == 0
+        assert main(command) == 2  # without --names they are unknown
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "--names FILE" in said
+    assert "for you to check and correct" in said
+    offered = json.loads(said[said.index('{"') :])
+    assert sum(offered.get(theirs) == ours.replace("{N}", "N") for theirs, ours in GGML.items()) >= 6
+    a.tensors["layers.1.key"] = a.tensors["layers.1.key"] + 1
+    assert main(["diff", ggml(tmp_path / "port.npz", a), *model, *names, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["first_wrong"] == "layers.1.key"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ({"result_output": "logit"}, r"result_output stands for logit \(is it logits\?\)"),
+        ({"blk.{N}.attn_q": "embeddings.sum"}, "both have {N} for a layer, or neither"),
+        ({"blk.0.attn_q": "layers.N.query"}, "both have {N} for a layer, or neither"),
+        ({"result_output": 3}, "stands for 3"),
+        ({"blk.{N}.nothing": "layers.N.query"}, "there is no tensor blk.{N}.nothing"),
+        ({"blk.{N}.attn_k": "layers.N.query"}, "blk.0.attn_k and blk.0.attn_q are both layers.0.query"),
+        (["blk"], "not a proper JSON file"),
+    ],
+    ids=str,
+)
+def test_names_that_are_wrong(given, tmp_path, capsys, names, words):
+    port = ggml(tmp_path / "port.npz", given[0])
+    given[1].save_pretrained(tmp_path / "model")
+    (tmp_path / "names.json").write_text(json.dumps({**GGML, **names} if isinstance(names, dict) else names))
+    command = ["diagnose", port, "--model", str(tmp_path / "model"), "--names", str(tmp_path / "names.json")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert re.search(words, said), said
+    assert str(tmp_path) in said
 
 
 def test_what_a_file_says_cannot_look_like_a_verdict(given, tmp_path, capsys):
