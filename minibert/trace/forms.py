@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minibert.checkpoint.files import read_json
 from minibert.config import BertConfig
-from minibert.files import read_json
 from minibert.loss import IGNORE
 from minibert.trace.stores import Store, require_file
 from minibert.trace.table import GRADIENT, INPUTS, SHAPES, expected_names, expected_shape, row_of
