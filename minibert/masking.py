@@ -64,13 +64,16 @@ def mask_tokens(
     number ≥ 0, are chosen together, with `probability` a word. Each token of a chosen word is then replaced on
     its own account, as in Google's code.
 
-    generator: must be on the device of input_ids. Raises ValueError for shapes, dtypes or fractions that do not
-    fit.
+    generator: the draws are made on its device, and so one of the CPU gives the same draws for ids on a GPU. What is
+    returned is where input_ids is. Raises ValueError for shapes, dtypes or fractions that do not fit.
     """
     _check(input_ids, special_tokens_mask, word_ids, probability, mask_fraction, random_fraction)
     # Whole numbers are fine to give; as a fill value they would make a tensor of integers, from which nothing is drawn.
     probability, mask_fraction, random_fraction = float(probability), float(mask_fraction), float(random_fraction)
-    shape, device = input_ids.shape, input_ids.device
+    shape, home = input_ids.shape, input_ids.device
+    device = home if generator is None else generator.device
+    input_ids, special_tokens_mask = input_ids.to(device), special_tokens_mask.to(device)
+    word_ids = None if word_ids is None else word_ids.to(device)
 
     def draw(odds: Tensor) -> Tensor:
         return torch.bernoulli(odds, generator=generator).bool()
@@ -88,7 +91,8 @@ def mask_tokens(
         first = torch.arange(shape[1], device=device).expand(shape).masked_fill(~new_word, 0).cummax(1).values
         chosen = draw(torch.full(shape, probability, device=device).masked_fill(~(eligible & new_word), 0.0))
         chosen = chosen.gather(1, first) & eligible  # what was drawn for a word's first token holds for all of it
-    return _replace(input_ids, eligible, chosen, mask_token_id, mask_fraction, random_fraction, draw, draw_ids)
+    masked = _replace(input_ids, eligible, chosen, mask_token_id, mask_fraction, random_fraction, draw, draw_ids)
+    return MaskedTokens(*(x.to(home) for x in masked))
 
 
 def mask_packed(

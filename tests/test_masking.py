@@ -423,3 +423,18 @@ def test_whole_numbers_are_fractions_too(mask_fraction, random_fraction):
     ]
     assert torch.equal(results[0].input_ids, results[1].input_ids)
     assert torch.equal(results[0].labels, ids)
+
+
+def test_a_generator_of_the_cpu_serves_ids_on_a_gpu():
+    """Fake tensors have a device and no numbers: an operation on two devices at once is an error there too."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    generator = torch.Generator().manual_seed(0)
+    with FakeTensorMode():
+        ids = torch.ones(2, 7, dtype=torch.int64, device="cuda")
+        for words in (None, ids):
+            for special in (ids.bool(), ids.bool().cpu()):
+                made = mask_tokens(
+                    ids, special, vocab_size=9, mask_token_id=3, word_ids=words, generator=generator
+                )  # fmt: skip
+                assert {x.device.type for x in made} == {"cuda"}
