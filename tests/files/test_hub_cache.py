@@ -109,7 +109,8 @@ def test_a_commit_that_changes_while_it_is_loaded(hub, files, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- conversion
 
 
-@pytest.mark.parametrize("folder", ["plain", "with 'quotes' and $HOME", 'with "quotes" [1]', "ünï 模型"])
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["with 'quotes' and $HOME", 'with "quotes" [1] ünï 模型'])
 def test_the_command_that_converts_a_folder(hub, files, tmp_path, folder):
     """It is run as it stands in the message, and the folder then has a model and its tokenizer."""
     path = tmp_path / folder
@@ -124,6 +125,7 @@ def test_the_command_that_converts_a_folder(hub, files, tmp_path, folder):
     assert load_tokenizer(path).encode("Paris [MASK]").ids == [2, 5, 4, 3]
 
 
+@pytest.mark.slow
 def test_the_command_that_converts_a_folder_of_shards(hub, files, tmp_path):
     path = tmp_path / "shards"
     path.mkdir()

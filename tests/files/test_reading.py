@@ -20,6 +20,8 @@ from checkpoints import (
 )
 
 from minibert import BertForMaskedLM, PackedBatch
+from minibert.checkpoint import hub
+from minibert.checkpoint.names import from_transformers
 
 # ------------------------------------------------------------------------------------------------------- every spelling
 
@@ -126,7 +128,10 @@ def test_tied_copies_with_nan_are_equal(folder, tensors):
     with pytest.warns(UserWarning, match="NaN"):
         model = BertForMaskedLM.from_pretrained(folder)
     assert model.load_report.non_finite == ("embeddings.word.weight",)
+    assert from_transformers(tensors)["embeddings.word.weight"] is tensors[WORD]  # one rule
     tensors[DECODER] = tensors[WORD].nan_to_num()
+    with pytest.raises(ValueError, match="differ"):
+        from_transformers(tensors)
     store(folder, tensors)
     refused(folder, "differ", mentions=WEIGHTS)
 
@@ -217,6 +222,16 @@ def test_sha256_of_a_file_that_has_changed_since(folder, tensors):
     store(folder, tensors)
     with pytest.raises(ValueError, match="has changed"):
         _ = report.sha256
+
+
+def test_a_configuration_that_waits_for_other_weights_is_not_read(ours, tmp_path):
+    """What a killed save left is void as soon as somebody else has put other weights there."""
+    ours.save_pretrained(tmp_path)
+    waiting = {"weights_sha256": "0" * 64, "config": {**ours.config.to_dict(), "layer_norm_eps": 0.5}}
+    (tmp_path / hub.NEXT).write_text(json.dumps(waiting))
+    assert BertForMaskedLM.from_pretrained(tmp_path).config == ours.config
+    ours.save_pretrained(tmp_path)
+    assert not (tmp_path / hub.NEXT).exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- the decoder
