@@ -60,6 +60,22 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def exact_products():
+    """int8 and bfloat16 are tested on any CPU: the products behind them are exact ones, of ordinary operations."""
+    from exact import use_exact_products
+
+    from minibert.inference.ways import fastest_way, working_ways
+
+    with pytest.MonkeyPatch.context() as patch:
+        use_exact_products(patch)
+        for asked in (fastest_way, working_ways):
+            asked.cache_clear()
+        yield
+    for asked in (fastest_way, working_ways):
+        asked.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A text, a tiny model to start from, and where the text's token files are."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from needs import lacking
 
-from minibert.inference.onednn import has_bfloat16
+from minibert.inference import onednn
 from minibert.inference.ways import working_ways
 
 FORMS = {
@@ -26,12 +26,30 @@ def floating(dtype):
 
 
 def form_or_skip(name):
-    """(dtype, linear) for `prepare_for_inference`. Skips the test where this CPU or this torch has no such form."""
+    """(dtype, linear) for `prepare_for_inference`. Skips the test where this CPU or this torch has no such form. Where
+    both have all it takes and it is not taken all the same, the test fails: a product must be wrong.
+    """
     dtype, linear = FORMS[name]
-    if dtype == torch.bfloat16 and not has_bfloat16():
+    if dtype == torch.bfloat16 and not onednn.has_bfloat16():
         lacking("bfloat16", "this CPU has no instructions for it")
-    if linear not in working_ways(dtype):
-        kind = {torch.int8: "int8", torch.bfloat16: "bfloat16"}.get(dtype)
-        reason = f"no {linear} in this torch or on this CPU"
-        lacking(kind, reason) if kind else pytest.skip(reason)
+    if dtype == torch.int8 and not onednn.has_int8():
+        lacking("int8", "this CPU has no instructions for products of 8-bit numbers")
+    missing = [operator for operator in OPERATORS[dtype == torch.int8, linear] if not has_operator(operator)]
+    if missing:
+        reason = f"this torch has no {missing[0]}"
+        lacking("int8", reason) if dtype == torch.int8 else pytest.skip(reason)
+    assert linear in working_ways(dtype), "it gives something else than nn.Linear, or an operator takes other arguments"
     return dtype, linear
+
+
+OPERATORS = {
+    (False, "torch"): [],
+    (False, "product"): ["mkldnn._linear_pointwise", "mkldnn._reorder_linear_weight"],
+    (False, "convolution"): ["mkldnn._convolution_pointwise", "mkldnn._get_mkldnn_serialized_md"],
+    (True, "product"): ["onednn.qlinear_pointwise", "onednn.qlinear_prepack"],
+}
+
+
+def has_operator(operator):
+    library, name = operator.split(".")
+    return torch.backends.mkldnn.is_available() and hasattr(getattr(torch.ops, library), name)

@@ -75,10 +75,13 @@ def order_int8(weight: Tensor) -> Tensor:
 def multiply_int8(x: Tensor, ordered: Tensor, factor: Tensor, zeros: Tensor) -> Tensor:
     """x · weightᵀ, of x (T, inputs), int8, and each column times factor (outputs,): (T, outputs) float32. zeros
     (outputs,) int32. T must not be 0. torch 2.13
+
+    VNNI multiplies numbers without a sign by numbers with one. For two with a sign, oneDNN has a fast kernel with AMX
+    only. So elsewhere it gets x + 128, and is told that 128 means 0.
     """
-    plain = (1.0, 0)  # a scale and a zero point that change nothing
+    source, zero = (x, 0) if has_amx() else (x.view(torch.uint8) ^ 128, 128)
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        x, *plain, ordered, factor, zeros, None, *plain, torch.float32, "none", [], ""
+        source, 1.0, zero, ordered, factor, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return y
 

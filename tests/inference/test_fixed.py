@@ -13,6 +13,7 @@ from twins import CONFIGS, twins
 from minibert import BertForMaskedLM, PackedBatch
 from minibert.inference import PreparedBert, prepare_for_inference
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 SIZES = {**CONFIGS["batch 13, gelu"], "num_hidden_layers": 2}
 BATCH = PackedBatch.from_lists([[5, 6, 7, 8], [9, 10]], [[0, 0, 1, 1], [1, 0]])
 POSITIONS = torch.tensor([1, 5])

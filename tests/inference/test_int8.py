@@ -1,24 +1,19 @@
-"""int8: linear layers beside an independent reference, each text by itself, outliers, memory, refusals, quality."""
+"""int8: linear layers beside an independent reference, each text by itself, outliers, memory, refusals."""
 
-import subprocess
-import sys
-from pathlib import Path
-
+import exact
 import pytest
 import torch
-from needs import lacking
+from forms import TOLERANCE
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import gelu, relu, silu
 from twins import CONFIGS, twins
 
-from minibert import BertConfig, BertForMaskedLM, PackedBatch, load_tokenizer, prepare_for_inference
-from minibert.inference import int8, onednn, ways
+from minibert import BertConfig, BertForMaskedLM, PackedBatch, prepare_for_inference
+from minibert.inference import int8, onednn
 from minibert.inference.int8 import Int8Linear
 from minibert.inference.onednn import FUSED, NONE
 from minibert.inference.ways import working_ways
 from minibert.kernels import use_kernel
-from minibert.training.step import evaluate
-from minibert.training.tokens import Lines, TokenFile
 
 REFERENCE = {
     NONE: lambda y: y,
@@ -28,15 +23,7 @@ REFERENCE = {
     FUSED["silu"]: silu,
 }
 SIZES = [(37, 99), (768, 64), (3072, 17), (24, 1536), (1, 1)]
-
-
-@pytest.fixture(scope="module")
-def has_int8():
-    """Skips the test where the CPU or torch lacks it. Where both have it and it is not taken, the test fails."""
-    operators = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
-    if not (onednn.has_int8() and operators):
-        lacking("int8", "no products of 8-bit numbers in this CPU or in this torch")
-    assert working_ways(torch.int8), "it gives something else than nn.Linear, or an operator takes other arguments"
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 
 def whole_tensor(x, *, spare=False):
@@ -70,29 +57,33 @@ def reference(x, weight, bias):
     return (numbers @ weights.T) * steps * weight_steps.T + bias.double()  # sums of whole numbers below 2^53: exact
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 13, 300])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("activation", REFERENCE)
 @torch.inference_mode()
-def test_it_is_the_product_of_rounded_numbers(size, tokens, activation, has_int8):
+def test_it_is_the_product_of_rounded_numbers(size, activation):
     inputs, outputs = size
-    weight, bias, x = rows(outputs, inputs) / 50, torch.randn(outputs), rows(tokens, inputs)
-    given = x.clone()
-    got = Int8Linear(weight, bias, activation)(x)
-    plain = reference(given, weight, bias)
-    assert (got.shape, got.dtype) == ((tokens, outputs), torch.float32)
-    # The sum is exact. Then come a dozen roundings of 2^-24, of the product, of the bias, and in the activation.
-    product = (plain - bias.double()).abs()
-    near = 12 * 2**-24 * (product + bias.abs())
-    assert ((got - REFERENCE[activation](plain)).abs() <= near).all()
-    assert torch.equal(x, given), "the input stays as it is"
+    weight, bias = rows(outputs, inputs) / 50, torch.randn(outputs)
+    linear = Int8Linear(weight, bias, activation)
+    for tokens in (0, 1, 2, 13, 100):
+        x = rows(tokens, inputs)
+        given = x.clone()
+        got = linear(x)
+        plain = reference(given, weight, bias)
+        assert (got.shape, got.dtype) == ((tokens, outputs), torch.float32)
+        # The sum is exact. Then come a dozen roundings of 2^-24, of the product, of the bias, and in the activation.
+        product = (plain - bias.double()).abs()
+        near = 12 * 2**-24 * (product + bias.abs())
+        assert ((got - REFERENCE[activation](plain)).abs() <= near).all()
+        assert torch.equal(x, given), "the input stays as it is"
 
 
+@pytest.mark.parametrize("amx", [True, False])
 @torch.inference_mode()
-def test_whole_numbers_and_halves(has_int8):
+def test_whole_numbers_and_halves(amx, monkeypatch):
     """Where the largest is 127, the step is 1. So whole numbers stay, and halves go to the even number. 3072 times
     127 · 127 is the largest sum; with one that was kept in 16 bits it would not come out.
     """
+    monkeypatch.setattr(onednn, "has_amx", lambda: amx)  # then the product takes numbers with a sign
     x = torch.randint(-127, 128, (5, 3072)).float()
     x[:, 0], x[0], x[1] = 127, 127, -127
     halves = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 126.5])
@@ -106,7 +97,7 @@ def test_whole_numbers_and_halves(has_int8):
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
 @torch.inference_mode()
-def test_very_large_and_very_small_rows(scale, has_int8):
+def test_very_large_and_very_small_rows(scale):
     """The same digits, but for some roundings more of 6e-8: scaling changes no whole number."""
     weight, x = rows(99, 37) / 50, rows(3, 37)
     expected = reference(x, weight, torch.zeros(99))
@@ -121,7 +112,7 @@ def test_very_large_and_very_small_rows(scale, has_int8):
 
 
 @torch.inference_mode()
-def test_rows_of_zeros_give_the_bias(has_int8):
+def test_rows_of_zeros_give_the_bias():
     weight, bias, x = torch.randn(99, 37), torch.randn(99), torch.randn(4, 37)
     x[2], weight[5] = 0, 0
     got = Int8Linear(weight, bias)(x)
@@ -138,7 +129,7 @@ def ordinary(y):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("activation", REFERENCE)
 @torch.inference_mode()
-def test_what_is_no_number_does_not_become_one(bad, activation, has_int8):
+def test_what_is_no_number_does_not_become_one(bad, activation):
     """Nor does it touch the other tokens; in a weight, the other outputs."""
     weight, bias, x = torch.randn(99, 37), torch.randn(99), torch.randn(4, 37)
     linear = Int8Linear(weight, bias, activation)
@@ -168,7 +159,7 @@ def alone_and_together(linear, x):
 
 @pytest.mark.parametrize("activation", REFERENCE)
 @torch.inference_mode()
-def test_a_token_has_the_same_answer_in_every_batch(activation, monkeypatch, has_int8):
+def test_a_token_has_the_same_answer_in_every_batch(activation, monkeypatch):
     """Bit for bit, where the width is a multiple of 16: else torch's activations round the last bit by the place that
     a number has in memory.
     """
@@ -224,7 +215,7 @@ def with_outliers(gain=30):
 
 
 @pytest.fixture(scope="module")
-def outliers(has_int8):
+def outliers():
     """The model; 8 sequences of 30 tokens; and which of them are the outliers, the last of each."""
     torch.manual_seed(0)
     ids = torch.randint(8, LARGE["vocab_size"], (240,))
@@ -302,7 +293,7 @@ def held_bytes(model):
     return sum(torch.ops.mkldnn._nbytes(x) if x.is_mkldnn else x.untyped_storage().nbytes() for x in tensors(model))
 
 
-def test_it_holds_less_than_a_third_and_nothing_of_the_original(has_int8):
+def test_it_holds_less_than_a_third_and_nothing_of_the_original():
     """The matrices take a quarter. The words are there twice, to be looked up and for the head."""
     model = BertForMaskedLM(PROPORTIONS)
     full = 4 * model.num_parameters()
@@ -310,40 +301,47 @@ def test_it_holds_less_than_a_third_and_nothing_of_the_original(has_int8):
     originals = [StorageWeakRef(x.untyped_storage()) for x in model.state_dict().values()]
     prepared = prepare_for_inference(model, torch.int8)
     assert 0.25 * full < held_bytes(prepared) <= 0.32 * full
-    assert sum(x.is_mkldnn for x in tensors(prepared)) == 4 * 8 + 2, "so they were counted"
+    assert sum(x.dtype == torch.int8 for x in tensors(prepared)) == 4 * 8 + 3, "so they were counted"
     assert not any(storage.expired() for storage in originals)
     del model
     assert all(storage.expired() for storage in originals), "nothing keeps the original's numbers"
     assert prepared(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
-def test_loading_and_preparing_peaks_no_higher_than_in_float32(tmp_path, has_int8):
-    BertForMaskedLM(PROPORTIONS).save_pretrained(tmp_path)
-    code = """
-import sys, torch
-from minibert import BertForMaskedLM, prepare_for_inference
-from minibert.bench.machine import peak_resident
-dtype = getattr(torch, sys.argv[2])
-prepare_for_inference(BertForMaskedLM.from_pretrained(sys.argv[1]), dtype, linear="product")
-print(peak_resident())
-"""
-
-    def peak(dtype):
-        command = [sys.executable, "-c", code, str(tmp_path), dtype]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-    assert peak("int8") <= peak("float32")
-
-
 # ----------------------------------------------------------------------------------------- refusals, and what it says
 
 
-@pytest.mark.parametrize("missing", ["has_int8", "working_ways"])
-def test_without_instructions_or_operators_it_is_refused(missing, monkeypatch):
-    """A CPU without VNNI; a torch that lacks an operator, or whose operator gives something else."""
-    monkeypatch.setattr(ways, missing, lambda *dtype: False if missing == "has_int8" else ())
+def no_instructions(patch):
+    patch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    patch.setattr(torch.cpu, "get_capabilities", dict)
+
+
+def no_operator(patch):
+    patch.setattr(torch.ops.onednn, "qlinear_pointwise", lambda *given: torch.ops.onednn.no_such_thing)
+
+
+def another_result(patch):
+    patch.setattr(torch.ops.onednn, "qlinear_pointwise", lambda *given: exact.linear_int8(*given) / 2)
+
+
+@pytest.mark.parametrize("lacking", [no_instructions, no_operator, another_result])
+def test_what_cannot_multiply_8_bit_numbers_is_refused(lacking, monkeypatch):
+    lacking(monkeypatch)
+    working_ways.cache_clear()
     with pytest.raises(ValueError, match="cannot multiply 8-bit numbers: leave dtype out, or use float32"):
         prepare_for_inference(twins(CONFIGS["batch 13, gelu"])[0], torch.int8)
+    working_ways.cache_clear()
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_attention_is_in_bfloat16_where_the_cpu_has_it(has_bfloat16, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
+    model = twins(CONFIGS["batch 13, gelu"])[0]
+    prepared, batch = prepare_for_inference(model, torch.int8), PackedBatch.from_lists([[5, 6, 7], [8]])
+    types = {x.dtype for x in prepared.layers[0].attention.split_heads(torch.randn(4, 32))}
+    assert types == {torch.bfloat16 if has_bfloat16 else torch.float32}
+    got, expected = (each.predict(batch, torch.arange(4)) for each in (prepared, model))
+    torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE[torch.int8])
 
 
 def test_on_another_device_it_is_refused():
@@ -352,7 +350,7 @@ def test_on_another_device_it_is_refused():
         prepare_for_inference(model, torch.int8)
 
 
-def test_what_a_prepared_model_says_of_itself(has_int8):
+def test_what_a_prepared_model_says_of_itself():
     model = twins(CONFIGS["batch 13, gelu"])[0]
     prepared = prepare_for_inference(model, torch.int8)
     assert (prepared.dtype, prepared.device) == (torch.int8, torch.device("cpu"))
@@ -368,34 +366,10 @@ def test_what_a_prepared_model_says_of_itself(has_int8):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_an_original_of_another_type(dtype, has_int8):
+def test_an_original_of_another_type(dtype):
     """It is as if its numbers were loaded in float32 first."""
     model, batch = twins(CONFIGS["batch 13, gelu"], dtype=dtype)[0], PackedBatch.from_lists([[5, 6, 7], [8]])
     got = prepare_for_inference(model, torch.int8).predict(batch, torch.arange(4))
     expected = prepare_for_inference(model.float(), torch.int8).predict(batch, torch.arange(4))
     assert got.dtype == torch.float32
     assert torch.equal(got, expected)
-
-
-# ------------------------------------------------------------------------------------------------------------- quality
-
-
-def test_quality_on_the_bundled_weights(has_int8):
-    """464 lines in four maskings, 4,500 masked tokens. The two see the same masks, so the difference is known to 0.0015
-    nats and 0.15 points (one standard error). 0.005 nats and 0.05 points were measured.
-    """
-    model, tokenizer = BertForMaskedLM.from_pretrained("minibert-uncased"), load_tokenizer("minibert-uncased")
-    lines = (Path(__file__).parents[1] / "prose.txt").read_text(encoding="utf-8").splitlines()
-    encoded = [torch.tensor(tokenizer.encode(line, add_special_tokens=False).ids) for line in lines]
-    text = Lines(torch.cat(encoded), torch.tensor([0, *map(len, encoded)]).cumsum(0))
-    file = TokenFile(text.tokens, text.starts, "prose", 1.0, text, "")
-    sums = {}
-    for dtype in (torch.float32, torch.int8):
-        prepared = prepare_for_inference(model, dtype)
-        figures = [evaluate(prepared, tokenizer, [file], lines=len(text), seed=seed)["all"] for seed in range(4)]
-        tokens = sum(each["masked_tokens"] for each in figures)
-        sums[dtype] = [sum(each[what] * each["masked_tokens"] for each in figures) for what in ("loss", "top1")]
-    assert tokens > 4000
-    (loss, right), (rounded_loss, rounded_right) = sums.values()
-    assert rounded_loss - loss <= 0.02 * tokens
-    assert right - rounded_right <= 0.005 * tokens

@@ -12,17 +12,17 @@ from minibert import FillMask, PackedBatch
 from minibert.inference import prepare_for_inference
 from minibert.inference.onednn import has_bfloat16
 from minibert.inference.prepare import _choose_way
-from minibert.inference.ways import WAYS, linear_layer, working_ways
+from minibert.inference.ways import WAYS, linear_layer
 from minibert.kernels import use_kernel
 from minibert.tokenizer import from_vocabulary
+
+pytestmark = pytest.mark.usefixtures("exact_products")
 
 
 @pytest.fixture(params=WAYS)
 def each_way(request):
     """Linear layers as torch has them, and in the two ways of oneDNN."""
-    if request.param not in working_ways(torch.float32):
-        pytest.skip(f"no {request.param} in this torch or on this CPU")
-    return request.param
+    return form_or_skip(request.param)[1]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
