@@ -145,7 +145,7 @@ def test_the_real_products_are_the_exact_ones(form, tokens, inputs, outputs):
 
 
 def test_the_product_of_8_bit_numbers_is_a_fast_one():
-    """Numbers of a type for which oneDNN has no kernel go through its reference, which takes a thousand times as long."""
+    """Where oneDNN has no kernel for two types, its reference serves, which takes a thousand times as long."""
     form_or_skip("int8")
     x, weight = (torch.randint(-127, 128, (number, 768), dtype=torch.int8) for number in (64, 1536))
     ordered, factor, zeros = onednn.order_int8(weight), torch.rand(1536), torch.zeros(1536, dtype=torch.int32)
