@@ -6,7 +6,7 @@ cut into. The logits are computed at the masked positions only.
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -139,22 +139,23 @@ def wrapped_layers(
     with ExitStack() as around:
         if not compile and model.embeddings.word.weight.is_cpu:
             around.enter_context(quick_dropout(model))
-        try:
-            if checkpoint_activations:
-                set_recomputing(model.layers, True)
-            for layer in model.layers if compile else ():
-                assert isinstance(layer, EncoderLayer)
-                # Attention stays outside: its loop over the lengths would make another graph of every batch.
-                vars(layer.attention)["forward"] = torch.compiler.disable(layer.attention.forward)
-                name = "once" if isinstance(layer, RecomputedLayer) else "forward"
-                vars(layer)[name] = torch.compile(getattr(layer, name), dynamic=True)
-            yield
-        finally:
-            for module in model.modules():
-                vars(module).pop("forward", None)
-                vars(module).pop("once", None)
-            if checkpoint_activations:
-                set_recomputing(model.layers, before)
+        if checkpoint_activations:
+            set_recomputing(model.layers, True)
+            around.callback(set_recomputing, model.layers, before)
+        for layer in model.layers if compile else ():
+            assert isinstance(layer, EncoderLayer)
+            # Attention stays outside: its loop over the lengths would make another graph of every batch.
+            _swap(around, layer.attention, "forward", torch.compiler.disable(layer.attention.forward))
+            name = "once" if isinstance(layer, RecomputedLayer) else "forward"
+            _swap(around, layer, name, torch.compile(getattr(layer, name), dynamic=True))
+        yield
+
+
+def _swap(around: ExitStack, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
+    """Give one module a method of its own until `around` ends; what it had before comes back."""
+    own = vars(module)
+    around.callback(own.__setitem__, name, own[name]) if name in own else around.callback(own.pop, name)
+    own[name] = method
 
 
 # ------------------------------------------------------------------------------------------------------- held-out lines

@@ -76,3 +76,12 @@ def test_a_text_without_held_out_lines_is_said(tmp_path, folder, capsys):
     with pytest.raises(SystemExit):
         quality.main([str(tmp_path / "short.txt"), "--model", str(folder)])
     assert "no line is held out" in capsys.readouterr().err
+
+
+def test_beside_a_difference_stands_its_standard_error(capsys):
+    """The mean of 4 differences of 0 and 2 is 1, their standard deviation 2 / √3, and the error half of that."""
+    zeros = torch.zeros(2, 4, dtype=torch.float64)
+    quality.print_table([("first", zeros), ("second", torch.tensor([[0.0, 2.0, 0.0, 2.0], [0.0, 1.0, 0.0, 1.0]]))])
+    assert capsys.readouterr().out.splitlines()[-1].split()[1:] == [
+        *("1.0000", "+1.0000", "±", "0.5774", "50.00%", "+50.00", "±", "28.87"),
+    ]
