@@ -1,6 +1,7 @@
 """minibert: BERT's masked language model, from scratch, in pure PyTorch."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from minibert.packing import PackedBatch
     from minibert.score import pseudo_log_likelihood
     from minibert.tokenizer import load_tokenizer
+    from minibert.training.step import parameter_groups
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "load_tokenizer",
     "mask_tokens",
     "masked_lm_loss",
+    "parameter_groups",
     "prepare_for_inference",
     "pseudo_log_likelihood",
 ]
@@ -35,14 +38,19 @@ _ROOMS = {
     "load_tokenizer": "tokenizer",
     "mask_tokens": "masking",
     "masked_lm_loss": "loss",
+    "parameter_groups": "training.step",
     "prepare_for_inference": "inference",
     "pseudo_log_likelihood": "score",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that `minibert --help` does not wait for torch."""
+    """Import a public name, or a part such as minibert.study, when it is first used, so that `minibert --help` does not
+    wait for torch.
+    """
     if name not in _ROOMS:
+        if not name.startswith("_") and find_spec(f"minibert.{name}"):
+            return import_module(f"minibert.{name}")
         raise AttributeError(f"module 'minibert' has no attribute {name!r}")
     return getattr(import_module(f"minibert.{_ROOMS[name]}"), name)
 

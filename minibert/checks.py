@@ -3,9 +3,12 @@
 The rest of the package can then take its input for granted.
 """
 
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +25,22 @@ DECODERS = "that is for decoders, and BERT is an encoder"
 SAFE = "the only files are safetensors, each read and written whole"
 SMALLER = "prepare_for_inference makes it smaller and faster, with torch.int8 on a CPU, with torch.bfloat16 on a GPU"
 INSTEAD = {
-    "inputs_embeds": "put the vectors there with a forward hook on model.embeddings.word",
+    "inputs_embeds": "give input_ids, and put the vectors (B, S, D) there by a forward hook: "
+    "model.embeddings.word.register_forward_hook(lambda *_: vectors)",
+    "masked_lm_labels": "it is called labels now",
+    "lm_labels": "it is called labels now",
     "head_mask": "set the head's columns in layers[N].attention.output.weight to 0",
     "encoder_hidden_states": DECODERS,
     "encoder_attention_mask": DECODERS,
     "past_key_values": DECODERS,
     "use_cache": DECODERS,
-    "low_cpu_mem_usage": "the weights are held once in any case",
     "next_sentence_label": "that is of the next-sentence head, which this model does not have",
     "num_items_in_batch": "the loss is a mean: scale it yourself, or set accepts_loss_kwargs = False for the Trainer",
     # from_pretrained
     "config": "the sizes come from the checkpoint's config.json; for an untrained model, BertForMaskedLM(config)",
-    "device_map": 'give device="cuda"; the model is not cut into parts',
+    "device_map": 'give device="cuda"; the model is not cut into parts, but accelerate.dispatch_model can do it',
     "attn_implementation": "the fastest is chosen for each batch; minibert.kernels.use_kernel(…) forces one",
+    "num_labels": "this is the masked language model, and has no classifier",
     "quantization_config": SMALLER,
     "load_in_8bit": SMALLER,
     "load_in_4bit": SMALLER,
@@ -53,19 +59,100 @@ INSTEAD = {
     "max_shard_size": "one file is written",
     "push_to_hub": "save to a folder, and upload that: `hf upload owner/name folder`",
 }
-# May be given, with the value that holds here anyway.
-HOLDS = {
-    "trust_remote_code": False,
-    "low_cpu_mem_usage": True,
-    "use_safetensors": True,
-    "safe_serialization": True,
-    "push_to_hub": False,
-    "force_download": False,
-    "ignore_mismatched_sizes": False,
-    "output_loading_info": False,
-    "load_in_8bit": False,
-    "load_in_4bit": False,
+# May be given, with one of the values that hold here anyway.
+YES, NO, EITHER = (True,), (False,), (True, False)
+HOLDS: dict[str, tuple[object, ...]] = {
+    "trust_remote_code": NO,
+    "low_cpu_mem_usage": EITHER,
+    "use_safetensors": YES,
+    "safe_serialization": YES,
+    "push_to_hub": NO,
+    "force_download": NO,
+    "ignore_mismatched_sizes": NO,
+    "output_loading_info": NO,
+    "load_in_8bit": NO,
+    "load_in_4bit": NO,
+    "attn_implementation": ("eager", "sdpa"),
+    "token": EITHER,
+    "use_auth_token": EITHER,
+    "subfolder": ("",),
+    "from_tf": NO,
+    "from_flax": NO,
+    "use_cache": EITHER,
+    "add_pooling_layer": NO,
 }
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")  # what of the configuration may be set while loading
+# Attributes of transformers' model that ours does not have, and what to use instead.
+ATTRIBUTES = {
+    "get_output_embeddings": "the head compares with model.word_embeddings (V, D), and adds model.head.bias",
+    "set_output_embeddings": "the head compares with the words: change model.embeddings.word and model.head.bias",
+    "set_input_embeddings": "set model.embeddings.word.weight; for more words model.resize_token_embeddings(…)",
+    "enable_input_require_grads": "model.gradient_checkpointing_enable() does not need it",
+    "disable_input_require_grads": "model.gradient_checkpointing_enable() does not need it",
+    "activation_checkpointing_enable": "call model.gradient_checkpointing_enable()",
+    "activation_checkpointing_disable": "call model.gradient_checkpointing_disable()",
+    "set_attn_implementation": "minibert.kernels.use_kernel(…) forces one, within a with block",
+    "init_weights": "BertForMaskedLM(config) starts with random weights",
+    "post_init": "BertForMaskedLM(config) starts with random weights",
+    "push_to_hub": "model.save_pretrained(folder), and upload that: `hf upload owner/name folder`",
+    "generate": "BERT does not write on; minibert.FillMask(model, tokenizer) fills in [MASK]",
+    "prune_heads": "set the head's columns in model.layers[N].attention.output.weight to 0",
+    "encoder": "its layers are model.layers",
+    "pooler": "this is the masked language model: take model.encode(batch), or output_hidden_states=True",
+    "classifier": "this is the masked language model, and has no classifier",
+    "get_position_embeddings": "take model.embeddings.position",
+    "from_config": "call BertForMaskedLM(config)",
+    "config_class": "it is minibert.BertConfig",
+    "add_adapter": "call peft.get_peft_model(model, peft.LoraConfig(…))",
+    "quantize": "call minibert.prepare_for_inference(model, torch.int8)",
+    "to_bettertransformer": "call minibert.prepare_for_inference(model)",
+}
+
+
+def own_config(config: object) -> BertConfig:
+    """A configuration; one of transformers is converted. Raises TypeError for what is none."""
+    if isinstance(config, BertConfig):
+        return config
+    if hasattr(config, "to_dict"):
+        return BertConfig.from_dict(config.to_dict())
+    if isinstance(config, Mapping):
+        return BertConfig.from_dict(config)
+    raise TypeError(
+        f"config must be a minibert.BertConfig, not {config!r:.60}: for the weights of a checkpoint, "
+        "BertForMaskedLM.from_pretrained(name_or_path)"
+    )
+
+
+def device_of(device_map: object, device: torch.device | str | None) -> torch.device | str | None:
+    """The one device that a device_map of accelerate names, or `device` if there is none. Raises TypeError for more."""
+    if isinstance(device_map, Mapping) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map is None:
+        return device
+    where = f"cuda:{device_map}" if type(device_map) is int else device_map
+    if not isinstance(where, str | torch.device) or where in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise TypeError(f"from_pretrained takes no device_map={device_map!r}: {INSTEAD['device_map']}")
+    if device is not None and torch.device(device) != torch.device(where):
+        raise ValueError(f"device is {device!r} and device_map {device_map!r}: give one of the two")
+    return where
+
+
+def require_weights(model: nn.Module) -> None:
+    """Raise ValueError if a model was loaded where there is no memory for its weights."""
+    if any(x.is_meta for x in model.parameters()):
+        raise ValueError(
+            "from_pretrained reads weights, and on the device meta there is no place for them: load outside of "
+            'torch.device("meta") and init_empty_weights(), or make an empty model by BertForMaskedLM(config)'
+        )
+
+
+def refuse_more(more: Sequence[object]) -> None:
+    """Raise TypeError for values by place beyond the labels."""
+    if more:
+        raise TypeError(
+            f"the model takes {', '.join(TAKEN)} by place, and more by name. (torch.onnx.export(dynamo=False) gives "
+            "all by place: call `minibert export --out model.onnx`, or minibert.export.export, instead.)"
+        )
 
 
 def refuse_others(others: Mapping[str, object], taken: Sequence[str] = TAKEN, what: str = "the model") -> None:
@@ -76,9 +163,10 @@ def refuse_others(others: Mapping[str, object], taken: Sequence[str] = TAKEN, wh
         if (name in FROM_TOKENIZERS and taken is TAKEN) or (name in INSTEAD and value is None):
             continue
         if taken is not TAKEN and name in HOLDS:
-            if value is HOLDS[name]:
+            if value in HOLDS[name]:
                 continue
-            raise TypeError(f"{what} has {name}={HOLDS[name]} only, not {value!r}: {INSTEAD.get(name, SAFE)}")
+            held = " or ".join(map(repr, HOLDS[name]))
+            raise TypeError(f"{what} has {name}={held} only, not {value!r}: {INSTEAD.get(name, SAFE)}")
         like = get_close_matches(name, taken, 1)
         hint = INSTEAD.get(name) or (f"did you mean {like[0]}?" if like else "its docstring lists what it takes")
         raise TypeError(f"{what} takes no argument {name!r}: {hint}")
@@ -89,6 +177,8 @@ def require_tensors(**given: object) -> None:
     for name, value in given.items():
         if value is None and name == "input_ids":
             raise TypeError("input_ids is missing: give the ids of the tokens, a tensor (batch, length)")
+        if isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a tensor, not {type(value).__name__}: unpack it, model(**encoding)")
         if value is not None and not isinstance(value, Tensor):
             kind = type(value).__name__
             how = "torch.from_numpy(…)" if kind == "ndarray" else "torch.tensor(…)"
@@ -134,6 +224,7 @@ def padded_inputs(
                     f"{attention_mask.min().item()} to {attention_mask.max().item()}"
                 )
             attention_mask = attention_mask.bool()
+    types_given = token_type_ids is not None
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
     if position_ids is None:
@@ -143,7 +234,31 @@ def padded_inputs(
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         _require_shape(name, ids, input_ids)
         _require_integers(name, ids)
+    if attention_mask is not None and attention_mask.numel():
+        _require_seen(attention_mask, token_type_ids if types_given else None)
     return attention_mask, token_type_ids, position_ids
+
+
+def _require_seen(mask: Tensor, token_type_ids: Tensor | None) -> None:
+    """A tokenizer gives ids, token types and mask, and the model takes ids, mask and token types. What shows that two
+    of them were exchanged is a ValueError, if there is no token left to read, and otherwise a warning.
+    """
+    by_name = "By place the mask comes before the token types: give attention_mask= and token_type_ids= by name"
+    empty = int((~mask.any(1)).sum())
+    if empty == len(mask):
+        raise ValueError(f"attention_mask is 0 everywhere, so there is no token to read. {by_name}")
+    if empty:
+        warn(f"attention_mask is 0 in the whole of {empty} of {len(mask)} rows, whose logits are all 0. {by_name}")
+    if token_type_ids is not None and bool((token_type_ids.masked_fill(mask, 0) > 0).any()):
+        warn(f"attention_mask is 0 at tokens of type 1, as in no tokenizer's output. {by_name}")
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's program that led here, which Python then shows once."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("minibert", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def require_labels(labels: Tensor, attention_mask: Tensor | None, input_ids: Tensor) -> None:
@@ -221,11 +336,33 @@ def require_no_dropout(model: nn.Module) -> None:
             )
 
 
+def require_model(model: object) -> None:
+    """Raise TypeError for what is no model of this package, such as the name of one, or one of transformers."""
+    if not isinstance(getattr(model, "config", None), BertConfig):
+        kind = (
+            f"the name {model!r}"
+            if isinstance(model, str | PathLike)
+            else f"{type(model).__module__} {type(model).__name__}"
+        )
+        raise TypeError(
+            f"the model must be minibert's BertForMaskedLM, not {kind}: BertForMaskedLM.from_pretrained(folder) "
+            "loads one, also what transformers' save_pretrained(folder) wrote"
+        )
+
+
 def require_vocabulary(tokens: int, config: BertConfig) -> None:
-    """Raise ValueError if a tokenizer has more tokens than the model has embeddings."""
+    """Raise ValueError if a tokenizer has more tokens than the model has embeddings. Warn if it has fewer, but for a
+    model that is filled up to a multiple of 8, 16, … or 128.
+    """
     if tokens > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokens} tokens and the model {config.vocab_size}: they are not of one checkpoint"
+        )
+    filled_up = {-(-tokens // multiple) * multiple for multiple in (8, 16, 32, 64, 128)}
+    if config.vocab_size not in (tokens, *filled_up):
+        warn(
+            f"the tokenizer has {tokens} tokens and the model {config.vocab_size}, more than filling up makes: are "
+            "they of one checkpoint? If so, model.resize_token_embeddings cuts the rest off"
         )
 
 

@@ -61,7 +61,7 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
-        return self.model(input_ids, attention_mask, token_type_ids).logits
+        return self.model(input_ids, attention_mask, token_type_ids, return_dict=True).logits
 
 
 def export(model: BertForMaskedLM, path: str | PathLike[str]) -> Exported:
@@ -131,7 +131,7 @@ def _check(model: BertForMaskedLM, program: Program, target: Path) -> Exported:
     largest = scale = 0.0
     shapes = []
     for given in _odd_batches(model):
-        expected = model(*(given[name] for name in INPUTS)).logits
+        expected = model(*(given[name] for name in INPUTS), return_dict=True).logits
         largest = max(largest, (program(given) - expected).abs().max().item())
         scale = max(scale, expected.abs().max().item())
         shapes.append((given["input_ids"].shape[0], given["input_ids"].shape[1]))
@@ -153,5 +153,7 @@ def _odd_batches(model: BertForMaskedLM) -> Iterator[dict[str, Tensor]]:
         lengths = torch.randint(1, columns + 1, (rows, 1), generator=generator)
         column = torch.arange(columns)
         masks = (column < lengths, column >= columns - lengths, torch.rand(rows, columns, generator=generator) < 0.7)
-        types = torch.randint(0, config.type_vocab_size, (rows, columns), generator=generator)
-        yield {"input_ids": ids, "attention_mask": masks[number % 3].long(), "token_type_ids": types}
+        mask = masks[number % 3].long()
+        mask[:, 0] |= mask.sum(1) == 0  # a row without a token is warned of
+        types = torch.randint(0, config.type_vocab_size, (rows, columns), generator=generator) * mask
+        yield {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}

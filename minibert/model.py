@@ -178,6 +178,11 @@ class Bert(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
+    @property
+    def word_embeddings(self) -> Tensor:
+        """The vectors of all words, (V, D), which the head compares its answer with."""
+        return self.embeddings.word.weight
+
     def encode(self, batch: PackedBatch) -> Tensor:
         """The hidden states of the last layer, (T, D).
 
@@ -196,4 +201,4 @@ class Bert(nn.Module):
         """
         checks.require_positions(positions, batch.num_tokens)
         x = self.encode(batch)[positions]  # (M, D)
-        return self.head(x, self.embeddings.word.weight)  # (M, V)
+        return self.head(x, self.word_embeddings)  # (M, V)

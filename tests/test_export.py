@@ -67,7 +67,11 @@ def test_a_program_that_is_wrong_is_not_kept(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("out", "said"),
-    [("model.bin", "must end in .onnx or .pt2"), ("nowhere/model.pt2", "there is no such folder"), ("", "must end in")],
+    [
+        ("model.bin", "must end in .onnx or .pt2"),
+        ("nowhere/model.pt2", "there is no folder nowhere"),
+        ("", "must end in"),
+    ],
 )
 def test_mistakes(folder, tmp_path, monkeypatch, capsys, out, said):
     monkeypatch.chdir(tmp_path)

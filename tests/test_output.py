@@ -35,7 +35,7 @@ def test_it_is_read_as_transformers_reads_its_own(pair):
 
 def test_it_can_be_taken_apart(pair):
     given = make_batch(SIZES, "dense", (3, 7))
-    loss, logits = pair[0](given["input_ids"], labels=given["labels"])
+    loss, logits = pair[0](given["input_ids"], labels=given["labels"]).to_tuple()
     assert loss.dim() == 0
     assert logits.shape == (3, 7, SIZES["vocab_size"])
     out = pair[0](given["input_ids"], labels=given["labels"], return_dict=False)
@@ -87,7 +87,7 @@ def test_what_a_tokenizer_of_transformers_gives_may_be_passed_on(pair):
     ("argument", "said"),
     [
         ("head_mask", "set the head's columns"),
-        ("inputs_embeds", "forward hook on model.embeddings.word"),
+        ("inputs_embeds", "model.embeddings.word.register_forward_hook"),
         ("encoder_hidden_states", "BERT is an encoder"),
         ("attention_masks", "did you mean attention_mask"),
         ("elephants", "its docstring lists"),

@@ -64,6 +64,19 @@ BEGINS = re.compile(
 ADAPTERS = re.compile(r"\.(lora_\w+|modules_to_save|ia3_\w+)\.|^prompt_encoder\.")
 
 
+def is_ours(name: str) -> bool:
+    """Whether this is a tensor of the model, and of nothing that was put into it."""
+    return re.sub(r"\.\d+\.", ".N.", name.rpartition(".")[0]) in TABLE
+
+
+def beginning(name: str) -> str:
+    """Our name, beginning as the hub's does: "layers.0.…" → "bert.encoder.layer.0.…"."""
+    for ours, hub in (("embeddings.", "bert."), ("layers.", "bert.encoder.layer."), ("head.", "cls.predictions.")):
+        if name.startswith(ours):
+            return hub + (name if ours == "embeddings." else name.removeprefix(ours))
+    return name
+
+
 def hub_names(name: str) -> list[str]:
     """The name, or the three names, under which a checkpoint holds our tensor `name`."""
     module, _, parameter = name.rpartition(".")

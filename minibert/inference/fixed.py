@@ -35,6 +35,10 @@ class Fixed(nn.Module):
         """What the padded call goes through while a program is recorded."""
         raise ValueError(f"{PREPARED} cannot be recorded: export or trace the one it was made from")
 
+    def _looked_into(self, asked: bool) -> bool:
+        """Whether the padded call keeps its padding: there are no hooks here, and no gradients."""
+        return False
+
     def resize_token_embeddings(self, *arguments: Any, **settings: Any) -> NoReturn:
         raise ValueError(f"{PREPARED} keeps its size: resize the one it was made from, and prepare that")
 

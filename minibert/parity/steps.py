@@ -63,7 +63,7 @@ class Steps:
         graph of one layer, never that of the model.
         """
         order = list(reversed(parameter_names(self.config)))
-        parameters = dict(self.model.named_parameters())
+        parameters = self.model.state_dict(keep_vars=True)
         found: dict[str, Tensor] = {}
         flow: Tensor | None = None  # the gradient of what this section gives; None for the loss
         for (section, start), read in zip(reversed(list(self.sections())), reversed(self.read), strict=True):

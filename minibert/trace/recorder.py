@@ -167,7 +167,7 @@ def _our_config(model: nn.Module) -> BertConfig:
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """The gradient of the loss by every parameter, under its name in a trace. No parameter's .grad changes."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    named = [(name, parameter) for name, parameter in nn.Module.named_parameters(model) if parameter.requires_grad]
     if not named:
         raise ValueError("no parameter of this model requires a gradient: call model.requires_grad_(True) first")
     found = torch.autograd.grad(loss, [parameter for _, parameter in named], allow_unused=True)

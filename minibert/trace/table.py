@@ -156,7 +156,7 @@ def _parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
     with shapes_only():
         model = BertForMaskedLM(replace(config, num_hidden_layers=1))
     shapes = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.state_dict().items():
         hubs = hub_names(name)
         shapes.update({hub: tuple(part.shape) for hub, part in zip(hubs, parameter.chunk(len(hubs)), strict=True)})
     return shapes

@@ -162,7 +162,8 @@ def test_lora_with_activation_checkpointing(pair, given):
         model = peft.get_peft_model(ours, peft.LoraConfig(target_modules=["qkv"], r=2))
         model(**given).loss.backward()
         gradients.append([x.grad for x in model.parameters() if x.requires_grad])
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    for one, other in zip(*gradients, strict=True):  # PEFT then hooks the embeddings, so the padding is computed too
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------- FSDP2

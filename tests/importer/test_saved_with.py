@@ -170,7 +170,7 @@ def test_other_arguments_of_saving_are_refused(argument, said, tmp_path):
     ("argument", "said"),
     [
         ({"device_map": "auto"}, 'give device="cuda"'),
-        ({"attn_implementation": "sdpa"}, "use_kernel"),
+        ({"attn_implementation": "flash_attention_2"}, "use_kernel"),
         ({"trust_remote_code": True}, "trust_remote_code=False only, not True: no code"),
         ({"use_safetensors": False}, "use_safetensors=True only"),
         ({"config": BertConfig()}, r"BertForMaskedLM\(config\)"),

@@ -152,7 +152,7 @@ def test_models_that_trace_cannot_read():
     ("words", "asked"),
     [
         ("an id in the padding is not an id below 131", dict(input_ids=[[1, 200]], attention_mask=[[1, 0]])),
-        ("no token to trace", dict(input_ids=[[1, 2]], attention_mask=[[0, 0]])),
+        ("no token to", dict(input_ids=[[1, 2]], attention_mask=[[0, 0]])),
         (r"labels must be \(1, 2\) int64", dict(input_ids=[[1, 2]], labels=[[1]])),
         ("all labels are -100", dict(input_ids=[[1, 2]], labels=[[-100, -100]])),
         ("a label where attention_mask is 0", dict(input_ids=[[1, 2]], attention_mask=[[1, 0]], labels=[[1, 2]])),
