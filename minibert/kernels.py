@@ -17,7 +17,7 @@ from minibert.attention import equation_1, formula, to_rows, to_tokens
 from minibert.packing import PackedBatch
 from minibert.tracing import Rectangle, attend
 
-KERNELS = ("formula", "sdpa", "sequences", "varlen")
+KERNELS = ("formula", "sdpa", "sequences", "varlen", "jagged")
 QUERIES = 128  # at a time, where scores are written out: so they stay in the cache, and memory does not grow with S²
 _forced: ContextVar[str | None] = ContextVar("_forced", default=None)  # each thread has its own
 
@@ -38,6 +38,8 @@ def attention(
         if dropout is not None:
             raise ValueError("flash attention on packed tokens has no dropout: use another kernel, or model.eval()")
         return varlen(query, key, value, batch)
+    if kernel == "jagged":
+        return jagged(query, key, value, batch, dropout)
     if kernel == "sequences":
         return sequences(query, key, value, batch, dropout)
     return sdpa(query, key, value, batch, dropout)
@@ -51,6 +53,7 @@ def choose_kernel(query: Tensor, batch: PackedBatch, dropout: bool = False) -> s
     "varlen"     flash attention on the packed tokens: CUDA in half precision, without dropout, which it does not have
     "sequences"  on the CPU: each sequence by itself, so that nothing is computed for padding; also for sequences of one
                  length, where dropout or the fused kernel would be slow
+    "jagged"     packed tokens with dropout: never chosen, until it was tested on a GPU; `use_kernel("jagged")` takes it
     "formula"    equation 1: for training on the CPU in half precision, where the fused kernel's backward is far slower
     """
     if (forced := forced_kernel()) is not None:
@@ -182,4 +185,16 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch) -> Ten
     longest = batch.max_seqlen
     context = varlen_attn(query, key, value, batch.cu_seqlens, batch.cu_seqlens, longest, longest)
     assert isinstance(context, Tensor)
+    return context
+
+
+def jagged(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, dropout: nn.Dropout | None = None) -> Tensor:
+    """torch's fused attention on the packed tokens as a nested tensor: no padding, no mask, and it has dropout."""
+    bounds, longest, shortest = batch.cu_seqlens.long(), batch.max_seqlen, min(batch.lengths, default=0)
+    q, k, v = (
+        torch.nested.nested_tensor_from_jagged(x, bounds, min_seqlen=shortest, max_seqlen=longest).transpose(1, 2)
+        for x in (query, key, value)
+    )  # each (B, H, each sequence's own length, K)
+    rate = 0.0 if dropout is None else dropout.p
+    context: Tensor = F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2).values()
     return context

@@ -40,7 +40,7 @@ def by_hand(query, key, value, lengths):
 
 
 @lengths_given
-@pytest.mark.parametrize("kernel", ["formula", "sdpa", "sequences"])
+@pytest.mark.parametrize("kernel", ["formula", "sdpa", "sequences", "jagged"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_each_kernel_is_equation_1(lengths, kernel, dtype):
     batch = packed(lengths)
@@ -52,7 +52,7 @@ def test_each_kernel_is_equation_1(lengths, kernel, dtype):
 
 
 @lengths_given
-@pytest.mark.parametrize("kernel", ["sdpa", "sequences"])
+@pytest.mark.parametrize("kernel", ["sdpa", "sequences", "jagged"])
 def test_gradients_agree_with_the_formula(lengths, kernel):
     batch, gradients = packed(lengths), []
     for name in ("formula", kernel):
@@ -65,7 +65,7 @@ def test_gradients_agree_with_the_formula(lengths, kernel):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", ["formula", "sdpa", "sequences"])
+@pytest.mark.parametrize("kernel", ["formula", "sdpa", "sequences", "jagged"])
 def test_dropout_drops_whole_weights_and_keeps_the_mean(kernel):
     batch = packed((40, 25))
     query, key, _ = random_qkv(batch)
@@ -288,10 +288,11 @@ def test_layers_that_are_not_there_are_refused(layers):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lengths", [(5, 1, 90, 33), (64, 64), (3, 0, 17)], ids=str)
-def test_flash_attention_on_packed_tokens_is_equation_1(lengths, dtype):
+@pytest.mark.parametrize("kernel", ["varlen", "jagged"])
+def test_flash_attention_on_packed_tokens_is_equation_1(kernel, lengths, dtype):
     batch = packed(lengths).to("cuda")
     qkv = random_qkv(batch, dtype, heads=12, head_size=64, device="cuda", requires_grad=True)
-    with use_kernel("varlen"):
+    with use_kernel(kernel):
         got = attention(*qkv, batch)
     torch.testing.assert_close(got.cpu().double(), by_hand(*qkv, lengths), rtol=0, atol=TOLERANCE[dtype])
     got.float().square().sum().backward()

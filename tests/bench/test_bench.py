@@ -316,6 +316,7 @@ def test_a_peer_that_breaks_is_a_row_and_not_the_end(bench, monkeypatch):
     assert "failed: RuntimeError: no such kernel" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_memory_is_that_of_a_process_of_its_own(bench, dtype):
     if dtype == "int8":

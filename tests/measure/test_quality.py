@@ -23,6 +23,7 @@ def folder(tiny, tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_or_says_why_not(tiny, folder, capsys):
     quality.main([str(tiny.text), "--model", str(folder), "--lines", "4"])
     title, _, *table = capsys.readouterr().out.splitlines()

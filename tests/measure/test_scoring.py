@@ -20,6 +20,7 @@ def test_the_texts_are_the_same_in_every_run_and_of_mixed_length():
     assert sum(token.startswith("##") for encoding in encodings for token in encoding.tokens) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what transformers has to say
 def test_peers_agree_and_are_timed(tmp_path, capsys):
     tokenizer = load_tokenizer("minibert-uncased")

@@ -163,6 +163,7 @@ def _one_by_one(arguments):
             for example in (made.examples(epoch, [number]) for number in numbers)]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_example_does_not_depend_on_who_makes_it_or_with_which_others():
     """One process, or others that each make a share of four, in any order: bit for bit the same rows and masks."""
     made = corpus(token_file(lengths_drawn(400)), token_file(lengths_drawn(50), 1.5, "other"))

@@ -76,6 +76,7 @@ def alone(tiny, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_are_the_same_run_as_one(tiny, alone, tmp_path):
     out = tmp_path / "out"
     ended = torchrun("-m", "minibert", *tiny.arguments(out, *OPTIONS, "--micro-tokens", "24"))
@@ -84,6 +85,7 @@ def test_two_processes_are_the_same_run_as_one(tiny, alone, tmp_path):
     require_same_run(out, alone)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_stops_the_run_which_another_number_of_them_ends(tiny, alone, tmp_path):
     out, script = tmp_path / "out", tmp_path / "rank_1_dies.py"
     script.write_text(RANK_1_DIES)

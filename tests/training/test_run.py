@@ -54,6 +54,7 @@ def test_signals_are_as_they_were_afterwards():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_killed_run_leaves_no_lock_and_no_worker_behind(workers, tiny, tmp_path):
     out = tmp_path / "out"
@@ -132,6 +133,7 @@ sys.exit(main(["train", sys.argv[2], "--init", sys.argv[1], "--out", sys.argv[3]
 """
 
 
+@pytest.mark.slow
 def test_where_there_is_no_fcntl_only_training_is_missing(tiny, tmp_path):
     command = [sys.executable, "-c", WITHOUT_FCNTL, str(tiny.start), str(tiny.text), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)

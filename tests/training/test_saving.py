@@ -62,6 +62,7 @@ def test_a_run_leaves_what_its_page_lists(whole, tiny):
     assert (weights(whole) == weights(whole / "best")) == (best == 12)
 
 
+@pytest.mark.slow
 def test_a_run_killed_by_sigkill_goes_on_bit_for_bit(tiny, whole, tmp_path, capsys):
     out = tmp_path / "out"
     # At the worst moment: the new checkpoint is written, and has not got its name yet.
@@ -78,6 +79,7 @@ def test_a_run_killed_by_sigkill_goes_on_bit_for_bit(tiny, whole, tmp_path, caps
     require_same(out, whole)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_of_a_save_the_newest_checkpoint_is_whole(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # that is for power cuts, and slow
     model, tokenizer, _ = tiny.load()
@@ -132,6 +134,7 @@ def _die_at(moment):
     sys.addaudithook(hook)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stands(tiny, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     real = saving.save_file
@@ -244,6 +247,7 @@ def test_a_run_goes_on_only_with_its_text(stopped, tiny, tmp_path, capsys):
     assert "prose:1" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_what_only_says_how_to_compute_may_change(stopped, tiny, whole):
     assert tiny.train(stopped, "--resume", "--workers", "2", "--micro-tokens", "100", "--checkpoint-activations") == 0
     losses = [[line["loss"] for line in metrics(out)] for out in (stopped, whole)]

@@ -163,6 +163,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_kill_loses_only_the_text_it_was_at(write, tmp_path, folder):
     small, large = write("texts/a.txt", some_lines(100)), write("texts/b.txt", some_lines(150_000))
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
