@@ -1,5 +1,7 @@
 """The kernels against the formula, the choice of the kernel, and attention maps."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -8,7 +10,7 @@ from twins import CONFIGS, make_batch, twins
 from minibert import BertConfig, BertForMaskedLM, PackedBatch
 from minibert import kernels as module
 from minibert.attention import formula
-from minibert.kernels import QuickDropout, attention, attention_at, choose_kernel, use_kernel
+from minibert.kernels import QuickDropout, attention, attention_at, choose_kernel, quick_dropout, use_kernel
 
 UNEVEN, UNIFORM = (5, 1, 9, 3), (6, 6, 6)
 lengths_given = pytest.mark.parametrize("lengths", [UNEVEN, UNIFORM, (7,)], ids=["uneven", "uniform", "one"])
@@ -132,6 +134,32 @@ def test_quick_dropout_draws_elements_independently():
         assert together == pytest.approx(0.09, abs=5 * (0.09 * 0.91 / 400_000) ** 0.5)
 
 
+def test_quick_dropout_is_for_one_block():
+    """There other elements are dropped; afterwards those of nn.Dropout again, in the mode that was set last."""
+    model = twins(CONFIGS["1 head, relu"])[0].train()
+
+    def logits():
+        torch.manual_seed(0)
+        with use_kernel("formula"):
+            return model(torch.tensor([[5, 6, 7]])).logits
+
+    plain = logits()
+    with quick_dropout(model):
+        assert not torch.equal(logits(), plain)
+    assert torch.equal(logits(), plain)
+
+    @quick_dropout(model)
+    def fails():
+        model.eval()
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert not any(part.training for part in model.modules())
+    assert torch.equal(logits(), logits())
+    assert {type(part) for part in model.modules() if isinstance(part, torch.nn.Dropout)} == {torch.nn.Dropout}
+
+
 def test_a_token_sees_its_own_sequence_only():
     batch = packed(UNEVEN)
     qkv = random_qkv(batch)
@@ -237,6 +265,23 @@ def test_the_cuda_path_as_far_as_fake_tensors_go(monkeypatch):
         hidden = torch.func.functional_call(layer, weights, (cuda(8, 48), batch))
         assert (hidden.shape, hidden.dtype, hidden.device.type) == ((8, 48), torch.bfloat16, "cuda")
     assert called, "the layer went through flash attention on packed tokens"
+
+
+def test_flash_attention_on_packed_tokens_refuses_dropout():
+    batch = packed(UNEVEN)
+    with use_kernel("varlen"), pytest.raises(ValueError, match=r"no dropout: .* model\.eval\(\)"):
+        attention(*random_qkv(batch), batch, torch.nn.Dropout(0.1))
+
+
+def test_a_kernel_is_for_one_block_in_one_thread():
+    query = torch.zeros(24, 3, 8)
+    with use_kernel("formula"):
+        with use_kernel("varlen"):
+            assert choose_kernel(query, packed(UNIFORM)) == "varlen"
+        assert choose_kernel(query, packed(UNIFORM)) == "formula"
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(choose_kernel, query, packed(UNIFORM)).result() == "sdpa"
+    assert choose_kernel(query, packed(UNIFORM)) == "sdpa"
 
 
 def test_an_unknown_kernel_is_refused():

@@ -16,7 +16,7 @@ from transformers import BertTokenizer, DataCollatorForLanguageModeling
 from transformers.loss.loss_utils import ForMaskedLMLoss
 
 from minibert import mask_tokens, masked_lm_loss
-from minibert.masking import Outcome, example_generator
+from minibert.masking import Outcome, example_generator, mask_packed
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 PIECES = ["un", "##believ", "##able", "play", "##ing", "##s", "the", "rain", "in", "spain", "'", ".", ","]
@@ -279,6 +279,31 @@ def test_example_generator_does_not_depend_on_the_order():
     assert forwards == backwards
 
 
+def test_sequences_end_to_end_draw_what_each_would_draw_alone():
+    lengths = (400, 1, 0, 900, 700)
+    ids, special = (x[0] for x in draw_ids((1, sum(lengths)), 0))
+    packed = mask_packed(
+        ids,
+        special,
+        lengths,
+        [example_generator(0, 0, row) for row in range(5)],
+        vocab_size=SIZE,
+        mask_token_id=MASK,
+    )
+    start = 0
+    for row, length in enumerate(lengths):
+        place = slice(start, start + length)
+        alone = mask_tokens(
+            ids[None, place],
+            special[None, place],
+            vocab_size=SIZE,
+            mask_token_id=MASK,
+            generator=example_generator(0, 0, row),
+        )
+        assert all(torch.equal(some[place], one[0]) for some, one in zip(packed, alone, strict=True))
+        start += length
+
+
 def test_example_generator_differs_by_seed_epoch_and_example():
     settings_ = [(seed, epoch, example) for seed in (0, 1, 11) for epoch in (0, 1, 11) for example in (0, 1, 11, 10**9)]
     draws = {tuple(torch.rand(4, generator=example_generator(*numbers)).tolist()) for numbers in settings_}
@@ -299,7 +324,9 @@ IDS = torch.full((2, 3), 50)
         ({"input_ids": IDS.float()}, "int64.*float32"),
         ({"special_tokens_mask": IDS[:1]}, r"special_tokens_mask is \(1, 3\), but input_ids is \(2, 3\)"),
         ({"word_ids": IDS[:, :1]}, r"word_ids is \(2, 1\)"),
+        ({"special_tokens_mask": IDS.float()}, "special_tokens_mask.*float32"),
         ({"word_ids": IDS.float()}, "word_ids.*float32"),
+        ({"word_ids": IDS.bool()}, "word_ids.*bool"),
         ({"probability": -0.1}, "probability must be between 0 and 1, not -0.1"),
         ({"probability": 1.1}, "probability.*1.1"),
         ({"probability": math.nan}, "probability.*nan"),
@@ -336,6 +363,8 @@ def test_loss_written_out():
     loss = masked_lm_loss(torch.tensor([[0.0, 0.0], [0.0, math.log(3)], [9.0, -9.0]]), torch.tensor([0, 1, -100]))
     assert loss.sum.item() == pytest.approx(math.log(2) + math.log(4 / 3))
     assert loss.count.item() == 2
+    one = masked_lm_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+    assert one.mean.item() == one.sum.item() == pytest.approx(math.log(2))
 
 
 def test_ignored_positions_change_nothing_and_get_no_gradient():

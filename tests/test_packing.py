@@ -6,9 +6,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minibert import BertConfig, BertForMaskedLM, PackedBatch, checks, mask_tokens, masked_lm_loss
+from minibert import (
+    BertConfig,
+    BertForMaskedLM,
+    FillMask,
+    PackedBatch,
+    checks,
+    mask_tokens,
+    masked_lm_loss,
+    pseudo_log_likelihood,
+)
+from minibert.batching import batches_by_length
 from minibert.checks import require_positions
 from minibert.inference.onednn import filled_up
+from minibert.tokenizer import from_vocabulary
 
 LONGEST = 13
 CONFIG = BertConfig(
@@ -181,7 +192,11 @@ def test_narrow_integers_are_ids_too():
 def test_to_a_device_keeps_everything():
     batch = PackedBatch.from_padded(IDS, MASK)
     assert_same_batch(batch.to("cpu"), batch)
-    assert_same_batch(PackedBatch.from_lists([[1, 2]], device="cpu"), PackedBatch.from_lists([[1, 2]]))
+    for moved in (batch.to("meta"), PackedBatch.from_lists([[1, 2], [3]], device="meta")):
+        tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+        assert len(tensors) == 5
+        assert {x.device.type for x in tensors} == {"meta"}
+        assert moved.unpack(torch.empty(moved.num_tokens, 3, device="meta")).shape == (*moved.padded_shape, 3)
 
 
 # ----------------------------------------------------------------------------------------- no sequence sees another one
@@ -321,6 +336,43 @@ def test_lists_that_do_not_fit():
         PackedBatch.from_lists([[1, 2]], [[0]])
     with pytest.raises(ValueError, match="input_ids may not be negative, but holds -4"):
         PackedBatch.from_lists([[1, -4]])
+    with pytest.raises(ValueError, match=r"whole numbers, not torch\.float32"):
+        PackedBatch.from_lists([[1.5]])
+    with pytest.raises(ValueError, match="add up to 5, and input_ids has 3"):
+        PackedBatch.from_flat(torch.tensor([1, 2, 3]), [2, 3])
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(95))]
+    for ask in (FillMask, lambda *given: list(pseudo_log_likelihood(*given, ["w1"]))):
+        ask(model, from_vocabulary(words[:99]))
+        with pytest.raises(ValueError, match="the tokenizer has 100 tokens and the model 99"):
+            ask(model, from_vocabulary(words))
+
+
+@pytest.mark.parametrize("name", checks.HOLDS)
+def test_an_argument_that_has_one_value_here_takes_no_other(name, checkpoint, tmp_path):
+    """As load_in_8bit=True, which would be ignored."""
+    value = checks.HOLDS[name]
+    model = BertForMaskedLM.from_pretrained(checkpoint)
+    if name in ("safe_serialization", "push_to_hub"):
+        call = lambda **given: model.save_pretrained(tmp_path, **given)  # noqa: E731
+    else:
+        call = lambda **given: BertForMaskedLM.from_pretrained(checkpoint, **given)  # noqa: E731
+    call(**{name: value})
+    with pytest.raises(TypeError, match=f"{name}={value} only, not {not value}: "):
+        call(**{name: not value})
+
+
+@pytest.mark.parametrize("most", [1, 7, 100])
+def test_texts_of_like_length_are_computed_together(most):
+    lengths = [5, 1, 9, 1, 3, 3, 2]
+    groups = list(batches_by_length(lengths, most))
+    rows = [row for group in groups for row in group]
+    assert sorted(rows) == list(range(7))
+    assert [lengths[row] for row in rows] == sorted(lengths)
+    assert all(len(group) == 1 or sum(lengths[row] for row in group) <= most for group in groups)
+    assert len(groups) == {1: 7, 7: 4, 100: 1}[most]
 
 
 @pytest.mark.parametrize(

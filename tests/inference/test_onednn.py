@@ -80,6 +80,27 @@ def test_a_way_that_gives_something_else_is_not_taken(fault, monkeypatch, asked_
     assert ways.fastest_way(torch.float32) == "torch"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "taken"),
+    [
+        (dict(torch=(1.0, 9.0), product=(2.0, 8.0), convolution=(3.0, 7.0)), "torch"),
+        (dict(torch=(1.0, 1.0), product=(2.0, 0.4), convolution=(0.5, 3.0)), "product"),
+        (dict(torch=(1.0, 1.0), product=(0.9, 0.9), convolution=(0.8, 0.8)), "convolution"),
+        (dict(torch=(1.0, 1.0), product=(1.05, 1.05), convolution=(9.0, 9.0)), "product"),  # not by a tenth
+    ],
+)
+def test_the_fastest_way_is_taken(seconds, taken, monkeypatch, asked_anew):
+    """With few tokens and with many."""
+    clock = [0.0]
+
+    def trial(few, many):
+        return lambda x: clock.__setitem__(0, clock[0] + (few if len(x) < 100 else many))
+
+    monkeypatch.setattr(ways, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(ways, "_trials", lambda dtype: {way: trial(*both) for way, both in seconds.items()})
+    assert ways.fastest_way(torch.float32) == taken
+
+
 @pytest.mark.parametrize(("inputs", "outputs"), [(37, 99), (768, 768), (3072, 768), (768, 5000)])
 @torch.inference_mode()
 def test_convolutions_for_every_number_of_tokens(inputs, outputs):

@@ -164,6 +164,8 @@ def test_ways_that_are_not_there_are_refused():
             with pytest.raises(ValueError, match=f"linear='{linear}' cannot be had in {dtype} on this cpu: .*torch"):
                 prepare_for_inference(ours, dtype, linear=linear)
     assert prepare_for_inference(ours, torch.float64).linear == "torch"
+    assert prepare_for_inference(ours).dtype == torch.float32
+    assert prepare_for_inference(ours.double()).dtype == torch.float64, "its own"
     with pytest.raises(ValueError, match=r"'product' cannot be had in .* on this cuda: .* auto, torch"):
         _choose_way("product", torch.bfloat16, torch.device("cuda"))
     assert _choose_way("auto", torch.bfloat16, torch.device("cuda")) == "torch"
