@@ -57,7 +57,8 @@ def counted(column):
             theirs = eight_bits(theirs)
         with pytest.MonkeyPatch.context() as patch:
             plant(theirs, patch)
-            ok, _, names = verdict(trace(theirs, **standard_inputs(ours.config)), ours, column)
+            given = trace(theirs, **standard_inputs(ours.config))
+        ok, _, names = verdict(given, ours, column)
         counts["other"] += 1
         counts["other faults seen"] += not ok
         wrong += [f"{title}, {column}: {names}"] if names else []
