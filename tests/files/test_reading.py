@@ -1,8 +1,14 @@
-"""Checkpoints are read: older spellings, shards, data types; what the report says; what a caller may ask for."""
+"""Checkpoints are read, and written again: spellings, shards, data types; the report; what a caller may ask for."""
 
 import hashlib
 import json
+import logging
+import os
 import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +24,10 @@ from checkpoints import (
     refused,
     store,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from minibert import BertForMaskedLM, PackedBatch
+from minibert import BertConfig, BertForMaskedLM, PackedBatch
 from minibert.checkpoint import hub
 from minibert.checkpoint.names import from_transformers
 
@@ -249,6 +257,98 @@ def test_the_decoder_cannot_come_untied(good, ids):
     assert torch.allclose(after[..., 98], model.head.bias[98])
     model.double()
     assert torch.allclose(logits(model, ids)[..., 98], model.head.bias[98])
+
+
+# ------------------------------------------------------------------------------------------------------- and back again
+
+
+def test_transformers_reads_it_back(ours, theirs, ids, tmp_path, caplog):
+    transformers = pytest.importorskip("transformers")
+    ours.save_pretrained(tmp_path / "new" / "folder")
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model, info = transformers.BertForMaskedLM.from_pretrained(
+                tmp_path / "new" / "folder", output_loading_info=True
+            )
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert not any(info.values()), info
+    assert torch.equal(logits(model, ids), logits(theirs, ids))
+
+
+def test_what_is_written(ours, tensors, tmp_path):
+    ours.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    written = load_file(tmp_path / WEIGHTS)
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    assert_same(BertForMaskedLM.from_pretrained(tmp_path), ours)
+
+
+def test_half_precision_survives_the_round_trip(good, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = BertForMaskedLM.from_pretrained(good, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_same(BertForMaskedLM.from_pretrained(tmp_path, dtype="auto"), model)
+    back = transformers.BertForMaskedLM.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in back.parameters()} == {torch.bfloat16}
+
+
+def test_save_into_the_folder_it_came_from(folder, ours):
+    model = BertForMaskedLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.head.bias.add_(1)
+    model.save_pretrained(folder)
+    assert_same(BertForMaskedLM.from_pretrained(folder), model)
+
+
+def test_config_survives_the_round_trip(tmp_path):
+    config = BertConfig(**SIZES, hidden_act="gelu_new", layer_norm_eps=1e-5, type_vocab_size=3, pad_token_id=None)
+    model = BertForMaskedLM(config)
+    model.save_pretrained(tmp_path)
+    back = BertForMaskedLM.from_pretrained(tmp_path)
+    assert back.config == config
+    assert_same(back, model)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's peak memory in /proc")
+def test_peak_memory_of_loading(tmp_path):
+    config = BertConfig(
+        vocab_size=8000, hidden_size=512, num_hidden_layers=7, num_attention_heads=8, intermediate_size=2048
+    )
+    with torch.device("meta"):
+        model = BertForMaskedLM(config)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / WEIGHTS).stat().st_size
+    assert 100e6 < size < 120e6
+    program = """if True:
+        import re, sys, torch, minibert
+        def status(key):
+            return 1024 * int(re.search(key + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+        torch.set_num_threads(1)
+        before = status("VmRSS")
+        model = minibert.BertForMaskedLM.from_pretrained(sys.argv[1])
+        print(status("VmHWM") - before)
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True, check=True
+    )
+    # The weights once, which nobody can do without. The allowance is for the largest single tensor (15 % here, the
+    # word embeddings), which is there twice while it is copied out of the file, and a few MB of code that is first
+    # run, modules and headers. Holding the file and the model side by side would be 2.0.
+    assert size < int(done.stdout) < 1.25 * size
 
 
 # -------------------------------------------------------------------------------------------------- the caller's errors

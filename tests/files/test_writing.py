@@ -1,87 +1,175 @@
-"""Checkpoints are written whole or not at all, transformers reads them, and memory holds the weights once."""
+"""Whatever is written: whole or not at all, on the disk, where its name leads, with its mode, and nothing beside it."""
 
 import json
-import logging
 import os
 import signal
-import subprocess
+import stat
 import sys
-import warnings
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
-    INDEX,
-    SIZES,
-    WEIGHTS,
-    assert_same,
-    logits,
-    refused,
-)
-from safetensors import safe_open
+from checkpoints import INDEX, SIZES, WEIGHTS, assert_same, refused
 from safetensors.torch import load_file, save_file
 
-from minibert import BertConfig, BertForMaskedLM
-from minibert.checkpoint import files, hub, writing
+from minibert import BertConfig, BertForMaskedLM, load_tokenizer
+from minibert.checkpoint import files, hub, reading, writing
+from minibert.cli import main
+from minibert.parity import trace
+from minibert.study import study
 
-# -------------------------------------------------------------------------------------------------------------- writing
+CONFIG = BertConfig(**SIZES)
 
 
-def test_transformers_reads_it_back(ours, theirs, ids, tmp_path, caplog):
-    transformers = pytest.importorskip("transformers")
-    ours.save_pretrained(tmp_path / "new" / "folder")
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return BertForMaskedLM(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def page():
+    return study(BertForMaskedLM.from_pretrained("minibert-uncased"), load_tokenizer("minibert-uncased"), "the [MASK]")
+
+
+@pytest.fixture(params=["model", "trace", "page"])
+def write(request, model, page, tmp_path):
+    """A function that writes one file, and the file."""
+    if request.param == "model":
+        return lambda: model.save_pretrained(tmp_path), tmp_path / "model.safetensors"
+    if request.param == "trace":
+        path = tmp_path / "t.safetensors"
+        return lambda: trace(model, torch.ones(1, 3, dtype=torch.int64)).save(path), path
+    return lambda: page.save(tmp_path / "page.html"), tmp_path / "page.html"
+
+
+def mode(path):
+    return stat.filemode(os.lstat(path).st_mode)
+
+
+def test_a_new_file_follows_the_umask_and_a_replaced_one_keeps_its_mode(write):
+    job, path = write
+    before = os.umask(0o027)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model, info = transformers.BertForMaskedLM.from_pretrained(
-                tmp_path / "new" / "folder", output_loading_info=True
-            )
+        job()
     finally:
-        logger.removeHandler(caplog.handler)
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
-    assert not any(info.values()), info
-    assert torch.equal(logits(model, ids), logits(theirs, ids))
+        os.umask(before)
+    assert mode(path) == "-rw-r-----"
+    for kept in (0o600, 0o664, 0o444):
+        path.chmod(kept)
+        job()
+        assert stat.S_IMODE(path.stat().st_mode) == kept
 
 
-def test_what_is_written(ours, tensors, tmp_path):
-    ours.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
-    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
-    written = load_file(tmp_path / WEIGHTS)
-    assert written.keys() == tensors.keys()
-    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
-    assert_same(BertForMaskedLM.from_pretrained(tmp_path), ours)
+def test_a_link_is_followed_and_stays(write, tmp_path):
+    job, path = write
+    (tmp_path / "elsewhere").mkdir()
+    real = tmp_path / "elsewhere" / "real"
+    path.symlink_to(Path("elsewhere", "real"))  # that is not there yet
+    for _ in range(2):
+        job()
+        assert mode(path).startswith("l")
+        assert real.stat().st_size > 100
+        assert [each.name for each in real.parent.iterdir()] == ["real"]
 
 
-def test_half_precision_survives_the_round_trip(good, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    model = BertForMaskedLM.from_pretrained(good, dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    assert_same(BertForMaskedLM.from_pretrained(tmp_path, dtype="auto"), model)
-    back = transformers.BertForMaskedLM.from_pretrained(tmp_path)
-    assert {parameter.dtype for parameter in back.parameters()} == {torch.bfloat16}
+def test_what_is_no_ordinary_file_is_not_replaced(write, tmp_path):
+    job, path = write
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=rf"{path.name} is a pipe, a device"):
+        job()
+    assert mode(path).startswith("p")
+    path.unlink()
+    path.symlink_to(path.name)
+    with pytest.raises(OSError, match="link to itself"):
+        job()
+    path.unlink()
+    path.symlink_to("/dev/null")
+    with pytest.raises(OSError, match="a device"):
+        job()
+    assert mode("/dev/null").startswith("c")
 
 
-def test_save_into_the_folder_it_came_from(folder, ours):
-    model = BertForMaskedLM.from_pretrained(folder)
-    with torch.no_grad():
-        model.head.bias.add_(1)
-    model.save_pretrained(folder)
-    assert_same(BertForMaskedLM.from_pretrained(folder), model)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["trace", "--out", "PIPE"],
+        ["study", "the [MASK]", "--out", "PIPE"],
+        ["study", "the [MASK]", "--out", "PIPE", "--force"],
+        ["export", "--out", "PIPE"],
+    ],
+    ids=" ".join,
+)
+def test_a_command_refuses_a_pipe_before_it_computes(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(BertForMaskedLM, "encode", lambda *_: pytest.fail("it was computed"))
+    pipe = tmp_path / "pipe.pt2"
+    os.mkfifo(pipe)
+    assert main([str(pipe) if each == "PIPE" else each for each in command]) == 2
+    assert "is a pipe" in capsys.readouterr().err
+    assert mode(pipe).startswith("p")
 
 
-def test_config_survives_the_round_trip(tmp_path):
-    config = BertConfig(**SIZES, hidden_act="gelu_new", layer_norm_eps=1e-5, type_vocab_size=3, pad_token_id=None)
-    model = BertForMaskedLM(config)
-    model.save_pretrained(tmp_path)
-    back = BertForMaskedLM.from_pretrained(tmp_path)
-    assert back.config == config
-    assert_same(back, model)
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="which file a descriptor is of, Linux tells in /proc")
+def test_what_is_written_would_survive_a_power_cut(write, tmp_path, monkeypatch):
+    """The bytes are on the disk before the file has its name, and the name before the writer says that it is done."""
+    job, path = write
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append(os.readlink(f"/proc/self/fd/{number}")), sync(number)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append((str(old), str(new))), replace(old, new)))
+    job()
+    moved = [each for each in done if isinstance(each, tuple)]
+    assert str(path) in [new for _, new in moved]
+    for old, new in moved:
+        assert old in done[: done.index((old, new))], "its bytes"
+        assert str(Path(old).parent) in done[: done.index((old, new))], "its first name"
+    assert str(tmp_path) in done[done.index(moved[-1]) :], "its last name"
+
+
+def test_a_folder_would_survive_a_power_cut_and_follows_the_umask(tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda number: (done.append(os.readlink(f"/proc/self/fd/{number}")), sync(number)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (done.append("renamed"), rename(old, new)))
+    with files.whole_folder(tmp_path / "new") as folder:
+        (folder / "private").touch(mode=0o600)
+    assert [Path(each).name for each in done] == ["private", "new", "renamed", tmp_path.name]
+    fresh = tmp_path / "fresh"
+    fresh.touch()
+    assert mode(tmp_path / "new" / "private") == mode(fresh)
+
+
+def test_an_error_after_the_new_content_is_in_place_says_so(write, tmp_path, monkeypatch):
+    job, path = write
+    to_disk = files.to_disk
+
+    def fails_at_last(folder, **options):
+        if options:
+            raise OSError(5, "Input/output error")
+        to_disk(folder)
+
+    monkeypatch.setattr(files, "to_disk", fails_at_last)
+    with pytest.raises(files.NotOnDisk, match=r"written, but not known to be on the disk.*Input/output error"):
+        job()
+    assert path.exists()
+    assert [each for each in tmp_path.iterdir() if each.name.startswith(".")] == []
+
+
+def test_a_write_that_fails_leaves_what_was_there(write, tmp_path):
+    resource = pytest.importorskip("resource")
+    job, path = write
+    job()
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"."):
+            job()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
+
+
+# ------------------------------------------------------------------------------------ interrupted, killed, disk full
 
 
 class Interruption(BaseException):
@@ -243,37 +331,143 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(ours, tmp_path, monkeypat
     assert_same(BertForMaskedLM.from_pretrained(tmp_path), old)
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
+# -------------------------------------------------------------------------------------------------- ended in the middle
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's peak memory in /proc")
-def test_peak_memory_of_loading(tmp_path):
-    config = BertConfig(
-        vocab_size=8000, hidden_size=512, num_hidden_layers=7, num_attention_heads=8, intermediate_size=2048
-    )
-    with torch.device("meta"):
-        model = BertForMaskedLM(config)
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.fill_(0.5)
-    model.save_pretrained(tmp_path)
-    size = (tmp_path / WEIGHTS).stat().st_size
-    assert 100e6 < size < 120e6
-    program = """if True:
-        import re, sys, torch, minibert
-        def status(key):
-            return 1024 * int(re.search(key + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1])
-        torch.set_num_threads(1)
-        before = status("VmRSS")
-        model = minibert.BertForMaskedLM.from_pretrained(sys.argv[1])
-        print(status("VmHWM") - before)
-    """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True, check=True
-    )
-    # The weights once, which nobody can do without. The allowance is for the largest single tensor (15 % here, the
-    # word embeddings), which is there twice while it is copied out of the file, and a few MB of code that is first
-    # run, modules and headers. Holding the file and the model side by side would be 2.0.
-    assert size < int(done.stdout) < 1.25 * size
+def writer(folder, kind="whole_file"):
+    """A process that is within the block when this returns."""
+    within, say = os.pipe()
+    if (child := os.fork()) == 0:
+        status = 0
+        try:
+            with getattr(files, kind)(folder / "target"):
+                os.write(say, b"within")
+                time.sleep(60)
+        except (SystemExit, KeyboardInterrupt) as end:
+            status = end.code if isinstance(end, SystemExit) else 130
+        finally:
+            os._exit(status)
+    os.read(within, 6)
+    return child
+
+
+def end(child, number):
+    os.kill(child, number)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
+@pytest.mark.parametrize("kind", ["whole_file", "whole_folder"])
+def test_a_writer_that_is_ended_leaves_nothing_for_good(tmp_path, name, status, kind):
+    def left():
+        return len([path for path in tmp_path.iterdir() if path.name.startswith(".new-minibert")])
+
+    def write_beside():
+        with files.whole_file(tmp_path / "other") as new:
+            new.touch()
+
+    (tmp_path / ".new-somebody-elses").mkdir()
+    child, living = writer(tmp_path, kind), writer(tmp_path, kind)
+    assert end(child, getattr(signal, name)) == status
+    assert left() == (2 if name == "SIGKILL" else 1)
+    write_beside()
+    assert left() == 1, "what the living one is writing"
+    end(living, signal.SIGKILL)
+    write_beside()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".new-somebody-elses", "other"]
+
+
+def test_ctrl_c_while_the_folder_is_made_leaves_nothing(tmp_path, monkeypatch):
+    mkdir = Path.mkdir
+
+    def interrupted(path, *arguments, **options):
+        mkdir(path, *arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.whole_file(tmp_path / "target"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_handler_of_sigterm_is_not_touched(tmp_path):
+    before, called = signal.getsignal(signal.SIGTERM), []
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: called.append(1))
+        with files.whole_file(tmp_path / "target") as new:
+            os.kill(os.getpid(), signal.SIGTERM)
+            new.touch()
+        assert called == [1]
+        assert (tmp_path / "target").exists()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with files.whole_file(tmp_path / "target") as new:
+        new.touch()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# --------------------------------------------------------------------------------------------- two processes, one model
+
+
+def two_models(change):
+    models = []
+    for value in (1.0, 2.0):
+        models.append(BertForMaskedLM(BertConfig(**{**SIZES, **(change if value == 2 else {})})))
+        for parameter in models[-1].parameters():
+            parameter.data.fill_(value)
+    return models
+
+
+@pytest.mark.parametrize("change", [{}, {"layer_norm_eps": 0.5}, {"num_attention_heads": 2}], ids=str)
+@pytest.mark.parametrize("moment", ["config_of", "weight_files", "read_names", "_require_shapes", "hub_names"])
+def test_what_is_loaded_while_another_process_saves_is_one_model(tmp_path, monkeypatch, change, moment):
+    """moment: what from_pretrained is about to call when the other model appears."""
+    from minibert import masked_lm
+
+    first, second = two_models(change)
+    first.save_pretrained(tmp_path)
+    room = masked_lm if moment == "config_of" else reading
+    call, calls = getattr(room, moment), []
+
+    def saved_before(*arguments, **options):
+        if not calls:
+            calls.append(1)
+            second.save_pretrained(tmp_path)
+        return call(*arguments, **options)
+
+    monkeypatch.setattr(room, moment, saved_before)
+    loaded = BertForMaskedLM.from_pretrained(tmp_path)
+    expected = first if loaded.config == first.config and loaded.head.bias[0] == 1 else second
+    assert loaded.config == expected.config
+    assert_same(loaded, expected)
+
+
+def test_weights_that_are_written_over_while_they_are_read_are_refused(tmp_path, monkeypatch):
+    """By a program that does not write whole files."""
+    first, second = two_models({})
+    first.save_pretrained(tmp_path)
+    second.save_pretrained(tmp_path / "other")
+    new = (tmp_path / "other" / "model.safetensors").read_bytes()
+    fill, waits = reading.SafetensorsFile.fill, [0.02, 0]  # the file system's clock is not exact
+
+    def written_over(*arguments):
+        if waits:
+            time.sleep(waits.pop(0))
+            (tmp_path / "model.safetensors").write_bytes(new)
+        fill(*arguments)
+
+    monkeypatch.setattr(reading.SafetensorsFile, "fill", written_over)
+    with pytest.raises(ValueError, match=r"model\.safetensors was changed while it was read: try again"):
+        BertForMaskedLM.from_pretrained(tmp_path)
+    new, waits = new[:2000], [0]
+    with pytest.raises(ValueError, match=r"model\.safetensors: "):
+        BertForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_never_stands_still_is_refused(tmp_path, monkeypatch):
+    two_models({})[0].save_pretrained(tmp_path)
+    monkeypatch.setattr(reading, "TRIES", 3)
+    clock = iter(range(99))
+    monkeypatch.setattr(reading, "_stamps", lambda _: next(clock))
+    with pytest.raises(OSError, match="another process writes there all the time: try again"):
+        BertForMaskedLM.from_pretrained(tmp_path)
