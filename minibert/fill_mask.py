@@ -1,6 +1,6 @@
 """The likeliest words for each [MASK] in a text."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -25,7 +25,12 @@ class FillMask:
     random, so there a question is a ValueError.
     """
 
-    def __init__(self, model: BertForMaskedLM, tokenizer: Any) -> None:
+    def __init__(
+        self, model: BertForMaskedLM, tokenizer: Any, *, top_k: int = 5, targets: str | Sequence[str] | None = None
+    ) -> None:
+        """top_k and targets hold for each call that does not say."""
+        checks.require_model(model)
+        self.top_k, self.targets = top_k, targets
         tokenizer = as_tokenizer(tokenizer)
         self.model = model
         self.tokenizer = tokenizer
@@ -38,32 +43,44 @@ class FillMask:
 
     def __call__(
         self,
-        text: str | Sequence[str],
+        text: str | Sequence[str] | None = None,
         *,
-        top_k: int = 5,
-        targets: Sequence[str] | None = None,
+        top_k: int | None = None,
+        targets: str | Sequence[str] | None = None,
         truncate: bool = False,
+        inputs: str | Sequence[str] | None = None,
+        batch_size: int | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Any]:
         """For a text with one [MASK]: its top_k answers, best first, each a dict with `score` (probability over the
         whole vocabulary), `token` (id), `token_str` and `sequence` (the text with the answer in place). For a text with
-        several: such a list for each [MASK]. For a list of texts: a list with what each would give alone.
+        several: such a list for each [MASK]. For a list of texts: a list with what each would give alone; for a list of
+        one text, as in the pipeline, what it gives alone (`stream` gives one answer a text in any case).
 
         targets: only these words compete; each must be one token. truncate: cut a text that is too long for the model,
-        which is otherwise an error. Raises ValueError for a text without [MASK], one too long, a bad top_k, and a
-        target of several tokens.
+        which is otherwise an error. By the pipeline's names: inputs is the text, tokenizer_kwargs={"truncation": True}
+        cuts it, and batch_size changes nothing, since texts of like length are computed together. Raises ValueError for
+        a text without [MASK], one too long, a bad top_k, and a target of several tokens.
         """
+        if (text is None) == (inputs is None):
+            raise TypeError("give the text once: fill(text), or fill(inputs=text)")
+        text = inputs if text is None else text
+        options = {name: value for name, value in (tokenizer_kwargs or {}).items() if name != "padding"}
+        truncate = bool(options.pop("truncation", truncate))
+        if options:
+            raise TypeError(f"tokenizer_kwargs may hold truncation and padding only, not {', '.join(options)}")
         if not isinstance(text, str | Iterable):
             raise TypeError(f"text must be a str, or a list of them, not {type(text).__name__} {text!r}")
         texts = [text] if isinstance(text, str) else text
         answers = list(self.stream(texts, top_k=top_k, targets=targets, truncate=truncate))
-        return answers[0] if isinstance(text, str) else answers
+        return answers[0] if isinstance(text, str) or len(answers) == 1 else answers
 
     def stream(
         self,
         texts: Iterable[str],
         *,
-        top_k: int = 5,
-        targets: Sequence[str] | None = None,
+        top_k: int | None = None,
+        targets: str | Sequence[str] | None = None,
         truncate: bool = False,
     ) -> Iterator[list[Any]]:
         """The answer for each text, in the order of the texts, while later ones are still to be read.
@@ -73,6 +90,8 @@ class FillMask:
         """
         if isinstance(texts, str):
             raise ValueError(f"texts must be several texts, not {texts[:60]!r} alone: put it into a list")
+        top_k = self.top_k if top_k is None else top_k
+        targets = self.targets if targets is None else targets
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {top_k}")
         wanted = self._words if targets is None else torch.tensor(target_ids(self.tokenizer, targets))
@@ -134,12 +153,14 @@ class FillMask:
         }
 
 
-def target_ids(tokenizer: Tokenizer, targets: Sequence[str]) -> list[int]:
-    """The ids of words that are to be followed, each once. Raises ValueError for a word that is not one token."""
-    if isinstance(targets, str) or not targets:
-        raise ValueError(f"targets must be a list of words, not {targets!r}")
+def target_ids(tokenizer: Tokenizer, targets: str | Sequence[str]) -> list[int]:
+    """The ids of words (or of one) that are to be followed, each once. Raises ValueError for a word that is not one
+    token.
+    """
+    if not targets:
+        raise ValueError(f"targets must be a word or a list of words, not {targets!r}")
     ids = []
-    for word in targets:
+    for word in [targets] if isinstance(targets, str) else targets:
         token = tokenizer.token_to_id(word)
         if token is None:
             pieces = tokenizer.encode(word, add_special_tokens=False)

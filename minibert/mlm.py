@@ -97,6 +97,7 @@ def mask_and_guess(
         raise ValueError(f"score must be one of {', '.join(SCORES)}, not {score!r}")
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
+    checks.require_model(model)
     checks.require_no_dropout(model)
     tokenizer = as_tokenizer(tokenizer)
     encoding = _encode(model, tokenizer, text, truncate)
@@ -128,9 +129,7 @@ def mask_and_guess(
 
 
 def _encode(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, truncate: bool) -> Encoding:
-    words, rows = count_ids(tokenizer), model.config.vocab_size
-    if words > rows:
-        raise ValueError(f"the tokenizer has {words} tokens and the model {rows}: they are not of one checkpoint")
+    checks.require_vocabulary(count_ids(tokenizer), model.config)
     limit = model.config.max_position_embeddings
     encoding = encode(tokenizer, text, limit, truncate=truncate)
     if len(encoding.ids) <= tokenizer.num_special_tokens_to_add(False):

@@ -109,6 +109,7 @@ def pseudo_log_likelihood(
         raise ValueError(f"texts must be several texts, not {texts[:60]!r} alone: put it into a list")
     if within_word not in WITHIN_WORD:
         raise ValueError(f"within_word must be one of {', '.join(WITHIN_WORD)}, not {within_word!r}")
+    checks.require_model(model)
     tokenizer = as_tokenizer(tokenizer)
     checks.require_no_dropout(model)
     checks.require_vocabulary(count_ids(tokenizer), model.config)

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 from minibert.checkpoint.config_keys import defaulted_keys, ignored_keys, unknown_keys
 from minibert.checkpoint.files import looks_like, naming, parse_json, read_json, sha256
@@ -181,7 +182,7 @@ def read_weights(
         _require_shapes(shapes, spelled, entries)
         _require_equal_copies(entries, spelling)
     state: dict[str, Tensor] = {}
-    for ours, shape in shapes.items():
+    for ours, shape in tqdm(shapes.items(), "loading", unit=" tensors", disable=None, delay=1, leave=False):
         if ours in report.initialised:
             state[ours] = _initial(ours, shape, dtype, device)
         else:

@@ -34,6 +34,9 @@ DIGITS = 5  # of every number in JSON and on the page
 class Study(Facts):
     """What BERT does with one text, and ways to show it."""
 
+    def __repr__(self) -> str:
+        return f"<study of {' '.join(self.reading.pieces)[:60]!r}: save(path), to_text(), to_dict()>"
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON has it, and under "says" the sentence of each view. Numbers have DIGITS digits."""
         rounded: dict[str, Any] = _rounded({"format": "minibert-study", **asdict(self), "says": says(self)})
@@ -79,6 +82,7 @@ def study(
     Raises ValueError for a text that is empty or too long, a bad top_k, a target that is not one token, a model in
     training mode, and weights that are not finite.
     """
+    checks.require_model(model)
     checks.require_no_dropout(model)
     tokenizer = as_tokenizer(tokenizer)
     vocabulary = Vocabulary(tokenizer, model.config)

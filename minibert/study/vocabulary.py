@@ -4,6 +4,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from minibert import checks
 from minibert.config import BertConfig
 
 
@@ -20,11 +21,8 @@ class Vocabulary:
         self.words: Tensor | None = None  # (V,) bool; None if all ids are words
         self.size = config.vocab_size
         known = [] if tokenizer is None else sorted(tokenizer.get_vocab().values())
-        if known and known[-1] >= config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {known[-1] + 1} tokens and the model {config.vocab_size}: they are not of one "
-                "checkpoint"
-            )
+        if known:
+            checks.require_vocabulary(known[-1] + 1, config)
         if known and len(known) < config.vocab_size:
             self.size = len(known)
             nothing = torch.zeros(config.vocab_size, dtype=torch.bool)
