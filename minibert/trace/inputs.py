@@ -94,7 +94,7 @@ def standard_inputs(config: BertConfig) -> dict[str, Tensor]:
     labels = torch.where((torch.rand(shape, generator=generator) < 0.3) & (mask == 1), ids, IGNORE)
     labels[0, 0] = ids[0, 0]  # at least one, whatever was drawn
     second = torch.tensor([[5], [3], [12], [8], [2], [10], [4], [7]][:rows]) * length // 16  # the second segment begins
-    types = (column >= second).long().clamp(max=config.type_vocab_size - 1)
+    types = ((column >= second) * mask).clamp(max=config.type_vocab_size - 1)
     return dict(zip(INPUTS, (ids, mask, types, labels), strict=True))
 
 
