@@ -108,11 +108,7 @@ def trace(
         stack.enter_context(torch.set_grad_enabled(grad))
         stack.enter_context(_written_out_attention(model))
         stack.enter_context(_hooks(model, OURS if ours else THEIRS, config.num_hidden_layers, keep))
-        if ours:
-            loss = model(*inputs[:3], labels=inputs.labels).loss
-        else:
-            asked = dict(zip(INPUTS, inputs, strict=True))
-            loss = model(**{name: x for name, x in asked.items() if x is not None}).loss
+        loss = model(**{name: x for name, x in tensors.items() if name in INPUTS}).loss
         if loss is not None:
             tensors["loss"] = loss.detach()
         if grad:

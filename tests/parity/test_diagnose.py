@@ -5,6 +5,7 @@ from planted import KNOWN, SIZES, given_by, no_bias, place_of, port, tanh_gelu
 from twins import make_batch, twins
 
 from minibert.parity import diagnose, trace
+from minibert.parity.yardstick import Yardstick
 
 ONE_OF_EACH_KIND = (
     "positions off by one",
@@ -60,3 +61,20 @@ def test_without_a_fault_the_steps_give_what_the_model_gives(mask):
     batch = make_batch(SIZES[1], mask, (5, 7), two_segments=True)
     for model in (ours, theirs):
         assert diagnose(trace(model, **batch, grad=True), ours).ok
+
+
+def test_a_fault_that_leaves_too_much_is_the_nearest_and_no_name(monkeypatch):
+    """tanh-GELU, and one logit off by as much as float32 may just do: together no known fault."""
+    ours, theirs, batch = port(SIZES[0])
+    tanh_gelu(theirs, monkeypatch)
+    given = trace(theirs, **batch)
+    assert diagnose(given, ours).found == [["tanh-GELU"]]
+    measures = Yardstick(ours, given, grad=False).measures()
+    measure = next(each for each in measures if each.name == "logits")
+    logits = given.tensors["logits"].clone()
+    place = tuple(batch["attention_mask"].nonzero()[0].tolist())
+    logits[(*place, 0)] += 0.6 * measure.allowed.largest * measure.scale
+    given.tensors["logits"] = logits
+    diagnosis = diagnose(given, ours)
+    assert not diagnosis.found, diagnosis.lines
+    assert any("the nearest is tanh-GELU, which is not near enough for a name" in line for line in diagnosis.lines)

@@ -6,6 +6,7 @@ from twins import CONFIGS, make_batch, twins
 
 from minibert import BertConfig
 from minibert.parity import TraceFile, diagnose, diff, trace, yardstick
+from minibert.parity.check import check, collator_masks, reference_of
 from minibert.trace import Trace, standard_inputs
 
 SIZES = {**CONFIGS["3 heads, gelu_new"], "num_hidden_layers": 1}
@@ -224,3 +225,61 @@ def test_probabilities_for_logits(made, kind, words):
     for said in (diff(a, given, ours).summary, diff(a, given).summary, diagnose(given, ours).lines):
         assert f"these are {words}" in "\n".join(said)
         assert "bias" not in "\n".join(said).replace("embeddingsᵀ + bias", "").split("nearest")[0]
+
+
+def one_entry_off(given, name, by):
+    """The trace with one entry of a tensor wrong, by so much of its largest entry."""
+    x = given.tensors[name].clone()
+    x.view(-1)[0] += by * x.abs().max()
+    return changed(given, **{name: x})
+
+
+def test_how_far_from_rounding_is_wrong(made):
+    """float32 explains about two roundings of 1.2e-7 in these tensors: three pass, twenty do not."""
+    a, b, ours = made
+    name = "layers.0.feed_forward_norm"
+    assert diff(a, one_entry_off(b, name, 3 * 1.2e-7), ours).ok
+    assert diff(a, one_entry_off(b, name, 20 * 1.2e-7), ours).rows[-1].verdict == "B is wrong"
+    everywhere = torch.where(torch.rand_like(b.tensors[name]) < 0.5, 1.0, -1.0) * 5e-7 * b.tensors[name].abs().max()
+    assert diff(a, changed(b, **{name: b.tensors[name] + everywhere}), ours).rows[-1].verdict == "B is wrong"
+
+
+def test_a_small_gradient_is_judged_by_its_own_size(made):
+    """It is a twentieth of the largest one, and wrong in its fourth digit. One that is all rounding has no size."""
+    a, b, ours = made
+    name = "gradient.bert.encoder.layer.0.intermediate.dense.bias"
+    assert b.tensors[name].abs().max() < 0.1 * b.tensors["gradient.cls.predictions.bias"].abs().max()
+    row = diff(a, one_entry_off(b, name, 1e-4), ours).rows[-1]
+    assert (row.name, row.verdict) == (name, "B is wrong")
+    key = "gradient.bert.encoder.layer.0.attention.self.key.bias"  # 0, but for rounding: a softmax sees no shift
+    assert diff(a, one_entry_off(b, key, 2.0), ours).ok
+
+
+def test_half_precision_is_measured_with_several_roundings():
+    """One computation may be exact by luck. Before a bfloat16 trace is called wrong, the model computes in others."""
+    for dtype, more in ((torch.bfloat16, True), (torch.float32, False)):
+        ours, _ = twins(SIZES, dtype=dtype)
+        given = trace(ours, **make_batch(SIZES, "right", (3, 5)))
+        stick = yardstick.Yardstick(ours, given, grad=False)
+        pairs = [(measure.allowed, stick.shaken(measure).allowed) for measure in stick.measures()]
+        assert all(shaken.largest >= alone.largest and shaken.rms >= alone.rms for alone, shaken in pairs)
+        assert any(shaken.largest > 1.01 * alone.largest for alone, shaken in pairs) == more
+
+
+def test_a_right_trace_in_half_precision_names_what_it_would_hide():
+    ours, theirs = twins(SIZES, dtype=torch.bfloat16)
+    a, b = (trace(model, **make_batch(SIZES, "left", (3, 5))) for model in (ours, theirs))
+    assert "bfloat16 would hide these faults, in this model and on these inputs: " in "\n".join(
+        diff(a, b, ours).summary
+    )
+
+
+def test_everything_that_is_asked_of_a_model_has_a_row():
+    report = check(twins(SIZES)[1], reference_of(twins(SIZES)[0], "ours", torch.float32))
+    rows = ["intermediates", "logits", "loss", "gradients", "padding invariance", "batch invariance"]
+    assert [row.name for row in report.rows] == rows
+    masked = reference_of(twins(SIZES)[0], "ours", torch.float32)
+    masked.masked = collator_masks(SIZES["vocab_size"])
+    assert [row.name for row in check(twins(SIZES)[1], masked).rows] == [*rows, "masking"]
+    masked.masked = masked.masked[0] + 1, masked.masked[1]
+    assert not check(twins(SIZES)[1], masked).ok
