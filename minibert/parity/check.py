@@ -133,11 +133,12 @@ def check(model: nn.Module, reference: Reference) -> ParityReport:
         f"{str(dtype).removeprefix('torch.')}, {device}, torch {torch.__version__}"
     )
     inputs = {name: x.to(device) for name, x in reference.inputs.items()}
-    used = model if _answers_like_bert(model, inputs) else bert
     if bert is not model:
-        how = "as it is called" if used is model else "alone: the outer module is called otherwise"
+        whole = _answers_like_bert(model, inputs)
+        how = "as it is called" if whole else "alone: the outer module is called otherwise"
         report.notes.append(f"{type(model).__name__} holds the model, which was compared {how}")
-    given = {**trace(bert, **inputs, grad=False).tensors, **_as_used(used, bert, inputs)}
+        model = model if whole else bert
+    given = {**trace(bert, **inputs, grad=False).tensors, **_as_used(model, bert, inputs)}
     errors = {}
     there = [measure for measure in reference.measures if measure.name in given]
     if absent := [measure.name.removeprefix(GRADIENT) for measure in reference.measures if measure not in there]:
@@ -165,7 +166,7 @@ def check(model: nn.Module, reference: Reference) -> ParityReport:
             detail += " (root mean square)"
         report.rows.append(Row(name, getattr(error, kind), getattr(allowed, kind), detail))
     [logits] = groups["logits"]
-    report.rows += _invariances(used, config, logits)
+    report.rows += _invariances(model, config, logits)
     if reference.masked is not None:
         report.rows.append(_masking(config.vocab_size, reference.masked))
     return report
