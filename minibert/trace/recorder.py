@@ -126,12 +126,12 @@ def bert_inside(module: nn.Module) -> nn.Module:
         parts = {name for name, _ in each.named_children()}  # PEFT's wrapper passes on other attributes of the model
         return isinstance(each, BertForMaskedLM) or (theirs and {"bert", "cls"} <= parts)
 
-    found = [each for each in module.modules() if is_bert(each)]
-    if len(found) == 1:
-        return found[0]
+    berts = [each for each in module.modules() if is_bert(each)]
+    if len(berts) == 1:
+        return berts[0]
     kind = f"{type(module).__module__}.{type(module).__name__}"
-    if found:
-        raise ValueError(f"there are {len(found)} models of the kind BertForMaskedLM in {kind}: give one of them")
+    if berts:
+        raise ValueError(f"there are {len(berts)} models of the kind BertForMaskedLM in {kind}: give one of them")
     raise ValueError(
         f"trace reads minibert's or transformers' BertForMaskedLM, not {kind}: write the trace from your port; "
         f"{HOW_TO_WRITE}"
