@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from minibert.config import BertConfig
-from minibert.loss import IGNORE
 
+IGNORE = -100  # the label that means "nothing was asked here", in torch's cross_entropy and everywhere else
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TAKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
 # What transformers' tokenizers give, and what no model reads.

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minibert.checks import IGNORE as IGNORE
 from minibert.tracing import being_traced
-
-IGNORE = -100  # the label that means "nothing was asked here", in torch's cross_entropy and everywhere else
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from needs import lacking
+from products import Products
 
 from minibert import BertConfig, BertForMaskedLM
 from minibert.bench import contenders, machine, run, settings
@@ -209,6 +210,76 @@ def test_int8_stands_beside_our_int8_if_there_is_one(here, against):
     peer = Row("inference", "1x3", "", "ONNX Runtime dynamic", "int8", median=4.0)
     run._ratios([*rows, peer])
     assert (peer.against, peer.ratio) == (against, 0.5)
+
+
+def timed(name, task, precision, folder):
+    return contenders.build(name, precision, task, folder, "cpu"), make_workload("2x5", CONFIG, "cpu", everywhere=False)
+
+
+@pytest.mark.parametrize("name", ["minibert", "sdpa"])
+def test_a_training_step_that_is_timed_is_one(name, folder, monkeypatch):
+    """With dropout, the loss where it is asked, and another model after it."""
+    models = []
+    for owner, function in ((BertForMaskedLM, "from_pretrained"), (contenders, "load_transformers")):
+        real = getattr(owner, function)
+        keep = lambda *a, real=real, **k: models.append(real(*a, **k)) or models[-1]  # noqa: E731
+        monkeypatch.setattr(owner, function, keep)
+    contender, work = timed(name, "training", "float32", folder)
+    (model,) = models
+    before = contender.check(work)
+    logits = before if before.dim() == 2 else before[work.asked]
+    expected = torch.nn.functional.cross_entropy(logits, work.labels[work.asked]).item()
+    losses = {contender.run(work).item() for _ in range(3)}
+    assert len(losses) == 3, "dropout, and weights that have moved"
+    assert losses.pop() == pytest.approx(expected, rel=0.2)
+    assert model.training
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+    after = contender.check(work)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, contender.check(work)), "the gate has no dropout"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "task"), [("minibert", "training"), ("sdpa", "training"), ("sdpa", "inference"),
+                                            ("minibert plain", "inference")])  # fmt: skip
+def test_a_row_is_computed_in_the_precision_that_it_names(name, task, precision, folder, monkeypatch):
+    monkeypatch.setattr(contenders, "has_bfloat16", lambda: True)
+    contender, work = timed(name, task, precision, folder)
+    assert contender.precision == precision
+    with Products() as products:
+        contender.run(work)
+    assert products.dtypes == {getattr(torch, precision)}
+
+
+def test_contenders_take_turns_and_first_calls_do_not_count(monkeypatch):
+    calls, now = [], [0.0]
+
+    def contender(name, seconds):
+        def run_(work):
+            calls.append(name)
+            now[0] += 100.0 if calls.count(name) <= 2 else seconds
+
+        return Contender(name, "float32", run_, run_)
+
+    monkeypatch.setattr(run, "SETTLE", 0.0)
+    monkeypatch.setattr(run, "SHORT", 1000.0)
+    monkeypatch.setattr(run, "perf_counter", lambda: now[0])
+    rows = [Row("inference", "1x3", name, name, "float32", tokens=3) for name in "ab"]
+    pairs = list(zip(rows, [contender("a", 2.0), contender("b", 4.0)], strict=True))
+    run._time(pairs, None, Settings(rounds=3, device="cpu"))
+    assert "".join(calls) == "aabb" + "aabb" * 3, "short ones: a call before each that is not timed"
+    assert [row.seconds for row in rows] == [[2.0] * 3, [4.0] * 3]
+    assert [row.tokens_per_second for row in rows] == [1.5, 0.75]
+    calls.clear()
+    monkeypatch.setattr(run, "SHORT", 0.0)
+    run._time(pairs, None, Settings(rounds=2, device="cpu"))
+    assert "".join(calls) == "aabb" + "ab" * 2
+
+
+def test_other_programs_on_the_machine_are_warned_of():
+    for load, warned in (("0.1", False), ("1000.0", True)):
+        text = table(Report({"load": load}, Settings(device="cpu"), {}, {}, []))
+        assert ("WARNING" in text) == warned
 
 
 def require_int8():

@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from products import Products
 from tiny import metrics, weights
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minibert import BertForMaskedLM
 from minibert.cli import build_parser
 from minibert.commands.options import read_settings
-from minibert.training import Settings, step
+from minibert.training import Settings, run, step
 from minibert.training.data import Corpus, Share, Shares, ahead
 from minibert.training.ranks import ALONE, Ranks
 from minibert.training.run import train_steps
@@ -88,19 +90,6 @@ def test_each_step_seed_and_rank_drops_others_and_the_same_step_the_same(model, 
     assert len({loss(), loss(number=1), loss(number=2), loss(seed=1), loss(rank=1)}) == 5
     model.eval()
     assert loss() == loss(number=1)
-
-
-class Products(TorchDispatchMode):
-    """The types in which matrices are multiplied while the block lasts."""
-
-    def __init__(self):
-        super().__init__()
-        self.dtypes = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.__name__.split(".")[0] in ("mm", "addmm", "bmm", "baddbmm"):
-            self.dtypes.add(args[-1].dtype)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -210,6 +199,21 @@ def test_a_look_at_the_held_out_lines_leaves_dropout_as_it_was(dropout, tiny, tm
     shown = evaluate(model, tokenizer, files, max_length=9)["all"]["masked_tokens"]
     assert {line["held_out"]["all"]["masked_tokens"] for line in lines} == {shown}
     assert shown < evaluate(model, tokenizer, files)["all"]["masked_tokens"], "rows of the length of the run's"
+    last = evaluate(BertForMaskedLM.from_pretrained(tmp_path / "out"), tokenizer, files, max_length=9)
+    assert lines[-1]["held_out"]["all"]["loss"] == pytest.approx(last["all"]["loss"]), "the look itself has no dropout"
+
+
+def test_best_is_the_model_with_the_least_loss_on_held_out_lines(tiny, tmp_path, monkeypatch):
+    losses, seen = iter([3.0, 2.0, 2.5, 4.0]), []
+
+    def figures(model, *_, **__):
+        seen.append(model.head.bias.detach().clone())
+        return {"all": {"loss": next(losses), "top1": 0.5, "masked_tokens": 7}}
+
+    monkeypatch.setattr(run, "evaluate", figures)
+    run_of(tiny, tmp_path / "out", evaluate_every=1)
+    best = BertForMaskedLM.from_pretrained(tmp_path / "out" / "best").head.bias
+    assert [torch.equal(best, bias) for bias in seen] == [False, True, False, False]
 
 
 def test_the_command_compiles_every_layer_if_asked(tiny, tmp_path, monkeypatch):
@@ -287,6 +291,14 @@ def test_figures_are_of_as_many_held_out_lines_as_asked(tiny):
     assert found(lines=1000)["masked_tokens"] == masked(310)
     assert found(max_length=5)["masked_tokens"] == masked(300, max_length=5) < masked(300)
     assert found(seed=1)["loss"] != found()["loss"]
+    example = masked_lines(file, range(100), tokenizer, max_length=24)
+    with torch.no_grad():
+        model.head.bias[example.targets[0]] += 50  # so that it is the guess everywhere, and right at a few places
+    logits = model.predict(example.batch, example.positions)
+    figures = found(lines=100)
+    assert figures["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, example.targets).item())
+    assert figures["top1"] == pytest.approx((logits.argmax(-1) == example.targets).float().mean().item())
+    assert 0 < figures["top1"] < 1
     halves = [evaluate(model, tokenizer, [file], ranks=SimpleNamespace(rank=rank, size=2, sum=lambda *n: list(n)))
               for rank in (0, 1)]  # fmt: skip
     assert sum(half["all"]["masked_tokens"] for half in halves) == found()["masked_tokens"]
