@@ -16,8 +16,7 @@ from minibert.parity import Trace, trace
 from minibert.parity.faults import CATALOGUE
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import converted
-from minibert.trace.inputs import hide_padding
-from minibert.trace.table import expected_names, row_of
+from minibert.trace.table import expected_names, hide_padding, row_of
 
 SIZES = [
     {**CONFIGS["batch 13, gelu"], "num_hidden_layers": 1},

@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from minibert import BertForMaskedLM
     from minibert.parity.diagnosis import diagnose
-    from minibert.trace.files import TraceFile
-    from minibert.trace.forms import read_names
+    from minibert.trace.stores import read_names
+    from minibert.trace.tracefile import TraceFile
 
     given = TraceFile(options.trace, None if options.names is None else read_names(Path(options.names)))
     model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)

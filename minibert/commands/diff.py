@@ -27,8 +27,8 @@ def run(options: argparse.Namespace) -> int:
     from minibert import BertForMaskedLM
     from minibert.parity.comparison import diff, own_trace
     from minibert.parity.quantised import quantised
-    from minibert.trace.files import TraceFile
-    from minibert.trace.forms import read_names
+    from minibert.trace.stores import read_names
+    from minibert.trace.tracefile import TraceFile
 
     if options.model is None and options.revision is not None:
         raise ValueError(f"--revision {options.revision} is of a hub model, and no --model was given")

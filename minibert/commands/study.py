@@ -79,7 +79,7 @@ def study_of_text(options: argparse.Namespace) -> "Study":
 def study_of_trace(options: argparse.Namespace) -> "Study":
     from minibert import load_tokenizer
     from minibert.study import study_trace
-    from minibert.trace.files import TraceFile
+    from minibert.trace.tracefile import TraceFile
 
     recorded = TraceFile(options.trace)
     rows = recorded.shapes().get("input_ids", (1,))[0]

@@ -26,9 +26,8 @@ def run(options: argparse.Namespace) -> None:
     from minibert import BertConfig, BertForMaskedLM, load_tokenizer
     from minibert.devices import computing_device
     from minibert.parity.golden import transformers_model
-    from minibert.trace.given import read_ids, tokenized
-    from minibert.trace.inputs import standard_inputs
-    from minibert.trace.recorder import trace
+    from minibert.trace.recorder import read_ids, tokenized, trace
+    from minibert.trace.table import standard_inputs
 
     require_writable(options.out)
     device, dtype = computing_device(options.device), getattr(torch, options.dtype)

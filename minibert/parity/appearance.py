@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from minibert.checkpoint.names import hub_names
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.yardstick import Error, Gap
-from minibert.trace.files import Trace
-from minibert.trace.inputs import hide_padding
-from minibert.trace.table import GRADIENT, SHAPES, row_of
+from minibert.trace.table import GRADIENT, SHAPES, hide_padding, row_of
+from minibert.trace.tracefile import Trace
 
 LEFT_OVER = 0.05  # A rule explains an error if at most this part of it is left.
 AXES = {"B": "row", "H": "head", "K": "entry of a head", "D": "entry", "F": "entry", "V": "word"}

@@ -19,9 +19,8 @@ from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import mask_tokens
 from minibert.parity.report import in_columns, in_markdown
 from minibert.parity.yardstick import K_RMS, K, Measure, largest, measures, rounding_dtype
-from minibert.trace.inputs import hide_padding, standard_inputs
 from minibert.trace.recorder import bert_inside, exact_arithmetic, gradients, trace
-from minibert.trace.table import GRADIENT, INPUTS, explain
+from minibert.trace.table import GRADIENT, INPUTS, explain, hide_padding, standard_inputs
 
 MASKING_SEED = 0
 

@@ -30,11 +30,20 @@ from minibert.parity.yardstick import (
     require_same_size,
     span,
 )
-from minibert.trace.files import Trace
-from minibert.trace.forms import shown
-from minibert.trace.inputs import covered, hide_padding
 from minibert.trace.recorder import trace
-from minibert.trace.table import GRADIENT, INPUTS, dtype_name, exchanged_axes, expected_names, expected_shape, row_of
+from minibert.trace.stores import shown
+from minibert.trace.table import (
+    GRADIENT,
+    INPUTS,
+    covered,
+    dtype_name,
+    exchanged_axes,
+    expected_names,
+    expected_shape,
+    hide_padding,
+    row_of,
+)
+from minibert.trace.tracefile import Trace
 
 # Without a model there is no truth to measure from. Then two right traces differ by at most so many eps of the coarser
 # dtype: the first number, and the second for every layer, which hands the errors on (twice, for gradients). In half

@@ -22,9 +22,8 @@ from minibert.parity.quantised import hint
 from minibert.parity.report import between, count
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import Error, Measure, Yardstick, converted
-from minibert.trace.files import Trace
-from minibert.trace.inputs import covered, hide_padding
-from minibert.trace.table import GRADIENT, dtype_name, exchanged_axes, explain, row_of
+from minibert.trace.table import GRADIENT, covered, dtype_name, exchanged_axes, explain, hide_padding, row_of
+from minibert.trace.tracefile import Trace
 
 ENCODER, LAYERS, HEAD = ("embeddings.", "layers."), ("layers.",), ("head.",)
 

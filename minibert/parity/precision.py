@@ -17,10 +17,9 @@ from torch.overrides import TorchFunctionMode
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import Yardstick, converted, measures
-from minibert.trace.files import Trace
-from minibert.trace.forms import shown
-from minibert.trace.inputs import hide_padding
-from minibert.trace.table import GRADIENT, INPUTS, row_of
+from minibert.trace.stores import shown
+from minibert.trace.table import GRADIENT, INPUTS, hide_padding, row_of
+from minibert.trace.tracefile import Trace
 
 LARGEST = 0.1  # of the tensor's scale: what rounding to half precision may do to one product, and some more
 LEFT = (

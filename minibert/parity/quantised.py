@@ -20,9 +20,8 @@ from minibert.parity.faults import CATALOGUE
 from minibert.parity.report import in_columns, in_markdown
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import Error, Gap, Yardstick, largest
-from minibert.trace.files import Trace
-from minibert.trace.inputs import Inputs, covered, hide_padding
-from minibert.trace.table import GRADIENT, SHAPES, explain, row_of
+from minibert.trace.table import GRADIENT, SHAPES, Inputs, covered, explain, hide_padding, row_of
+from minibert.trace.tracefile import Trace
 
 PRODUCTS = ("sum", "query", "key", "value", "attention_output", "intermediate", "feed_forward", "dense", "logits")
 ALLOWED = 4.0  # times what 8 bits do: kernels sum in other orders, and some round to 7 bits (torch's on AVX2)

@@ -14,9 +14,8 @@ from minibert.checkpoint.names import hub_names
 from minibert.loss import masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.model import ACTIVATIONS, EncoderLayer
-from minibert.trace.files import Trace
-from minibert.trace.inputs import Inputs
-from minibert.trace.table import GRADIENT, parameter_names
+from minibert.trace.table import GRADIENT, Inputs, parameter_names
+from minibert.trace.tracefile import Trace
 
 Section = Callable[..., Iterator[tuple[str, Tensor]]]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
-from minibert.trace.forms import shown
+from minibert.trace.stores import shown
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",

@@ -40,9 +40,8 @@ from minibert.checkpoint.config_keys import SIZES
 from minibert.checkpoint.reading import shapes_only
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.steps import Steps
-from minibert.trace.files import Trace
-from minibert.trace.inputs import Inputs, check_inputs, hide_padding
-from minibert.trace.table import GRADIENT, row_of
+from minibert.trace.table import GRADIENT, Inputs, check_inputs, hide_padding, row_of
+from minibert.trace.tracefile import Trace
 
 K = 8.0
 K_RMS = 5.0

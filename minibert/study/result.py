@@ -23,8 +23,8 @@ from minibert.study.text import to_text
 from minibert.study.vocabulary import Vocabulary
 from minibert.study.words import influence, neighbours
 from minibert.tokenizer import as_tokenizer
-from minibert.trace.files import Trace
 from minibert.trace.recorder import trace
+from minibert.trace.tracefile import Trace
 
 MOST_BEST = 20  # words at each step: more would make a page too large to send
 DIGITS = 5  # of every number in JSON and on the page

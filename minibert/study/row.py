@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from minibert.loss import IGNORE
-from minibert.trace.files import Trace
 from minibert.trace.table import SHAPES, expected_shape, row_of
+from minibert.trace.tracefile import Trace
 
 
 class Row:

@@ -12,8 +12,7 @@ from test_false_alarms import DTYPES, deep_pair, random_pair
 from minibert.parity import trace
 from minibert.parity.yardstick import Yardstick
 from minibert.trace import standard_inputs
-from minibert.trace.inputs import hide_padding
-from minibert.trace.table import GRADIENT, dtype_name, row_of
+from minibert.trace.table import GRADIENT, dtype_name, hide_padding, row_of
 
 
 def rounding():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from traced import entry, stored, traced, write_raw
 
-import minibert.trace.files
+import minibert.trace.tracefile
 from minibert import BertConfig, BertForMaskedLM
 from minibert.cli import main
 from minibert.parity import TraceFile, trace
@@ -38,7 +38,7 @@ def test_a_write_that_fails_leaves_the_old_trace(tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(minibert.trace.files, "save_file", fails)
+    monkeypatch.setattr(minibert.trace.tracefile, "save_file", fails)
     with pytest.raises(OSError, match="full"):
         a.save(tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == before

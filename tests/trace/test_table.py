@@ -12,8 +12,7 @@ from twins import CONFIGS, MASKS, make_batch, twins
 
 from minibert import BertConfig
 from minibert.trace import standard_inputs, trace
-from minibert.trace.inputs import check_inputs
-from minibert.trace.table import INPUTS, TABLE, as_markdown, expected_names, explain, row_of
+from minibert.trace.table import INPUTS, TABLE, as_markdown, check_inputs, expected_names, explain, row_of
 
 README = Path(__file__).parents[2] / "minibert" / "parity" / "README.md"
 SIZES = {**CONFIGS["3 heads, gelu_new"], "num_hidden_layers": 1}

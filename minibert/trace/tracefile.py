@@ -24,10 +24,19 @@ from minibert.checkpoint.names import some
 from minibert.checkpoint.reading import DTYPES
 from minibert.config import BertConfig
 from minibert.packing import PackedBatch
-from minibert.trace.forms import Form, Forms, Renamed, shown
-from minibert.trace.inputs import Inputs, check_inputs, hide_padding
-from minibert.trace.stores import open_store
-from minibert.trace.table import INPUTS, MEANINGS, TABLE, dtype_name, expected_names, expected_shape, row_of
+from minibert.trace.stores import Form, Forms, Renamed, open_store, shown
+from minibert.trace.table import (
+    INPUTS,
+    MEANINGS,
+    TABLE,
+    Inputs,
+    check_inputs,
+    dtype_name,
+    expected_names,
+    expected_shape,
+    hide_padding,
+    row_of,
+)
 
 FORMAT, VERSION = "minibert-trace", "1"
 HOW_TO_WRITE = "minibert/parity/README.md shows how to write a trace from any language"
@@ -119,7 +128,7 @@ class Trace:
 class TraceFile(Trace):
     """A trace in a file (or a folder, see stores.py), of which only what is asked for is read.
 
-    Tensors in another form that means the same (forms.py) are turned into the form of the table. Raises OSError if the
+    Tensors in another form that means the same (stores.py) are turned into the form of the table. Raises OSError if the
     file is not there, and ValueError if it is not a trace. Each message names the file. names: what the names in the
     file stand for, if they are a port's own; see `read_names`.
     """
@@ -209,7 +218,7 @@ def _check_header(header: dict[str, dict[str, Any]], config: BertConfig) -> None
     """Raise ValueError for tensors of a kind or a size that cannot be compared."""
     for name, entry in header.items():
         if row_of(name) not in MEANINGS:
-            continue  # forms.py has a sentence for it
+            continue  # stores.py has a sentence for it
         wanted = ("I64", "I32", "I16", "I8", "U8", "BOOL") if name in INPUTS else tuple(DTYPES)
         if entry["dtype"] not in wanted:
             raise ValueError(f"{name} is {entry['dtype']}, and must be one of {', '.join(wanted)}")
