@@ -63,9 +63,11 @@ def test_matrices_decay_and_vectors_do_not(given, decay, model, share):
     nothing = Share(0, 0, share.tokens, [step.Example(one.batch, one.positions[:0], one.targets[:0])
                                          for one in share.passes])  # fmt: skip
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    assert taken(model, nothing, learning_rate=0.1, warmup=0.0, **given)["loss"] is None
+    assert taken(model, nothing, number=6, learning_rate=0.1, **given)["loss"] is None
+    rate = Settings(**{**SETTINGS, "learning_rate": 0.1}).rate(6)
+    assert 0.01 < rate < 0.09, "that of this step"
     for name, parameter in model.named_parameters():
-        kept = 1 - 0.1 * decay if parameter.dim() > 1 else 1.0
+        kept = 1 - rate * decay if parameter.dim() > 1 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * kept, rtol=1e-6, atol=0, msg=name)
 
 
@@ -175,6 +177,16 @@ def test_layers_are_compiled_on_cuda_with_triton_unless_something_else_is_said(
 ):
     monkeypatch.setattr(step, "find_spec", lambda name: object() if triton else None)
     assert step.compiles(Settings(steps=1, compile=asked), torch.device(device)) is compiled
+
+
+def test_of_several_ranks_gradients_are_a_sum_though_their_mean_is_taken(model, share):
+    model.eval()
+    lengths = []
+    for ranks in (ALONE, Ranks(0, 3)):
+        model.zero_grad()
+        accumulate(LossSum(model), share.passes, 10, "float32", ranks)
+        lengths.append(length_of_gradient(model))
+    assert lengths[1] == pytest.approx(3 * lengths[0], rel=1e-5)  # sums of float32
 
 
 # ------------------------------------------------------------------------------------------- what a run does with them
