@@ -12,7 +12,7 @@ from minibert import checks
 from minibert.batching import BATCH_TOKENS, batches_by_length
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
-from minibert.tokenizer import as_tokenizer, encode, own_mask, own_token, require_id
+from minibert.tokenizer import as_tokenizer, decode, encode, own_mask, own_token, require_id
 
 WINDOW = 1024  # texts that are sorted by length together
 
@@ -35,7 +35,7 @@ class FillMask:
         self.model = model
         self.tokenizer = tokenizer
         self.mask_id = require_id(tokenizer, "[MASK]")
-        self._mask, self._padding = own_token(tokenizer, "[MASK]"), own_token(tokenizer, "[PAD]")
+        self._mask, self._padding = own_token(tokenizer, "[MASK]") or "", own_token(tokenizer, "[PAD]")
         words = sorted(tokenizer.get_vocab().values())
         checks.require_vocabulary(words[-1] + 1, model.config)
         # A model may have more rows, to fill up its vocabulary: they are no words, and no answers.
@@ -105,14 +105,11 @@ class FillMask:
                 yield answers[number]
 
     def _encode(self, text: str, truncate: bool) -> list[int]:
-        limit = self.model.config.max_position_embeddings
-        ids = encode(self.tokenizer, text, limit, truncate=truncate).ids
-        shown = text if len(text) <= 60 else text[:57] + "…"
-        if truncate and len(ids) == limit:
-            whole = self.tokenizer.encode(own_mask(self.tokenizer, text)).ids
-            if lost := whole.count(self.mask_id) - ids.count(self.mask_id):
-                raise ValueError(f"{lost} {self._mask} in {shown!r} would be cut off: the model takes {limit} tokens")
+        ids = encode(self.tokenizer, text, self.model.config.max_position_embeddings, truncate=truncate).ids
         if self.mask_id not in ids:
+            shown = text if len(text) <= 60 else text[:57] + "…"
+            if self._mask in own_mask(self.tokenizer, text):
+                raise ValueError(f"{self._mask} in {shown!r} is cut into pieces: this tokenizer splits special tokens")
             raise ValueError(
                 f"there is no {self._mask} in {shown!r}: write {self._mask} where a word is to be filled in"
             )
@@ -147,9 +144,9 @@ class FillMask:
         return {
             "score": score,
             "token": token,
-            "token_str": self.tokenizer.decode([token], skip_special_tokens=False),
+            "token_str": decode(self.tokenizer, [token]),
             # As transformers has it: no [PAD]; with several masks the others stay visible, and so do [CLS] and [SEP].
-            "sequence": self.tokenizer.decode(filled, skip_special_tokens=single),
+            "sequence": decode(self.tokenizer, filled, skip_special_tokens=single),
         }
 
 

@@ -19,7 +19,7 @@ from minibert.loss import IGNORE, masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import MaskedTokens, Outcome, mask_tokens
 from minibert.packing import PackedBatch
-from minibert.tokenizer import as_tokenizer, count_ids, encode, own_mask, require_id, special_ids
+from minibert.tokenizer import as_tokenizer, count_ids, encode, require_id, special_ids, words_of
 
 RECIPES = ("bert", "plain", "whole-word")
 SCORES = ("masked", "all")
@@ -111,7 +111,8 @@ def mask_and_guess(
         _require_nothing_drawn(draw, "the text has a [MASK] of its own, and no other token is drawn")
         masked = _mask_these(ids, [], tokenizer)
     else:
-        masked = _mask_drawn(encoding, tokenizer, 0.15 if probability is None else probability, recipe, seed)
+        words = words_of(tokenizer, encoding, text)
+        masked = _mask_drawn(encoding, words, tokenizer, 0.15 if probability is None else probability, recipe, seed)
     asked = torch.ones_like(own) if score == "all" else (masked.labels[0] != IGNORE) | own  # (S,)
     places = asked.nonzero().flatten()  # (M,)
     batch = PackedBatch.from_lists(masked.input_ids.tolist(), device=model.embeddings.word.weight.device)
@@ -130,15 +131,9 @@ def mask_and_guess(
 
 def _encode(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, truncate: bool) -> Encoding:
     checks.require_vocabulary(count_ids(tokenizer), model.config)
-    limit = model.config.max_position_embeddings
-    encoding = encode(tokenizer, text, limit, truncate=truncate)
+    encoding = encode(tokenizer, text, model.config.max_position_embeddings, truncate=truncate)
     if len(encoding.ids) <= tokenizer.num_special_tokens_to_add(False):
         raise ValueError(f"there is no token to mask in {text!r}: give a text with at least one word")
-    mask_id = require_id(tokenizer, "[MASK]")
-    if truncate and (
-        lost := tokenizer.encode(own_mask(tokenizer, text)).ids.count(mask_id) - encoding.ids.count(mask_id)
-    ):
-        raise ValueError(f"{lost} [MASK] in the text would be cut off: the model takes {limit} tokens")
     return encoding
 
 
@@ -174,8 +169,14 @@ def _mask_these(ids: Tensor, places: list[int], tokenizer: Tokenizer) -> MaskedT
 
 
 def _mask_drawn(
-    encoding: Encoding, tokenizer: Tokenizer, probability: float, recipe: str | None, seed: int | None
+    encoding: Encoding,
+    numbers: Sequence[int | None],
+    tokenizer: Tokenizer,
+    probability: float,
+    recipe: str | None,
+    seed: int | None,
 ) -> MaskedTokens:
+    """numbers: of the words."""
     recipe, seed = recipe or "bert", seed or 0
     if recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
@@ -184,7 +185,7 @@ def _mask_drawn(
     ids = torch.tensor([encoding.ids])  # (1, S)
     special = torch.isin(ids, torch.tensor(special_ids(tokenizer)))
     plain = recipe == "plain"
-    words = torch.tensor([[-1 if word is None else word for word in encoding.word_ids]])
+    words = torch.tensor([[-1 if word is None else word for word in numbers]])
     return mask_tokens(
         ids,
         torch.zeros_like(special) if plain else special,

@@ -33,7 +33,7 @@ from minibert import checks
 from minibert.batching import BATCH_TOKENS, batches_by_length
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
-from minibert.tokenizer import as_tokenizer, count_ids, encode, own_mask, own_token, require_id, special_ids
+from minibert.tokenizer import as_tokenizer, count_ids, encode, own_mask, own_token, require_id, special_ids, words_of
 
 WITHIN_WORD = ("l2r", "original")
 WINDOW = 256  # texts whose copies are sorted by length together
@@ -97,7 +97,7 @@ def pseudo_log_likelihood(
 
     within_word: "l2r" masks the pieces to the right within the word too, "original" masks one token at a time. given: a
     first sentence for all texts, which is seen and not scored. truncate: cut a text that is too long for the model,
-    which is otherwise an error; only the second of two sentences is cut.
+    which is otherwise an error; of two sentences the longer one, until both fit.
 
     Special tokens are never scored. One that is written in a text, such as [MASK], is seen as what it is and counts as
     no token; a warning says so. A word that the vocabulary does not have is scored as what it became, [UNK].
@@ -188,7 +188,7 @@ class Scorer:
                 "token, here and in the other texts",
                 stacklevel=4,  # whoever asks for the next score
             )
-        words = list(zip(sentences, encoding.word_ids, strict=True))
+        words = words_of(self.tokenizer, encoding, first, second)
         ends = list(range(1, len(words) + 1))
         if self.whole_words:
             for place in range(len(words) - 2, -1, -1):

@@ -7,16 +7,18 @@ google-research/bert, tokenization.py.
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordPiece
+from tokenizers.models import BPE, WordPiece
 
 from minibert.checkpoint import hub
-from minibert.checkpoint.files import naming
+from minibert.checkpoint.files import naming, read_json
 from minibert.tokenizer_files import (
     CASE,
     ROLES,
@@ -24,8 +26,17 @@ from minibert.tokenizer_files import (
     TOKENIZER,
     TokenizerFiles,
     extra_tokens,
+    is_berts,
     read_tokenizer_files,
     special_tokens,
+)
+
+SPACE = re.compile(r"[^\S\x0b\x0c\x1c-\x1f\x85]")  # no control characters, which BERT leaves out of a word
+# transformers, tokenization_utils_base.py, clean_up_tokenization
+CLEAN_UP = (
+    *((f" {mark}", mark) for mark in ".?!,"),
+    (" ' ", "'"),
+    *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re")),
 )
 
 
@@ -38,6 +49,7 @@ class TokenizerReport:
     notes: tuple[str, ...]  # which file said what, and what another one said that was not taken
     roles: Mapping[str, str] = field(default_factory=dict)  # "mask" → "[MASK]", …
     extra: tuple[str, ...] = ()  # special tokens without a role
+    settings: Mapping[str, Any] = field(default_factory=dict)  # tokenizer_config.json; a save writes it back
 
 
 def load_tokenizer(
@@ -69,18 +81,21 @@ def load_tokenizer(
         notes=tuple(_notes(found)),
         roles=roles,
         extra=tuple(extra_tokens(found.settings)),
+        settings=found.settings,
     )
     tokenizer.load_report = report  # type: ignore[attr-defined]
+    tokenizer.add_special_tokens(_undeclared(tokenizer))
     return tokenizer
 
 
 def as_tokenizer(tokenizer: Any) -> Tokenizer:
-    """A tokenizers.Tokenizer as it is, or a copy of the one inside a fast tokenizer of transformers, without the
-    padding and truncation that its calls turn on. Raises TypeError for anything else.
+    """The tokenizer that minibert computes with: a tokenizers.Tokenizer, or the one inside a fast tokenizer of
+    transformers. It neither cuts nor pads, and [MASK] and the other tokens of BERT's roles are special in it, so that
+    none is cut into `[ mask ]`. The caller's own stays as it is: where something has to change, this is a copy.
+
+    Raises TypeError for anything else.
     """
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    inside = getattr(tokenizer, "backend_tokenizer", None)
+    inside = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(inside, Tokenizer):
         what = (
             f"{tokenizer!r}: load_tokenizer makes one of it"
@@ -88,16 +103,39 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
             else (f"a {type(tokenizer).__name__}: one that is computed in Python cannot be used here")
         )
         raise TypeError(f"a tokenizers.Tokenizer is needed, or a fast tokenizer of transformers, not {what}")
+    if inside is tokenizer and inside.truncation is None and inside.padding is None and not _undeclared(inside):
+        return inside
     copy = Tokenizer.from_str(inside.to_str())
     copy.no_truncation()
     copy.no_padding()
     copy.encode_special_tokens = inside.encode_special_tokens
+    report = getattr(inside, "load_report", None) if inside is tokenizer else _report_of(tokenizer)
+    if report is not None:
+        copy.load_report = report  # type: ignore[attr-defined]
+    copy.add_special_tokens(_undeclared(copy))
+    return copy
+
+
+def _report_of(tokenizer: Any) -> TokenizerReport:
+    """What a fast tokenizer of transformers says of itself, in the settings that it would save."""
     named = {role: getattr(tokenizer, f"{role}_token", None) for role in ROLES}
     roles = {role: str(token) for role, token in named.items() if token is not None}
-    copy.load_report = TokenizerReport(  # type: ignore[attr-defined]
-        str(getattr(tokenizer, "name_or_path", "")), (), ("from transformers",), roles
-    )
-    return copy
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        settings = read_json(Path(folder) / SETTINGS)
+    name = str(getattr(tokenizer, "name_or_path", ""))
+    return TokenizerReport(name, (), ("from transformers",), roles, tuple(extra_tokens(settings)), settings)
+
+
+def _undeclared(tokenizer: Tokenizer) -> list[AddedToken]:
+    """The tokens of BERT's roles that are in the vocabulary, and that nobody has declared special."""
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    names = [own_token(tokenizer, f"[{role.upper()}]") for role in ROLES]
+    return [
+        AddedToken(name, special=True, normalized=False)
+        for name in names
+        if name is not None and name not in special and tokenizer.token_to_id(name) is not None
+    ]
 
 
 def _bert(found: TokenizerFiles) -> Tokenizer:
@@ -268,8 +306,9 @@ def own_token(tokenizer: Tokenizer, usual: str) -> str | None:
         return str(tokenizer.model.unk_token)
     if role in ("cls", "sep") and tokenizer.num_special_tokens_to_add(False) == 2:
         return str(tokenizer.encode("").tokens[0 if role == "cls" else -1])
-    if tokenizer.token_to_id(usual) is not None:
-        return usual
+    for name in (usual, f"<{role}>"):
+        if tokenizer.token_to_id(name) is not None:
+            return name
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     named = [token for token in special if token.strip("[]<>|_ ").lower() == role]
     return named[0] if len(named) == 1 else None
@@ -308,29 +347,71 @@ def count_ids(tokenizer: Tokenizer) -> int:
 
 
 def as_files(tokenizer: Any, max_length: int) -> dict[str, str]:
-    """File name → text: what `load_tokenizer` and transformers' AutoTokenizer read as this tokenizer. max_length: the
-    positions that the model has; AutoTokenizer truncates to that, if it is asked to truncate.
+    """File name → text: what `load_tokenizer` and transformers' AutoTokenizer read as this tokenizer. What its own
+    files said is said again; what they left open is added. max_length: the positions that the model has, to which
+    AutoTokenizer truncates if it is asked to and nothing else was said.
+
+    Raises ValueError for a tokenizer in which [MASK] or another token of BERT's is not special: what is read again
+    would be another one.
     """
-    tokenizer = as_tokenizer(tokenizer)
-    settings: dict[str, Any] = {
-        # It says that tokenizer.json holds as it stands; without it, transformers would lower the case of any text.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_length,
-        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-        "split_special_tokens": tokenizer.encode_special_tokens,
-        # With these here, files of an earlier tokenizer that lie in the folder (added_tokens.json, …) are not read.
-        "added_tokens_decoder": {
-            str(number): {
-                "content": token.content,
-                **{flag: getattr(token, flag) for flag in ("lstrip", "normalized", "rstrip", "single_word", "special")},
-            }
-            for number, token in sorted(tokenizer.get_added_tokens_decoder().items())
-        },
-    }
+    inside, tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer), as_tokenizer(tokenizer)
+    added = tokenizer.get_added_tokens_decoder()
+    before = {token.content for token in inside.get_added_tokens_decoder().values() if token.special}
+    if names := [token.content for token in added.values() if token.special and token.content not in before]:
+        raise ValueError(
+            f"{names[-1]} is in the vocabulary of this tokenizer and not special in it, so it is cut into pieces: call "
+            f"its add_special_tokens({names}) before it is saved"
+        )
+    report = getattr(tokenizer, "load_report", None)
+    settings: dict[str, Any] = {**(report.settings if report else {})}
+    if isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
+        for key, part in zip(CASE, ("lowercase", "strip_accents", "handle_chinese_chars"), strict=True):
+            settings.setdefault(key, getattr(tokenizer.normalizer, part))
+    if not _limited(settings.get("model_max_length")):
+        settings["model_max_length"] = max_length
     for role in ROLES:
         if (token := own_token(tokenizer, f"[{role.upper()}]")) is not None:
-            settings[f"{role}_token"] = token
+            settings.setdefault(f"{role}_token", token)
+    said = {*extra_tokens(settings), *(token.content for token in special_tokens(settings).values())}
+    if more := [token.content for token in added.values() if token.special and token.content not in said]:
+        settings["extra_special_tokens"] = [*extra_tokens(settings), *more]
+    settings["split_special_tokens"] = tokenizer.encode_special_tokens
+    # With these here, files of an earlier tokenizer that lie in the folder (added_tokens.json, …) are not read.
+    settings["added_tokens_decoder"] = {
+        str(number): {
+            "content": token.content,
+            **{flag: getattr(token, flag) for flag in ("lstrip", "normalized", "rstrip", "single_word", "special")},
+        }
+        for number, token in sorted(added.items())
+    }
+    kind = settings.get("tokenizer_class")
+    if is_berts(kind):  # of BERT's class the vocabulary is read, and these settings; of others tokenizer.json as it is
+        settings["tokenizer_class"] = kind or "BertTokenizer"
+        if not _is_bert(tokenizer, settings):
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     return {TOKENIZER: tokenizer.to_str(pretty=True), SETTINGS: json.dumps(settings, indent=2) + "\n"}
+
+
+def _limited(length: Any) -> bool:
+    """Whether model_max_length says something: transformers writes 10^30 for none."""
+    return isinstance(length, int | float) and length < 1e20
+
+
+def _is_bert(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> bool:
+    """Whether BERT's class makes this tokenizer of its vocabulary and these settings."""
+    if not isinstance(tokenizer.model, WordPiece):
+        return False
+    try:
+        made = from_vocabulary(tokenizer.get_vocab(False), settings, tokenizer.get_added_tokens_decoder())
+    except ValueError:
+        return False
+
+    def parts(one: Tokenizer) -> list[Any]:
+        values = json.loads(one.to_str())
+        both = one.encode("a", "b")
+        return [*(values[key] for key in ("normalizer", "pre_tokenizer", "model", "decoder", "added_tokens")), both.ids]
+
+    return parts(tokenizer) == parts(made)
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts
@@ -342,8 +423,9 @@ def encode(
     """The encoding of one text, or of two sentences (`pair` is the second), at most `max_length` tokens with [CLS] and
     [SEP]. They may say [MASK] where the tokenizer has another name for it.
 
-    What is longer is cut at the end of the text, or of the second sentence, if `truncate` is given; otherwise it is a
-    ValueError that gives both numbers.
+    What is longer is cut if `truncate` is given: at the end of the text, or of the longer of two sentences until both
+    fit, as transformers does. Otherwise it is a ValueError that gives both numbers. So is a cut that would take a
+    [MASK] away: nobody would answer it.
     """
     sentences = [text] if pair is None else [text, pair]
     special = tokenizer.num_special_tokens_to_add(pair is not None)
@@ -367,14 +449,61 @@ def encode(
         )
     # Not enable_truncation: it would stay on the caller's tokenizer.
     bodies = [tokenizer.encode(sentence, add_special_tokens=False) for sentence in sentences]
-    room = max_length - special - sum(len(body.ids) for body in bodies[:-1])
-    if pair is not None and room < 1:
-        raise ValueError(
-            f"the first sentence is {len(bodies[0].ids) + special} tokens long with the special ones, and the model "
-            f"takes {max_length}: shorten it, for only the second one is cut, and nothing would be left of that"
-        )
-    bodies[-1].truncate(room)
+    room, mask = max_length - special, own_token(tokenizer, "[MASK]") or ""
+    there = sum(body.tokens.count(mask) for body in bodies)
+    *shorter, longer = sorted(bodies, key=lambda body: len(body.ids))
+    for body in shorter:
+        body.truncate(room // 2)
+        room -= len(body.ids)
+    longer.truncate(room)
+    if lost := there - sum(body.tokens.count(mask) for body in bodies):
+        raise ValueError(f"{lost} {mask} in {text[:60]!r} would be cut off: the model takes {max_length} tokens")
     return tokenizer.post_process(bodies[0], None if pair is None else bodies[1])
+
+
+def words_of(tokenizer: Tokenizer, encoding: Encoding, text: str, pair: str | None = None) -> list[int | None]:
+    """Which word each token belongs to, counted through text and pair; None for what was put around them. text, pair:
+    what `encode` was given.
+
+    A word is what the tokenizer says, and ends at a space: a tokenizer that leaves the cutting to its pieces (▁the,
+    Ġthe) takes a whole sentence for one word.
+    """
+    sentences = [own_mask(tokenizer, sentence) for sentence in (text, pair or "")]
+    starts: list[set[int]] = [set(), set()]
+    if isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel) and not tokenizer.pre_tokenizer.use_regex:
+        cutting = pre_tokenizers.ByteLevel(add_prefix_space=False)  # it says where words start, if it is asked to
+        starts = [{start for _, (start, _) in cutting.pre_tokenize_str(sentence)} for sentence in sentences]
+    words: list[int | None] = []
+    before: tuple[int, int | None] | None = None
+    piece, end, count = "", 0, -1
+    for sentence, word, (start, stop) in zip(encoding.sequence_ids, encoding.word_ids, encoding.offsets, strict=True):
+        if sentence is None:
+            words.append(None)
+            continue
+        if before != (sentence, word):
+            count += 1
+        else:
+            spaces = SPACE.search(sentences[sentence][end : start + 1]) or (piece.strip() and SPACE.match(piece[-1]))
+            count += bool(spaces) or (start >= end and start in starts[sentence])
+        before, piece, end = (sentence, word), sentences[sentence][start:stop], stop
+        words.append(count)
+    return words
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    """The text of these ids, as transformers writes it: where clean_up_tokenization_spaces is set in the tokenizer's
+    settings, without the space before a full stop and the like.
+    """
+    text: str = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    report = getattr(tokenizer, "load_report", None)
+    settings = report.settings if report else {}
+    if settings.get("clean_up_tokenization_spaces") and (
+        not isinstance(tokenizer.model, BPE)
+        or settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+    ):
+        for spaced, clean in CLEAN_UP:
+            text = text.replace(spaced, clean)
+    return text
 
 
 def own_mask(tokenizer: Tokenizer, text: str) -> str:

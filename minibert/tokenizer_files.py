@@ -116,7 +116,7 @@ def _choose(source: Source, found: TokenizerFiles) -> None:
         name, said_in = name or f"one with a {japanese[0]}", found.paths[SETTINGS]
     if name is not None and not isinstance(name, str):
         raise ValueError(f"{said_in}: tokenizer_class must be a name, not {name!r}")
-    known = name is None or (name.removesuffix("Fast") in BERT_CLASSES and not japanese)
+    known = is_berts(name) and not japanese
     if not known and (found.whole is None or japanese or name == "BertJapaneseTokenizer"):
         raise ValueError(
             f"{said_in}: its tokenizer is {name}, which cuts words in another way than BERT's. minibert does not have "
@@ -124,6 +124,11 @@ def _choose(source: Source, found: TokenizerFiles) -> None:
         )
     word_pieces = found.whole is not None and _model(found).get("type") in (None, "WordPiece")
     found.as_it_stands = found.whole is not None and (not known or not word_pieces or SETTINGS not in found.paths)
+
+
+def is_berts(name: str | None) -> bool:
+    """Whether a tokenizer_class is BERT's, as it is where there is none."""
+    return name is None or name.removesuffix("Fast") in BERT_CLASSES
 
 
 def _model(found: TokenizerFiles) -> dict[str, Any]:

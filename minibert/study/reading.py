@@ -8,10 +8,10 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
 from minibert.config import BertConfig
-from minibert.tokenizer import own_mask, require_id
+from minibert.tokenizer import encode, own_mask, require_id, words_of
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,14 @@ def read_text(
     truncate: cut the end of the longer text until both fit. Raises ValueError for a text that is empty, no Unicode, or
     too long; for a pair where the model knows one segment; and where a cut would take a [MASK] away.
     """
-    for one in (text, pair):
-        if one is not None and any("\ud800" <= letter <= "\udfff" for letter in one):
-            raise ValueError(f"the text {one[:60]!r} is not Unicode: it holds half a surrogate pair")
     if pair is not None and config.type_vocab_size < 2:
         raise ValueError(f"this model knows {config.type_vocab_size} segment: it cannot tell a pair of texts apart")
+    encoding = encode(tokenizer, text, config.max_position_embeddings, pair=pair, truncate=truncate)
+    if all(encoding.special_tokens_mask):
+        raise ValueError("the text is empty: there is nothing to read")
     text = own_mask(tokenizer, text)
     pair = None if pair is None else own_mask(tokenizer, pair)
-    encoding = _encode(tokenizer, config.max_position_embeddings, text, pair, truncate)
     masks = [place for place, token in enumerate(encoding.ids) if token == mask_id(tokenizer)]
-    numbers: dict[tuple[int, int], int] = {}
-    words = [
-        None if word is None else numbers.setdefault((segment or 0, word), len(numbers))
-        for segment, word in zip(encoding.sequence_ids, encoding.word_ids, strict=True)
-    ]
     filling, start = [], 0
     whole = text if pair is None else f"{text} {pair}"
     for place in masks:
@@ -84,7 +78,7 @@ def read_text(
         ids=list(encoding.ids),
         segments=list(encoding.type_ids),
         positions=list(range(len(encoding.ids))),
-        words=words,
+        words=words_of(tokenizer, encoding, text, pair),
         added=[bool(added) for added in encoding.special_tokens_mask],
         masks=masks,
         filling=[*filling, whole[start:]],
@@ -135,28 +129,3 @@ def read_ids(
         masks=masks,
         filling=[part.lstrip() if number == 0 else part for number, part in enumerate(filling)],
     )
-
-
-def _encode(tokenizer: Tokenizer, limit: int, text: str, pair: str | None, truncate: bool) -> Encoding:
-    encoding = tokenizer.encode(text, pair) if pair is not None else tokenizer.encode(text)
-    if all(encoding.special_tokens_mask):
-        raise ValueError("the text is empty: there is nothing to read")
-    if len(encoding.ids) <= limit:
-        return encoding
-    if not truncate:
-        raise ValueError(
-            f"the text is {len(encoding.ids)} tokens long and the model takes {limit}: shorten it, or cut it with "
-            "--truncate (truncate=True)"
-        )
-    bodies = [tokenizer.encode(one, add_special_tokens=False) for one in (text, pair) if one is not None]
-    lengths = [len(body.ids) for body in bodies]
-    while sum(lengths) > limit - tokenizer.num_special_tokens_to_add(pair is not None):
-        lengths[lengths.index(max(lengths))] -= 1
-    for body, length in zip(bodies, lengths, strict=True):
-        lost = body.ids[length:].count(mask_id(tokenizer))
-        if lost:
-            raise ValueError(
-                f"cutting the text to {limit} tokens would take {lost} of its mask tokens away: shorten it"
-            )
-        body.truncate(length)
-    return tokenizer.post_process(bodies[0], bodies[1] if pair is not None else None)
