@@ -5,8 +5,9 @@ import io
 import os
 import sys
 import warnings
+from contextlib import redirect_stdout
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from minibert import __version__
 from minibert.commands import COMMANDS
@@ -17,21 +18,52 @@ if TYPE_CHECKING:
 USER_ERRORS = (ValueError, OSError, FloatingPointError)  # OSError: no such file, no connection, disk full
 
 
+# What a terminal would obey → what is shown. (JSON writes those below 32 itself, and may have \u009b in a text.)
+CONTROL = {n: f"\\x{n:02x}" for n in range(32) if chr(n) not in "\n\t"} | {n: f"\\u{n:04x}" for n in range(127, 160)}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        say(f"{self.prog}: {message} (see {self.prog} --help)")
+        self.exit(2)
+
+
+class Shown:
+    """Standard output, on which the control characters in a text, a token or a name are shown (as \\x1b) and not sent:
+    a terminal would obey them.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(text.translate(CONTROL))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def main(arguments: "Sequence[str] | None" = None) -> int:
     """Run the command; returns the exit status. A user's mistake is one line on stderr and status 2."""
+    if sys.stderr is None:  # closed, as a program that is not started from a terminal may find it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal or pipe that is not UTF-8
     options, unknown = build_parser().parse_known_args(arguments)
     if unknown:
-        said = f"unrecognized arguments: {' '.join(unknown)}"
-        print(f"minibert {options.command}: {said} (see minibert {options.command} --help)", file=sys.stderr)
+        say(f"minibert {options.command}: unrecognized arguments: {' '.join(unknown)} (see its --help)")
         return 2
+    if sys.stdout is None:
+        if getattr(options, "out", None) is None or getattr(options, "json", False):
+            say(f"minibert {options.command}: standard output is closed, so there is nowhere to print the answer")
+            return 2
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the answer goes to --out)
+    with redirect_stdout(cast(TextIO, Shown(sys.stdout))):
+        return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _one_line_warning
@@ -45,9 +77,14 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
     except USER_ERRORS as error:
         if options.traceback:
             raise
-        print(f"minibert {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"minibert {options.command}: {error}")
         return 2
     return int(status)
+
+
+def say(message: str) -> None:
+    """One line on stderr."""
+    print(" ".join(message.split()).translate(CONTROL), file=sys.stderr)
 
 
 def build_parser() -> Parser:
@@ -65,4 +102,4 @@ def build_parser() -> Parser:
 
 
 def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"minibert: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    say(f"minibert: warning: {message}")

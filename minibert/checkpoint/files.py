@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 SCRATCH = ".new-"  # how the names of unfinished files and folders begin
 
@@ -59,6 +59,45 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         key, count = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {key!r} stands there {count} times")
     return values
+
+
+LONGEST_LINE = 10_000_000  # bytes: what is longer has no lines, and would have to be in memory as a whole
+
+
+def read_lines(file: BinaryIO, name: str) -> Iterator[list[str]]:
+    """The lines of a text in UTF-8, in constant memory: in lists, each of those that have come together, so that a line
+    which somebody types is there at once. The end of a line, Windows' too, and a byte-order mark are no part of it.
+
+    Raises ValueError, naming the file and the line, for what is not UTF-8, a NUL, or a line above LONGEST_LINE.
+    """
+    number, rest = 0, b""
+    while chunk := getattr(file, "read1", file.read)(2**16):
+        *lines, rest = (rest + chunk).split(b"\n")
+        if lines:
+            yield [as_line(line, f"{name}, line {number + place}") for place, line in enumerate(lines, start=1)]
+        number += len(lines)
+        if len(rest) > LONGEST_LINE:
+            raise ValueError(
+                f"{name}, line {number + 1} is longer than {LONGEST_LINE} bytes, and a text has one paragraph a line: "
+                "`fold -s` makes lines"
+            )
+    if rest:
+        yield [as_line(rest, f"{name}, line {number + 1}")]
+
+
+def as_line(raw: bytes, where: str) -> str:
+    """The text of one line, without what editors put around it. Raises ValueError, saying where, as `read_lines`."""
+    try:
+        text = raw.decode().removeprefix("\ufeff").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        shown = raw[max(0, error.start - 20) : error.start + 20].decode(errors="backslashreplace")
+        raise ValueError(
+            f"{where} is not UTF-8: {shown!r} has the byte {raw[error.start]:#04x}. If the text is in Latin-1: "
+            "iconv -f latin1 -t utf-8"
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{where} has a NUL character in it: save the text as UTF-8")
+    return text
 
 
 def looks_like(path: Path) -> str:

@@ -1,9 +1,9 @@
 """`minibert fill-mask`."""
 
 import argparse
-import json
 import sys
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from minibert.commands.options import (
     add_device,
@@ -13,13 +13,15 @@ from minibert.commands.options import (
     add_truncate,
     load_model,
     prepare,
-    standard_input,
+    read_texts,
 )
-from minibert.commands.printing import percent
+from minibert.commands.printing import percent, print_json_list, progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 HELP = "The likeliest words for each [MASK]."
 WORTH_PREPARING = 64  # texts: with fewer, putting the weights in order takes longer than it saves
-WORTH_WATCHING = 16  # texts: with more, there is a progress bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,34 +40,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    answers: Iterable[tuple[str, list[Any]]] = answer(options, read_texts(options.texts, blank=False))
+    if not sys.stdout.isatty():
+        answers = progress(answers, "texts")
+    if options.json:
+        print_json_list({"text": text, "answers": answer} for text, answer in answers)
+        return
+    for text, found in answers:
+        print_answer(text, found)
+
+
+def answer(options: argparse.Namespace, texts: "Iterator[list[str]]") -> "Iterator[tuple[str, list[Any]]]":
+    """Each text and its answer, while later ones are still to be read."""
     from minibert import FillMask, load_tokenizer
 
-    texts = read_texts(options.texts)
+    if (first := next(texts, None)) is None:
+        raise ValueError("there was no line on standard input")
     model = load_model(options)
-    model = prepare(model, options.dtype, many=len(texts) >= WORTH_PREPARING)
     fill = FillMask(model, load_tokenizer(options.model, revision=options.revision))
     targets = None if options.targets is None else [word.strip() for word in options.targets.split(",")]
-    answers = fill.stream(texts, top_k=options.top_k, targets=targets, truncate=options.truncate)
-    if len(texts) > WORTH_WATCHING and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        answers = iter(tqdm(answers, total=len(texts), unit=" texts"))
-    if options.json:
-        results = [{"text": text, "answers": answer} for text, answer in zip(texts, answers, strict=True)]
-        print(json.dumps(results, ensure_ascii=False, allow_nan=False, indent=2))
-        return
-    for text, answer in zip(texts, answers, strict=True):
-        print_answer(text, answer)
-
-
-def read_texts(arguments: list[str]) -> list[str]:
-    """The texts on the command line; "-" stands for the lines of standard input that are not blank."""
-    texts: list[str] = []
-    for text in arguments:
-        texts += [line.rstrip("\n") for line in standard_input() if line.strip()] if text == "-" else [text]
-    if not texts:
-        raise ValueError("there was no line on standard input")
-    return texts
+    count, prepared = 0, False
+    for together in chain([first], texts):
+        count += len(together)
+        if not prepared and (options.dtype is not None or count >= WORTH_PREPARING):
+            fill, prepared = FillMask(prepare(model, options.dtype, many=True), fill.tokenizer), True
+        found = fill.stream(together, top_k=options.top_k, targets=targets, truncate=options.truncate)
+        yield from zip(together, found, strict=True)
 
 
 def print_answer(text: str, answer: list[Any]) -> None:
@@ -75,4 +75,4 @@ def print_answer(text: str, answer: list[Any]) -> None:
         if several:
             print(f"  [MASK] number {number}")
         for row in rows:
-            print(f"  {percent(row['score']):>7}  {row['token_str']}")
+            print(f"  {percent(row['score']):>7}  {row['token_str']}", flush=True)

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from minibert.commands.options import add_device, add_json, add_model, add_truncate, load_model, whole_numbers
+from minibert.commands.options import add_device, add_json, add_model, add_truncate, load_model, one_text, whole_numbers
 
 if TYPE_CHECKING:
     from minibert.mlm import MaskedText, ScoredToken
@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "text",
         metavar="TEXT",
-        help="a text; if it has a [MASK] of its own, that is guessed, and no other token is drawn",
+        help="a text, or - for a line of standard input; if it has a [MASK] of its own, that is guessed, and no other "
+        "token is drawn",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--seed", type=int, metavar="N", help="draw the masked tokens with this seed (default: 0)")
@@ -47,13 +48,12 @@ def run(options: argparse.Namespace) -> None:
     from minibert import load_tokenizer
     from minibert.mlm import mask_and_guess
 
-    if options.text == "-":
-        raise ValueError("mlm takes one text and reads no standard input: write the text instead of -")
+    text = one_text(options.text)
     positions = None if options.positions is None else whole_numbers("--positions", options.positions)
     result = mask_and_guess(
         load_model(options),
         load_tokenizer(options.model, revision=options.revision),
-        options.text,
+        text,
         positions=positions,
         probability=options.probability,
         recipe=options.recipe,

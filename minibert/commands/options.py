@@ -3,15 +3,16 @@
 import argparse
 import io
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any, TextIO, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args
+
+from minibert.checkpoint.files import as_line, read_lines
 
 if TYPE_CHECKING:
     from minibert import BertForMaskedLM
 
 DEFAULT_MODEL = "minibert-uncased"
-NOT_UTF_8 = "surrogateescape"  # bytes that are no UTF-8 come through: then the error can show the line that has them
 
 
 def add_model(parser: argparse.ArgumentParser, default: str | None = DEFAULT_MODEL) -> None:
@@ -96,11 +97,37 @@ def prepare(model: "BertForMaskedLM", dtype: str | None, many: bool) -> "BertFor
     return prepare_for_inference(model, model.embeddings.word.weight.dtype) if many else model
 
 
-def standard_input() -> TextIO:
-    """Standard input as UTF-8, whatever the terminal's own encoding is."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors=NOT_UTF_8)
-    return sys.stdin
+def read_texts(arguments: Iterable[str], *, blank: bool = True) -> Iterator[list[str]]:
+    """The texts on the command line; "-" stands for the lines of standard input. In lists, each of the texts that are
+    there together. blank: whether blank lines count.
+    """
+    given: list[str] = []
+    for text in arguments:
+        if text == "-":
+            if given:
+                yield given
+            given = []
+            for lines in read_lines(standard_input(), "standard input"):
+                if kept := [line for line in lines if blank or line.strip()]:
+                    yield kept
+        else:
+            given.append(as_line(text.encode(errors="surrogateescape"), f"the text {text[:60]!r}"))
+    if given:
+        yield given
+
+
+def one_text(argument: str) -> str:
+    """A text, or with "-" the one line of standard input. Raises ValueError if that has another number of lines."""
+    lines = [text for texts in read_texts([argument], blank=argument != "-") for text in texts]
+    if len(lines) != 1:
+        raise ValueError(f"one text is needed, and standard input has {len(lines)} lines with text")
+    return lines[0]
+
+
+def standard_input() -> BinaryIO:
+    if sys.stdin is None:
+        raise ValueError("standard input is closed, so there is no line for -: give the texts as arguments")
+    return getattr(sys.stdin, "buffer", None) or io.BytesIO(sys.stdin.read().encode())  # in a notebook it has no bytes
 
 
 def whole_numbers(name: str, text: str) -> list[int]:

@@ -18,6 +18,15 @@ def as_json(value: Any) -> str:
     return json.dumps(finite(value), indent=2, allow_nan=False)
 
 
+def print_json_list(values: Iterable[Any]) -> None:
+    """A JSON list with a value a line, each of which is written as soon as it is known."""
+    separator = "["
+    for value in values:
+        print(separator, json.dumps(value, ensure_ascii=False, allow_nan=False), sep="\n", end="", flush=True)
+        separator = ","
+    print("\n]" if separator == "," else "[]")
+
+
 PATIENCE = 2.0  # seconds
 
 

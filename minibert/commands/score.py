@@ -3,31 +3,33 @@
 import argparse
 import json
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minibert.checkpoint.files import read_lines
 from minibert.commands.options import (
-    NOT_UTF_8,
     add_device,
     add_inference_dtype,
     add_json,
     add_model,
     add_truncate,
     load_model,
+    one_text,
     prepare,
+    read_texts,
     standard_input,
 )
+from minibert.commands.printing import print_json_list, progress
 
 if TYPE_CHECKING:
     from minibert.score import Pair, Score
 
 HELP = "How likely each sentence is: its pseudo-log-likelihood, in nats."
 WORTH_PREPARING = 4  # texts, each of which is computed once for every token: with fewer, preparing takes longer
-WORTH_WATCHING = 16  # texts: with more, there is a progress bar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,8 +60,9 @@ def run(options: argparse.Namespace) -> None:
 
     if options.pairs is not None and options.texts:
         raise ValueError(f"--pairs {options.pairs} and the text {options.texts[0]!r}: give one of the two")
-    texts = read_texts(options.texts) if options.pairs is None else read_pairs(options.pairs)
-    first = list(islice(texts, WORTH_WATCHING + 1))
+    texts: Iterator[Any]
+    texts = chain.from_iterable(read_texts(options.texts)) if options.pairs is None else read_pairs(options.pairs)
+    first = list(islice(texts, WORTH_PREPARING))
     if not first:
         if "-" in (*options.texts, options.pairs):
             raise ValueError("there was no line on standard input")
@@ -73,57 +76,40 @@ def run(options: argparse.Namespace) -> None:
         tokenizer,
         chain(first, texts),
         within_word=options.within_word,
-        given=options.given,
+        given=None if options.given is None else one_text(options.given),
         truncate=options.truncate,
     )
-    if len(first) > WORTH_WATCHING and sys.stderr.isatty():
-        from tqdm import tqdm
-
-        answers = iter(tqdm(answers, unit=" texts" if options.pairs is None else " pairs"))
+    if not (options.json and sys.stdout.isatty()):
+        answers = progress(answers, "texts" if options.pairs is None else "pairs")
     if options.pairs is not None:
         print_pairs(answers, options.json)
     elif options.json:
-        print_json(answers)
+        print_json_list(map(as_values, answers))
     else:
         print_table(answers)
-
-
-def read_texts(arguments: list[str]) -> Iterator[str]:
-    """The texts on the command line; "-" stands for the lines of standard input, blank ones too, so that the answers
-    can be counted like the lines.
-    """
-    for text in arguments:
-        if text == "-":
-            yield from (line.rstrip("\r\n") for line in standard_input())
-        else:
-            yield text
 
 
 def read_pairs(name: str) -> Iterator[tuple[str, str]]:
     if name != "-" and (Path(name).is_dir() or not Path(name).exists()):
         what = "it is a folder" if Path(name).is_dir() else "no such file"
         raise FileNotFoundError(f"--pairs {name}: {what}; it should have a good and a bad sentence a line")
-    with nullcontext(standard_input()) if name == "-" else open(name, encoding="utf-8", errors=NOT_UTF_8) as file:
-        for number, line in enumerate(file, start=1):
-            columns = line.rstrip("\r\n").split("\t")
+    where = "standard input" if name == "-" else name
+    with nullcontext(standard_input()) if name == "-" else open(name, "rb") as file:
+        for number, line in enumerate(chain.from_iterable(read_lines(file, where)), start=1):
+            columns = line.split("\t")
             if len(columns) != 2:
-                where = f"{'standard input' if name == '-' else name}, line {number}"
-                raise ValueError(f"{where}: {len(columns)} columns, where a good and a bad sentence with a tab are due")
+                raise ValueError(
+                    f"{where}, line {number}: {len(columns)} columns, and a good and a bad sentence with a tab are due"
+                )
             yield columns[0], columns[1]
 
 
-def print_json(scores: "Iterable[Score]") -> None:
-    """A list, with an object a line, which is written as soon as it is known."""
-    separator = "["
-    for score in scores:
-        tokens = [
-            {"token": one.token, "log_probability": one.log_probability, "start": one.start, "end": one.end}
-            for one in score.tokens
-        ]
-        result = {"text": score.text, "pll": score.pll, "pseudo_perplexity": score.pseudo_perplexity, "tokens": tokens}
-        print(separator, json.dumps(result, ensure_ascii=False, allow_nan=False), sep="\n", end="")
-        separator = ","
-    print("\n]")
+def as_values(score: "Score") -> dict[str, Any]:
+    tokens = [
+        {"token": one.token, "log_probability": one.log_probability, "start": one.start, "end": one.end}
+        for one in score.tokens
+    ]
+    return {"text": score.text, "pll": score.pll, "pseudo_perplexity": score.pseudo_perplexity, "tokens": tokens}
 
 
 def print_table(scores: "Iterable[Score]") -> None:
@@ -149,18 +135,23 @@ def print_pairs(pairs: "Iterable[Pair]", as_json: bool) -> None:
     from minibert.score import WinRate
 
     outcomes: Counter[str] = Counter()
-    results = []
-    for pair in pairs:
-        outcomes[pair.outcome] += 1
-        if as_json:
+
+    def values() -> Iterator[dict[str, Any]]:
+        for pair in pairs:
+            outcomes[pair.outcome] += 1
             sides = {"good": pair.good.text, "bad": pair.bad.text, "good_pll": pair.good.pll, "bad_pll": pair.bad.pll}
-            results.append({**sides, "outcome": pair.outcome})
+            yield {**sides, "outcome": pair.outcome}
+
+    if as_json:
+        print('{"results":')
+        print_json_list(values())
+    else:
+        deque(values(), maxlen=0)
     rate = WinRate(outcomes["win"], outcomes["tie"], outcomes["loss"])
     low, high = rate.interval
     if as_json:
         summary: dict[str, Any] = {"pairs": rate.pairs, "wins": rate.wins, "ties": rate.ties, "losses": rate.losses}
-        summary |= {"share": rate.share, "interval": [low, high], "results": results}
-        print(json.dumps(summary, ensure_ascii=False, allow_nan=False, indent=2))
+        print(f", {json.dumps({**summary, 'share': rate.share, 'interval': [low, high]})[1:]}")
         return
     print(f"the good one wins {rate.wins} of {rate.pairs}: {rate.share:.1%}, 95 % interval {low:.1%} to {high:.1%}")
     if rate.ties:

@@ -5,7 +5,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minibert.commands.options import DEFAULT_MODEL, add_device, add_json, add_model, add_truncate, load_model, names
+from minibert.commands.options import (
+    DEFAULT_MODEL,
+    add_device,
+    add_json,
+    add_model,
+    add_truncate,
+    load_model,
+    names,
+    one_text,
+)
 from minibert.commands.printing import as_json
 
 if TYPE_CHECKING:
@@ -66,8 +75,8 @@ def study_of_text(options: argparse.Namespace) -> "Study":
     return study(
         model,
         load_tokenizer(name, revision=options.revision),
-        options.text,
-        options.pair,
+        one_text(options.text),
+        None if options.pair is None else one_text(options.pair),
         options.top_k,
         None if options.targets is None else names(options.targets),
         truncate=options.truncate,

@@ -1,10 +1,11 @@
 """`minibert trace`."""
 
 import argparse
+from itertools import chain
 from pathlib import Path
 
 from minibert.checkpoint.files import writable_place
-from minibert.commands.options import add_device_and_dtype, add_model
+from minibert.commands.options import add_device_and_dtype, add_model, read_texts
 
 HELP = "Write every intermediate tensor of a model, for `diff` and `diagnose`."
 
@@ -41,7 +42,9 @@ def run(options: argparse.Namespace) -> None:
     if options.ids:
         inputs = read_ids(Path(options.ids))
     elif options.text:
-        inputs = tokenized(options.text, load_tokenizer(options.model, revision=options.revision), config)
+        inputs = tokenized(
+            [*chain(*read_texts(options.text))], load_tokenizer(options.model, revision=options.revision), config
+        )
     else:
         inputs = standard_inputs(config)
     result = trace(model, **inputs, grad=options.grad)

@@ -23,7 +23,7 @@ from minibert.kernels import use_kernel
 from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
-from minibert.tokenizer import encode
+from minibert.tokenizer import as_tokenizer, encode
 from minibert.trace.stores import require_file
 from minibert.trace.table import GRADIENT, INPUTS, SHAPES, THEIRS, check_inputs, dtype_name, hide_padding, row_of
 from minibert.trace.tracefile import FORMAT, HOW_TO_WRITE, VERSION, Trace
@@ -279,7 +279,11 @@ def exact_arithmetic(device: str) -> Iterator[dict[str, Any]]:
 
 def tokenized(texts: list[str], tokenizer: Tokenizer, config: BertConfig) -> dict[str, Tensor]:
     """The texts as rows, padded on the right. Every token is its own label, so that there is a loss."""
+    tokenizer = as_tokenizer(tokenizer)
     rows = [encode(tokenizer, text, config.max_position_embeddings).ids for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        if len(row) <= tokenizer.num_special_tokens_to_add(False):
+            raise ValueError(f"there is no token in the text {text!r}: give a text with at least one word")
     length = max(len(row) for row in rows)
     padding = config.pad_token_id or 0
     ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows])

@@ -17,7 +17,6 @@ is killed loses only the text that it was at.
 import glob
 import gzip
 import hashlib
-import io
 import json
 import math
 import os
@@ -32,13 +31,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from minibert.checkpoint.files import SCRATCH, sha256, whole_folder
+from minibert.checkpoint.files import SCRATCH, read_lines, sha256, whole_folder
 from minibert.tokenizer import as_tokenizer
 from minibert.training.processes import encode, locked, tokenizing
 
@@ -46,7 +46,6 @@ FORMAT = "minibert-tokens 1"
 KINDS = ("train", "held_out")
 FILES = tuple(f"{kind}.{what}" for kind in KINDS for what in ("tokens", "starts"))
 CHUNK = 200_000  # characters that a worker gets at a time
-LONGEST_LINE = 10_000_000  # characters: what is longer has no lines, and would have to be in memory as a whole
 LARGEST_EPOCH = 10_000_000_000  # tokens: its rows are in memory, some 8 GB of them where a row has up to 128 tokens
 WORTH_A_WORKER = 4_000_000  # bytes of text: with less, starting a process takes longer than it saves
 
@@ -215,40 +214,19 @@ def _read_lines(path: Path, progress: tqdm) -> Iterator[str]:
     """The lines of a text that are not blank, each once."""
     seen: set[bytes] = set()  # digests: about 100 bytes for each line of the text
     with open(path, "rb") as raw:
-        binary = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        binary: BinaryIO = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw  # type: ignore[assignment]
         try:
-            file = io.TextIOWrapper(binary, encoding="utf-8")
             at = 0
-            while line := file.readline(LONGEST_LINE + 1):
-                if len(line) > LONGEST_LINE:
-                    raise ValueError(
-                        f"{path}: a line is longer than {LONGEST_LINE} characters, and a text has one paragraph a "
-                        "line: `fold -s` makes lines"
-                    )
-                line = line.strip()
-                digest = hashlib.blake2b(line.encode(), digest_size=16).digest()
-                if line and digest not in seen:
-                    seen.add(digest)
-                    yield line
+            for lines in read_lines(binary, str(path)):
+                for line in map(str.strip, lines):
+                    digest = hashlib.blake2b(line.encode(), digest_size=16).digest()
+                    if line and digest not in seen:
+                        seen.add(digest)
+                        yield line
                 progress.update(raw.tell() - at)
                 at = raw.tell()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}: {_bad_line(path)} is not UTF-8 ({error}). If the text is in Latin-1: iconv -f latin1 -t utf-8"
-            ) from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not a text file in UTF-8 (or gzip of one): {error}") from error
-
-
-def _bad_line(path: Path) -> str:
-    """ "line 12": the first line that is not UTF-8."""
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return f"line {number}"
-    return "a line"
 
 
 def _chunks(lines: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
