@@ -52,7 +52,8 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a terminal or pipe that is not UTF-8
     options, unknown = build_parser().parse_known_args(arguments)
     if unknown:
-        say(f"minibert {options.command}: unrecognized arguments: {' '.join(unknown)} (see its --help)")
+        said = f"unrecognized arguments: {' '.join(unknown)}"
+        say(f"minibert {options.command}: {said} (see minibert {options.command} --help)")
         return 2
     if sys.stdout is None:
         if getattr(options, "out", None) is None or getattr(options, "json", False):

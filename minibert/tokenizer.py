@@ -81,7 +81,7 @@ def load_tokenizer(
         notes=tuple(_notes(found)),
         roles=roles,
         extra=tuple(extra_tokens(found.settings)),
-        settings=found.settings,
+        settings={**found.settings, "added_tokens_decoder": _added(tokenizer)},
     )
     tokenizer.load_report = report  # type: ignore[attr-defined]
     tokenizer.add_special_tokens(_undeclared(tokenizer))
@@ -122,7 +122,7 @@ def _report_of(tokenizer: Any) -> TokenizerReport:
     roles = {role: str(token) for role, token in named.items() if token is not None}
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        settings = read_json(Path(folder) / SETTINGS)
+        settings = {**read_json(Path(folder) / SETTINGS), "added_tokens_decoder": _added(tokenizer.backend_tokenizer)}
     name = str(getattr(tokenizer, "name_or_path", ""))
     return TokenizerReport(name, (), ("from transformers",), roles, tuple(extra_tokens(settings)), settings)
 
@@ -373,23 +373,25 @@ def as_files(tokenizer: Any, max_length: int) -> dict[str, str]:
         if (token := own_token(tokenizer, f"[{role.upper()}]")) is not None:
             settings.setdefault(f"{role}_token", token)
     said = {*extra_tokens(settings), *(token.content for token in special_tokens(settings).values())}
+    said |= {token["content"] for token in settings.get("added_tokens_decoder", {}).values()}
     if more := [token.content for token in added.values() if token.special and token.content not in said]:
         settings["extra_special_tokens"] = [*extra_tokens(settings), *more]
     settings["split_special_tokens"] = tokenizer.encode_special_tokens
     # With these here, files of an earlier tokenizer that lie in the folder (added_tokens.json, …) are not read.
-    settings["added_tokens_decoder"] = {
-        str(number): {
-            "content": token.content,
-            **{flag: getattr(token, flag) for flag in ("lstrip", "normalized", "rstrip", "single_word", "special")},
-        }
-        for number, token in sorted(added.items())
-    }
+    settings["added_tokens_decoder"] = _added(tokenizer)
     kind = settings.get("tokenizer_class")
     if is_berts(kind):  # of BERT's class the vocabulary is read, and these settings; of others tokenizer.json as it is
         settings["tokenizer_class"] = kind or "BertTokenizer"
         if not _is_bert(tokenizer, settings):
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     return {TOKENIZER: tokenizer.to_str(pretty=True), SETTINGS: json.dumps(settings, indent=2) + "\n"}
+
+
+def _added(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """added_tokens_decoder, as tokenizer_config.json has it."""
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = sorted(tokenizer.get_added_tokens_decoder().items())
+    return {str(number): {flag: getattr(token, flag) for flag in flags} for number, token in added}
 
 
 def _limited(length: Any) -> bool:

@@ -77,22 +77,23 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[list[str]]:
             yield [as_line(line, f"{name}, line {number + place}") for place, line in enumerate(lines, start=1)]
         number += len(lines)
         if len(rest) > LONGEST_LINE:
-            raise ValueError(
-                f"{name}, line {number + 1} is longer than {LONGEST_LINE} bytes, and a text has one paragraph a line: "
-                "`fold -s` makes lines"
-            )
+            break
     if rest:
         yield [as_line(rest, f"{name}, line {number + 1}")]
 
 
 def as_line(raw: bytes, where: str) -> str:
     """The text of one line, without what editors put around it. Raises ValueError, saying where, as `read_lines`."""
+    if len(raw) > LONGEST_LINE:
+        raise ValueError(
+            f"{where} is longer than {LONGEST_LINE} bytes, and a text has one paragraph a line: `fold -s` makes lines"
+        )
     try:
         text = raw.decode().removeprefix("\ufeff").rstrip("\r\n")
     except UnicodeDecodeError as error:
         shown = raw[max(0, error.start - 20) : error.start + 20].decode(errors="backslashreplace")
         raise ValueError(
-            f"{where} is not UTF-8: {shown!r} has the byte {raw[error.start]:#04x}. If the text is in Latin-1: "
+            f"{where} is not UTF-8: '{shown}' has the byte {raw[error.start]:#04x}. If the text is in Latin-1: "
             "iconv -f latin1 -t utf-8"
         ) from error
     if "\0" in text:

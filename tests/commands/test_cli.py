@@ -1,10 +1,12 @@
 """The `minibert` command as such: info, its mistakes, its options, its exit status."""
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from small import LONG, LONGEST, TEXT, VOCAB, assert_same_answers
 
 import minibert
 from minibert import BertForMaskedLM, load_tokenizer
+from minibert.checkpoint.files import read_lines
 from minibert.cli import main
 
 
@@ -67,9 +70,9 @@ def test_info_of_a_model_with_a_tokenizer_that_minibert_does_not_have(folder, tm
         (["fill-mask", "the [MASK]", "--targets", ""], "became nothing"),
         (["fill-mask", "the [MASK]", "--top-k", "0"], "top_k must be at least 1"),
         (["fill-mask", f"[MASK] {LONG}"], f"123 tokens long and the model takes {LONGEST}"),
-        (["fill-mask", "caf\udce9 [MASK]"], "surrogates"),
+        (["fill-mask", "caf\udce9 [MASK]"], "not UTF-8"),
         (["mlm", LONG], f"122 tokens long and the model takes {LONGEST}"),
-        (["mlm", "caf\udce9"], "surrogates"),
+        (["mlm", "caf\udce9"], "not UTF-8"),
         (["mlm", TEXT, "--positions", "1", "--recipe", "plain"], "recipe plain .* positions names .* one of the two"),
         (["mlm", TEXT, "--positions", "1", "--probability", "0.2"], "probability 0.2 .* positions names"),
         (
@@ -86,7 +89,7 @@ def test_info_of_a_model_with_a_tokenizer_that_minibert_does_not_have(folder, tm
         (["mlm", " "], "no token to mask"),
         (["mlm", "the [MASK]", "--seed", "0"], r"seed 0 .* \[MASK\] of its own"),
         (["mlm", "the [MASK]", "--recipe", "bert"], r"recipe bert .* \[MASK\] of its own"),
-        (["mlm", f"{LONG} [MASK]", "--truncate"], r"1 \[MASK\] in the text would be cut off"),
+        (["mlm", f"{LONG} [MASK]", "--truncate"], r"1 \[MASK\] in .* would be cut off"),
         (["mlm", "the " * 61, "--positions", "70"], r"which is 63 tokens: .* 59 the, … 62 \[SEP\]"),
     ],
 )
@@ -161,16 +164,124 @@ def test_python_m_minibert_with_a_mistake(folder):
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
 
 
-@pytest.mark.parametrize("command", ["fill-mask", "score"])
-def test_lines_that_are_no_utf_8(folder, command):
-    """The line is shown, whatever the terminal's encoding is."""
-    done = process(command, "-", "--model", str(folder), given=b"the caf\xe9\n")
-    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
-    assert rb"the text 'the caf\udce9' is not Unicode" in done.stderr
-    assert b"codec" not in done.stderr
-    done = process("fill-mask", "-", "--model", str(folder), given="café [MASK]\n".encode())
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert "café [MASK]" in done.stdout.decode()
+SHORT = "the [MASK] is"
+ENDS = {"Windows": ("", "\r\n"), "a byte-order mark": ("\ufeff", "\n"), "both": ("\ufeff", "\r\n"), "none": ("", "\n")}
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_a_line_is_its_text(ends, folder, given, run, tmp_path):
+    """In every command that takes texts, from standard input, from a file and on the command line."""
+    mark, end = ENDS[ends]
+    given(f"{mark}{SHORT}{end}{end}a [MASK] .{end}")
+    assert [one["text"] for one in json.loads(run("fill-mask", "-", "--json"))] == [SHORT, "a [MASK] ."]
+    given(f"{mark}the rain{end}{end}is{end}")
+    assert [one["text"] for one in json.loads(run("score", "-", "--json"))] == ["the rain", "", "is"]
+    (tmp_path / "pairs").write_bytes(f"{mark}the rain\tthe is{end}is\tthe{end}".encode())
+    results = json.loads(run("score", "--pairs", str(tmp_path / "pairs"), "--json"))["results"]
+    assert [(one["good"], one["bad"]) for one in results] == [("the rain", "the is"), ("is", "the")]
+    for command, text in (("fill-mask", SHORT), ("mlm", SHORT), ("study", SHORT), ("score", "the rain is")):
+        plain = run(command, text, "--json")
+        assert run(command, f"{mark}{text}{end}", "--json") == plain
+        given(f"{mark}{text}{end}")
+        assert run(command, "-", "--json") == plain
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"the [MASK]\nthe caf\xe9 [MASK]\n", "standard input, line 2 is not UTF-8: 'the caf\\xe9 [MASK]'"),
+        (b"the [MASK]\n\nthe\0 [MASK]", "standard input, line 3 has a NUL"),
+        (b"\xff\xfet\0h\0e\0\n\0", "line 1 is not UTF-8"),
+        (b"the [MASK]\nab" + b"\xed\xa0\x80", "line 2 is not UTF-8"),
+        (b"the [MASK]\n" + b"the " * 300, "line 2 is longer than 1000 bytes"),
+        (b"", "no line on standard input"),
+        (b"\n \r\n", "no line on standard input"),
+        (None, "standard input is closed"),
+    ],
+)
+def test_a_line_that_is_no_text_is_named(raw, said, fails, folder, given, monkeypatch):
+    monkeypatch.setattr("minibert.checkpoint.files.LONGEST_LINE", 1000)
+    given(raw)
+    command = "fill-mask" if raw is None or not raw.strip() else "score"
+    assert said in fails(command, "-", "--model", str(folder))
+
+
+def test_lines_are_read_in_constant_memory():
+    class Endless(io.RawIOBase):
+        left = 400
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            self.left -= 1
+            line = "the café 北 [MASK] .\r\n".encode() * 4000
+            buffer[: len(buffer)] = line[: len(buffer)]
+            return len(buffer) if self.left >= 0 else 0
+
+    tracemalloc.start()
+    longest = sum(len(lines) for lines in read_lines(io.BufferedReader(Endless()), "endless"))
+    assert longest > 100_000
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_answers_come_while_lines_are_still_to_come(folder, monkeypatch, capsys):
+    """As for somebody who types, or a program that waits for each answer."""
+    printed = []
+
+    class Typed(io.BytesIO):
+        def read1(self, size=-1):
+            printed.append(capsys.readouterr().out)
+            return self.readline()
+
+    text = b"the [MASK]\na [MASK]\nis [MASK]\n"
+    for options, expected in (([], ["", "the [MASK]\n", "a [MASK]\n", "is [MASK]\n"]), (["--json"], None)):
+        printed.clear()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(Typed(text)))
+        assert main(["fill-mask", "-", "--model", str(folder), *options]) == 0
+        assert len(printed) == 4
+        if expected:
+            assert [one[: len(line)] for one, line in zip(printed, expected, strict=True)] == expected
+            assert all(one.count("\n") == 6 for one in printed[1:])
+        else:
+            assert len(json.loads("".join(printed) + capsys.readouterr().out)) == 3
+
+
+def test_control_characters_are_shown(folder, run, fails, tmp_path):
+    """A terminal would obey them."""
+    evil = "the \x1b]0;mine\x07 \x9b31m [MASK] \x7f\r x"
+    for command in (["fill-mask"], ["mlm"], ["study"], ["fill-mask", "--json"]):
+        out = run(*command, evil)
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", out), command
+        if "--json" in command:
+            assert json.loads(out)[0]["text"] == evil
+    assert "\\x1b]0;mine\\x07" in run("fill-mask", evil)
+    for arguments in (
+        ["diff", "no\x1b[31mfile", "b"],
+        ["mlm", "the", "--model", "no\x1bmodel"],
+        ["score", "a", "--\x1b"],
+    ):
+        assert r"\x1b" in fails(*arguments)
+
+
+@pytest.mark.slow
+def test_closed_streams_are_one_line(folder, tmp_path):
+    out = tmp_path / "trace.safetensors"
+    for arguments, closed, status in (
+        ("fill-mask -", "<&-", 2),
+        ("score --pairs -", "<&-", 2),
+        ("mlm the", ">&-", 2),
+        (f"trace --text the --out {out}", ">&- <&-", 0),
+        ("fill-mask [MASK]", "2>&-", 0),
+        ("fill-mask no", "2>&-", 2),
+        ("info --json", "> /dev/full", 2),
+    ):
+        command = f"exec {sys.executable} -m minibert {arguments} --model {folder} {closed}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+        assert done.returncode == status, (arguments, done.stderr)
+        assert done.stderr.count("\n") == (status == 2 and closed != "2>&-"), done.stderr
+    assert out.stat().st_size
 
 
 @pytest.mark.filterwarnings("always")
@@ -215,7 +326,7 @@ def test_what_a_stranger_typed(tmp_path, monkeypatch, capsys):
     for arguments, said in (
         (["fill-mask", "Paris is [MASK].", "--topk", "3"], "see minibert fill-mask --help"),
         (["study", "A [MASK].", "B [MASK]."], "minibert study: unrecognized arguments"),
-        (["mlm", "-"], "reads no standard input"),
+        (["trace", "--text", "", "--out", "x"], "no token in the text ''"),
         (["study", "no mask here", "--targets", "tea"], "the text has none"),
         (["trace", "--out", "mine.txt"], "is no trace"),
     ):

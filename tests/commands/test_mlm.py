@@ -228,3 +228,11 @@ def test_a_mask_of_another_name(fill):
     assert mask_and_guess(fill.model, tokenizer, TEXT, positions=[2]).input_ids[2] == VOCAB.index("[MASK]")
     with pytest.raises(ValueError, match="would be cut off"):
         mask_and_guess(fill.model, tokenizer, f"{LONG} [MASK]", truncate=True)
+
+
+@pytest.mark.parametrize("draw", [{"probability": 0.5}, {"recipe": "plain"}, {"seed": 3}])
+def test_how_to_draw_is_refused_where_nothing_is_drawn(folder, draw):
+    model, tokenizer = BertForMaskedLM.from_pretrained(folder), load_tokenizer(folder)
+    for text, positions in (("the rain is", [1]), ("the [MASK] is", None)):
+        with pytest.raises(ValueError, match=f"{next(iter(draw))} .* says how tokens are drawn"):
+            mask_and_guess(model, tokenizer, text, positions=positions, **draw)

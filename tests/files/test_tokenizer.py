@@ -1,19 +1,31 @@
 """The tokenizer against transformers' two (the one in Rust, and Google's Python), and against the notebook's ids."""
 
+import itertools
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import BertTokenizer
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from minibert import load_tokenizer
-from minibert.tokenizer import encode, from_vocabulary, require_id, special_ids
+from minibert.tokenizer import (
+    as_files,
+    as_tokenizer,
+    count_ids,
+    decode,
+    encode,
+    from_vocabulary,
+    require_id,
+    special_ids,
+    words_of,
+)
 
 LINCOLN = (
     "After Abraham Lincoln won the November 1860 presidential {} on an anti-slavery platform, an initial seven slave "
@@ -135,20 +147,21 @@ def test_the_bundled_vocabulary_is_berts(bundled):
 # ------------------------------------------------------------------------------------------- against transformers
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_same_ids_as_both_of_transformers(family, name):
+def test_same_ids_and_text_as_both_of_transformers(family):
     ours, rust, python = family
-    text = TEXTS[name]
-    encoding = ours.encode(text)
-    assert encoding.tokens == rust.convert_ids_to_tokens(rust(text)["input_ids"])
-    assert encoding.ids == rust(text)["input_ids"]
-    if name != "final sigma":  # Python knows that Σ at the end of a word becomes ς, Rust takes letter by letter
-        assert encoding.ids == python(text)["input_ids"]
+    for name, text in TEXTS.items():
+        encoding, ids = ours.encode(text), rust(text)["input_ids"]
+        assert encoding.tokens == rust.convert_ids_to_tokens(ids), name
+        assert encoding.ids == ids, name
+        if name != "final sigma":  # Python knows that Σ at the end of a word becomes ς, Rust takes letter by letter
+            assert encoding.ids == python(text)["input_ids"], name
+        for skip in (True, False):
+            assert decode(ours, ids, skip_special_tokens=skip) == rust.decode(ids, skip_special_tokens=skip), name
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_same_ids_from_tokenizer_json(bundled, hub, name):
-    assert bundled.encode(TEXTS[name]).ids == hub(TEXTS[name])["input_ids"]
+def test_same_ids_from_tokenizer_json(bundled, hub):
+    for name, text in TEXTS.items():
+        assert bundled.encode(text).ids == hub(text)["input_ids"], name
 
 
 def test_settings_change_the_ids(tokens, tmp_path):
@@ -161,6 +174,7 @@ def test_settings_change_the_ids(tokens, tmp_path):
     assert len(results) == 5
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(st.text(max_size=60))
 def test_any_text_gives_the_same_ids(bundled, hub, text):
@@ -189,14 +203,6 @@ def test_pairs_have_two_token_types(family, pair):
     assert encoding.type_ids == rust(*pair)["token_type_ids"]
     first = len(ours.encode(pair[0]).ids)
     assert encoding.type_ids == [0] * first + [1] * (len(encoding.ids) - first)
-
-
-@pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("skip", [True, False])
-def test_same_text_back(family, name, skip):
-    ours, rust, _ = family
-    ids = ours.encode(TEXTS[name]).ids
-    assert ours.decode(ids, skip_special_tokens=skip) == rust.decode(ids, skip_special_tokens=skip)
 
 
 def test_text_comes_back_in_small_letters(bundled):
@@ -283,6 +289,150 @@ def test_no_room_for_cls_and_sep_is_an_error(bundled):
         encode(bundled, LONG, 1, truncate=True)
 
 
+def test_of_two_sentences_the_longer_is_cut_as_transformers_does(bundled, hub):
+    texts = ["", "fox", "the quick brown fox", LONG]
+    for first, second in itertools.product(texts, texts[1:]):
+        for length in (4, 8, 9, 30, 31):
+            cut = encode(bundled, first, length, pair=second, truncate=True)
+            theirs = hub(first, second, truncation=True, max_length=length)
+            assert (cut.ids, cut.type_ids) == (theirs["input_ids"], theirs["token_type_ids"])
+
+
+def test_a_mask_that_would_be_cut_off_is_an_error(bundled):
+    for pair in (None, "fox"):
+        with pytest.raises(ValueError, match=r"1 \[MASK\] in .* would be cut off: the model takes 20 tokens"):
+            encode(bundled, f"[MASK] {LONG} [MASK]", 20, pair=pair, truncate=True)
+
+
+# ---------------------------------------------------------------------------------------- tokenizers that others made
+
+BASE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [*BASE, "[", "]", "mask", "the", "cat", "sat", "on", "a", "mat", "."]
+
+
+def by_hand(vocabulary=WORDS, declared=()):
+    """A WordPiece tokenizer as somebody puts it together who has read the library's page."""
+    made = Tokenizer(WordPiece({word: n for n, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    made.add_special_tokens(list(declared))
+    return made
+
+
+@pytest.mark.parametrize("declared", [(), ("[PAD]",), ("[CLS]", "[SEP]", "[UNK]")])
+def test_tokens_of_berts_roles_are_never_cut(declared, tmp_path):
+    made, text = by_hand(declared=declared), "the [MASK] sat [SEP]"
+    assert "[" in made.encode(text).tokens
+    used = as_tokenizer(made)
+    assert used.encode(text).tokens == ["[CLS]", "the", "[MASK]", "sat", "[SEP]", "[SEP]"]
+    assert special_ids(used) == [0, 1, 2, 3, 4]
+    assert used.decode(used.encode(text).ids) == "the sat"
+    assert "[" in made.encode(text).tokens, "the caller's own stays as it is"
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode(text).ids == used.encode(text).ids
+    with pytest.raises(ValueError, match=r"not special.*add_special_tokens"):
+        as_files(made, 9)
+    made.add_special_tokens(BASE)
+    assert as_tokenizer(made) is made
+
+
+def test_what_a_caller_has_set_neither_cuts_nor_pads(bundled):
+    own = Tokenizer.from_str(bundled.to_str())
+    own.enable_truncation(8)
+    own.enable_padding(length=64)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=own, mask_token="[MASK]")
+    theirs("fox", truncation=True, max_length=8, padding="max_length")
+    for used in (as_tokenizer(own), as_tokenizer(theirs)):
+        assert used.encode(LONG).ids == bundled.encode(LONG).ids
+        assert used.encode("fox").ids == bundled.encode("fox").ids
+    assert own.truncation["max_length"] == 8
+    with pytest.raises(TypeError, match="computed in Python"):
+        as_tokenizer(WordPiece())
+    with pytest.raises(TypeError, match="load_tokenizer"):
+        as_tokenizer("bert-base-uncased")
+
+
+def test_special_tokens_are_split_where_the_settings_say_so(tmp_path):
+    tokenizer = load_tokenizer(write_vocabulary(tmp_path, WORDS, {"split_special_tokens": True}))
+    assert tokenizer.encode("a [MASK]").tokens == ["[CLS]", "a", "[", "mask", "]", "[SEP]"]
+
+
+def test_an_extra_special_token_that_was_added_as_an_ordinary_one(tmp_path):
+    added = {str(len(WORDS)): {"content": "[E1]", "special": False}}
+    settings = {"added_tokens_decoder": added, "extra_special_tokens": ["[E1]"]}
+    assert special_ids(load_tokenizer(write_vocabulary(tmp_path, WORDS, settings))) == [0, 1, 2, 3, 4, len(WORDS)]
+
+
+def test_ids_of_a_vocabulary_with_gaps_are_counted_to_the_last():
+    assert count_ids(from_vocabulary({**{token: n for n, token in enumerate(BASE)}, "fox": 40})) == 41
+
+
+# ▁ in front of a word: the same pieces, of which the first tokenizer says which belong together.
+PIECES = [
+    "▁the",
+    "▁cat",
+    "▁sat",
+    "▁un",
+    "bel",
+    "iev",
+    "able",
+    "▁dog",
+    "s",
+    "▁on",
+    "▁a",
+    "▁mat",
+    ".",
+    "▁",
+    "▁it",
+    "▁of▁the",
+]
+SENTENCES = ["the dogs unbelievable cat. sat on a mat.", "unbelievable", "the [MASK] sat on[MASK]able dogs", "of the a"]
+
+
+def pieces_without_words(kind):
+    pieces = [*BASE, *PIECES]
+    made = Tokenizer(Unigram([(piece, -float(n)) for n, piece in enumerate(pieces)], unk_id=1, byte_fallback=False))
+    if kind == "metaspace":
+        made.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    else:
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        if kind == "by hand":
+            made.pre_tokenizer = pre_tokenizers.Split("xyz", "isolated")
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    made.add_special_tokens(BASE)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "no pre-tokenizer", "by hand"])
+def test_words_are_found_where_the_tokenizer_tells_none(kind):
+    tokenizer = pieces_without_words(kind)
+    for text in SENTENCES:
+        encoding = tokenizer.encode(text, "the cats")
+        groups = {}
+        for word, place, token in zip(
+            words_of(tokenizer, encoding, text, "the cats"), encoding.offsets, encoding.tokens, strict=True
+        ):
+            groups.setdefault(word, []).append((place, token))
+        assert [token for _, token in groups.pop(None)] == ["[CLS]", "[SEP]", "[SEP]"]
+        expected = [part for one in (text, "the cats") for part in re.findall(r"\[MASK\]|[^ \[]+", one)]
+        found = ["".join(token for _, token in group).strip("▁") for group in groups.values()]
+        assert [one for one in found if one] == (expected if text != "of the a" else ["of▁the", "a", "the", "cats"])
+
+
+def test_words_of_bytes_are_those_of_the_same_tokenizer_that_cuts():
+    made = []
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    for cuts in (True, False):
+        tokenizer = Tokenizer(BPE({token: n for n, token in enumerate([*BASE, *alphabet])}, [], unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cuts)
+        tokenizer.add_special_tokens(BASE)
+        made.append(tokenizer)
+    text = "don't é 北 sat 1860. the end!"
+    cutting, whole = (words_of(tokenizer, tokenizer.encode(text), text) for tokenizer in made)
+    assert cutting == whole
+    assert len(set(whole)) == 10
+
+
 # --------------------------------------------------------------------------------------------------------- errors
 
 
@@ -347,20 +497,10 @@ def test_a_tokenizer_that_is_not_berts():
         require_id(Tokenizer(WordLevel({"a": 0})), "[MASK]")
 
 
-def test_loading_a_tokenizer_needs_no_transformers(tmp_path):
-    write_vocabulary(tmp_path, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])
+def test_loading_a_tokenizer_needs_neither_transformers_nor_torch(tmp_path):
+    write_vocabulary(tmp_path, [*BASE, "a"])
     code = (
         "import sys; sys.modules['transformers'] = None; from minibert import load_tokenizer;"
-        f"print(load_tokenizer({str(tmp_path)!r}).encode('a [MASK]').ids)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[2, 5, 4, 3]"
-
-
-def test_loading_a_tokenizer_does_not_import_torch(tmp_path):
-    write_vocabulary(tmp_path, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"])
-    code = (
-        "import sys; from minibert import load_tokenizer;"
         f"print(load_tokenizer({str(tmp_path)!r}).encode('a [MASK]').ids, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

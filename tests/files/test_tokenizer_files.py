@@ -11,7 +11,17 @@ from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer
 
 from minibert import BertConfig, BertForMaskedLM, FillMask, load_tokenizer
-from minibert.tokenizer import encode, from_vocabulary, own_token, require_id, special_ids
+from minibert.tokenizer import (
+    as_files,
+    as_tokenizer,
+    decode,
+    encode,
+    from_vocabulary,
+    own_token,
+    require_id,
+    special_ids,
+)
+from minibert.tokenizer_files import ROLES
 
 BASE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = "the a cat dog Cat café cafe Café is in . , un ##able ##s 大 家 大家 paris PARIS i".split()
@@ -234,6 +244,80 @@ def test_the_report_says_what_was_read(folder):
     assert "2 added tokens" in said
 
 
+# ---------------------------------------------------------------------------------------------------------------- saved
+
+SAID = {
+    **{name: files for name, files in FOLDERS.items() if "settings" in files},
+    "sides": dict(vocab=TOKENS, settings={**BERT, "padding_side": "left", "truncation_side": "left"}),
+    "a length": dict(vocab=TOKENS, settings={**BERT, "model_max_length": 17}),
+    "spaces are cleaned up": dict(vocab=TOKENS, settings={**BERT, "clean_up_tokenization_spaces": True}),
+    "spaces are left": dict(vocab=TOKENS, settings={**BERT, "clean_up_tokenization_spaces": False}),
+    "inputs": dict(vocab=TOKENS, settings={**BERT, "model_input_names": ["input_ids"]}),
+    "what nobody knows": dict(vocab=TOKENS, settings={**BERT, "chat_template": "{{ x }}", "of_theirs": [1, {"a": 2}]}),
+    "tokenizer.json as it stands": dict(
+        whole=from_vocabulary(TOKENS, CASED),
+        settings={
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "padding_side": "left",
+            **{f"{role}_token": f"[{role.upper()}]" for role in ROLES},
+        },
+    ),
+}
+ATTRIBUTES = (
+    *("padding_side", "truncation_side", "clean_up_tokenization_spaces", "model_input_names", "all_special_tokens"),
+    *("extra_special_tokens", "do_lower_case", "split_special_tokens", *(f"{role}_token" for role in ROLES)),
+)
+
+
+@pytest.mark.parametrize("way", ["ours", "transformers'"])
+@pytest.mark.parametrize("name", SAID)
+def test_a_save_keeps_all_that_was_said(folder, tmp_path_factory, name, way):
+    theirs = AutoTokenizer.from_pretrained(write(folder, **SAID[name]))
+    given = load_tokenizer(folder) if way == "ours" else theirs
+    again = tmp_path_factory.mktemp("again")
+    (again / "config.json").write_bytes((folder / "config.json").read_bytes())
+    for file, text in as_files(given, 64).items():
+        (again / file).write_text(text)
+    saved = AutoTokenizer.from_pretrained(again)
+    for key in ATTRIBUTES:
+        assert str(getattr(saved, key, None)) == str(getattr(theirs, key, None)), key
+    said = SAID[name]["settings"]
+    assert saved.model_max_length == said.get("model_max_length", 64)
+    assert way != "ours" or load_tokenizer(again).get_vocab() == load_tokenizer(folder).get_vocab()
+    for text in TEXTS:
+        assert load_tokenizer(again).encode(text).ids == saved(text)["input_ids"] == theirs(text)["input_ids"]
+    written = load_tokenizer(again).load_report.settings
+    assert way != "ours" or {key: written.get(key) for key in said if key != "added_tokens_decoder"} == {
+        key: value for key, value in said.items() if key != "added_tokens_decoder"
+    }
+
+
+def test_a_tokenizer_that_was_changed_after_loading_is_saved_as_it_is(folder, tmp_path):
+    tokenizer = load_tokenizer(write(folder, vocab=TOKENS, settings=BERT))
+    tokenizer.add_special_tokens(["[NEW]"])
+    tokenizer.normalizer = normalizers.Replace("dog", "cat")
+    for file, text in as_files(tokenizer, 64).items():
+        (tmp_path / file).write_text(text)
+    for one in (load_tokenizer(tmp_path).encode, AutoTokenizer.from_pretrained(tmp_path)._tokenizer.encode):
+        assert one("dog [NEW]").tokens == ["[CLS]", "cat", "[NEW]", "[SEP]"]
+    assert AutoTokenizer.from_pretrained(tmp_path).extra_special_tokens == ["[NEW]"]
+
+
+SPACED = "it ' s a [MASK] day , is it ? do n't ! we ' re . i 'm they 've you 're"
+
+
+@pytest.mark.parametrize("value", [None, True, False])
+def test_spaces_before_a_full_stop_are_the_pipelines(folder, value):
+    write(folder, vocab=[*BASE, *dict.fromkeys(re.findall(r"\w+|[^\w ]", SPACED))], settings={**BERT})
+    if value is not None:
+        write(folder, settings={**BERT, "clean_up_tokenization_spaces": value})
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = theirs(SPACED)["input_ids"]
+    for tokenizer in (load_tokenizer(folder), as_tokenizer(theirs)):
+        for skip in (True, False):
+            assert decode(tokenizer, ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+
+
 # -------------------------------------------------------------------------------------------------------------- refused
 
 JAPANESE = {"tokenizer_class": "BertJapaneseTokenizer"}
@@ -376,21 +460,6 @@ def test_names_that_nobody_can_guess(folder):
 
 
 # --------------------------------------------------------------------------------------------------- ids without a word
-
-
-@pytest.mark.parametrize("rows", [32, 64])
-def test_rows_without_a_word_are_no_answers(folder, rows):
-    """A vocabulary that is filled up to a multiple of 8 or 64, with rows that nobody trained."""
-    model = BertForMaskedLM(BertConfig(vocab_size=rows, **SIZES))
-    with torch.no_grad():
-        model.head.bias[len(TOKENS) :] = 30.0
-    model.save_pretrained(folder)
-    fill = FillMask(BertForMaskedLM.from_pretrained(folder), load_tokenizer(write(folder, vocab=TOKENS)))
-    found = fill("the [MASK] is", top_k=100)
-    assert len(found) == len(TOKENS)
-    assert {each["token"] for each in found} == set(range(len(TOKENS)))
-    assert all(each["token_str"] for each in found)
-    assert fill("the [MASK] is", targets=["cat"])[0]["token"] == TOKENS.index("cat")
 
 
 def test_a_tokenizer_of_a_larger_model(folder):

@@ -114,7 +114,7 @@ def test_a_long_text_is_cut_when_asked(model):
     assert len(found.reading.ids) == SIZES["max_position_embeddings"]
     assert found.reading.pieces[-3:] == ["of", "france", "[SEP]"]
     assert found.guesses
-    with pytest.raises(ValueError, match="take 1 of its mask tokens away"):
+    with pytest.raises(ValueError, match=r"1 \[MASK\] in .* would be cut off"):
         study(model, tokenizer(), "cold " * 50 + "[MASK]", truncate=True)
 
 

@@ -271,8 +271,8 @@ def test_folders_globs_weights_and_names(write, tmp_path):
         ("text.txt:nan", "weight nan "),
         ("text.txt:inf", "weight inf "),
         (":2", "is not PATH"),
-        ("latin.txt", "latin.txt: line 3 is not UTF-8"),
-        ("latin.txt.gz", "latin.txt.gz: line 3 is not UTF-8"),
+        ("latin.txt", "latin.txt, line 3 is not UTF-8"),
+        ("latin.txt.gz", "latin.txt.gz, line 3 is not UTF-8"),
         ("not.gz", "gzip"),
         ("cut.gz", "gzip"),
         ("rotten.gz", "gzip"),
@@ -318,8 +318,8 @@ def test_a_text_named_twice_is_refused(write, tmp_path):
 
 
 def test_a_text_without_lines_is_refused(write, folder, monkeypatch):
-    monkeypatch.setattr("minibert.training.tokens.LONGEST_LINE", 100)
-    with pytest.raises(ValueError, match="longer than 100 characters"):
+    monkeypatch.setattr("minibert.checkpoint.files.LONGEST_LINE", 100)
+    with pytest.raises(ValueError, match="line 1 is longer than 100 bytes"):
         token_files([str(write("text.txt", ["the " * 26]))], TOKENIZER, folder)
     token_files([str(write("text.txt", ["the " * 24]))], TOKENIZER, folder)
 
