@@ -19,7 +19,7 @@ from tokenizers.models import BPE, WordPiece
 
 from minibert.checkpoint import hub
 from minibert.checkpoint.files import naming, read_json
-from minibert.tokenizer_files import (
+from minibert.checkpoint.tokenizer_files import (
     CASE,
     ROLES,
     SETTINGS,
@@ -27,7 +27,9 @@ from minibert.tokenizer_files import (
     TokenizerFiles,
     extra_tokens,
     is_berts,
+    notes,
     read_tokenizer_files,
+    require_template,
     special_tokens,
 )
 
@@ -56,7 +58,7 @@ def load_tokenizer(
     name_or_path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Tokenizer:
     """The tokenizer of a checkpoint, named as for `BertForMaskedLM.from_pretrained`. Which files are read,
-    and which one holds where two of them differ, stands in tokenizer_files.py; `tokenizer.load_report` says what was
+    and which one holds where two of them differ, stands in checkpoint/tokenizer_files.py; `tokenizer.load_report` says what was
     found.
 
     `.encode(text).ids` gives the ids, [CLS] and [SEP] included. Nothing is truncated or padded, whatever the
@@ -78,7 +80,7 @@ def load_tokenizer(
     report = TokenizerReport(
         name=source.name,
         files=tuple(found.paths.values()),
-        notes=tuple(_notes(found)),
+        notes=tuple(notes(found)),
         roles=roles,
         extra=tuple(extra_tokens(found.settings)),
         settings={**found.settings, "added_tokens_decoder": _added(tokenizer)},
@@ -196,7 +198,7 @@ def _as_it_stands(found: TokenizerFiles) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(found.path()))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    _require_template(tokenizer, found.whole.get("post_processor"))
+    require_template(tokenizer, found.whole.get("post_processor"))
     missing = {number: token for number, token in found.added.items() if tokenizer.token_to_id(token.content) is None}
     named = special_tokens(found.settings)
     _require_roles(tokenizer, named, missing)
@@ -205,30 +207,6 @@ def _as_it_stands(found: TokenizerFiles) -> Tokenizer:
         tokenizer.encode_special_tokens = found.settings["split_special_tokens"]
     tokenizer.decode(tokenizer.encode("a", "b").ids)  # what the library does not find when it reads, it finds here
     return tokenizer
-
-
-def _require_template(tokenizer: Tokenizer, post_processor: Any) -> None:
-    """Raise ValueError if [CLS], [SEP] or what else is put around a text is not in the vocabulary, with the same id.
-    The library takes it from a file as it is, and panics, or gives ids of other tokens.
-    """
-    if not isinstance(post_processor, dict):
-        return
-    for each in post_processor.get("processors") or []:
-        _require_template(tokenizer, each)
-    listed = post_processor.get("special_tokens")
-    pairs = [post_processor[key] for key in ("cls", "sep") if isinstance(post_processor.get(key), list)]
-    if isinstance(listed, dict):
-        pairs = [pair for each in listed.values() for pair in zip(each["tokens"], each["ids"], strict=True)]
-        pieces = [*(post_processor.get("single") or []), *(post_processor.get("pair") or [])]
-        named = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
-        if unknown := sorted(named - listed.keys()):
-            raise ValueError(f"not a tokenizer file: its template has {unknown[0]!r}, which it does not list")
-    for token, number in pairs:
-        if tokenizer.token_to_id(token) != number:
-            raise ValueError(
-                f"not a tokenizer file: its template gives {token!r} the id {number}, and the vocabulary "
-                f"{tokenizer.token_to_id(token)}"
-            )
 
 
 def _require_roles(tokenizer: Tokenizer, named: Mapping[str, AddedToken], added: Mapping[int, AddedToken]) -> None:
@@ -256,28 +234,6 @@ def _add_tokens(
     there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     special = [*named, *(AddedToken(text, special=True) for text in extra)]
     tokenizer.add_special_tokens([token for token in special if token.content not in there])
-
-
-def _notes(found: TokenizerFiles) -> list[str]:
-    """What was taken from which file, and what was not taken."""
-    pieces = found.path().name
-    notes = [f"pieces from {pieces}"]
-    stored = (found.whole or {}).get("normalizer") or {}
-    if not isinstance(stored, dict):
-        raise ValueError(f"{found.path()}: its normalizer is {stored!r}, and must be an object")
-    if found.as_it_stands:
-        notes.append(f"{TOKENIZER} stands as it is")
-        notes += [f"{key} {found.settings[key]} in {SETTINGS} has no effect" for key in CASE if key in found.settings]
-        return notes
-    names = {"do_lower_case": "lowercase", "tokenize_chinese_chars": "handle_chinese_chars"}
-    for key, default in CASE.items():
-        origin = SETTINGS if key in found.settings else "BERT's default"
-        value = found.settings.get(key, default)
-        other = value if found.whole is None else stored.get(names.get(key, key), value)
-        notes.append(f"{key} {value} ({origin}" + (f"; {TOKENIZER} has {other})" if value != other else ")"))
-    if found.added:
-        notes.append(f"{len(found.added)} added tokens")
-    return notes
 
 
 def _as_value_error(error: BaseException) -> BaseException:

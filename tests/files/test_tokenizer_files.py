@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer
 
 from minibert import BertConfig, BertForMaskedLM, FillMask, load_tokenizer
+from minibert.checkpoint.tokenizer_files import ROLES
 from minibert.tokenizer import (
     as_files,
     as_tokenizer,
@@ -21,7 +22,6 @@ from minibert.tokenizer import (
     require_id,
     special_ids,
 )
-from minibert.tokenizer_files import ROLES
 
 BASE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = "the a cat dog Cat café cafe Café is in . , un ##able ##s 大 家 大家 paris PARIS i".split()
