@@ -111,8 +111,7 @@ def mask_and_guess(
         _require_nothing_drawn(draw, "the text has a [MASK] of its own, and no other token is drawn")
         masked = _mask_these(ids, [], tokenizer)
     else:
-        words = words_of(tokenizer, encoding, text)
-        masked = _mask_drawn(encoding, words, tokenizer, 0.15 if probability is None else probability, recipe, seed)
+        masked = _mask_drawn(text, encoding, tokenizer, 0.15 if probability is None else probability, recipe, seed)
     asked = torch.ones_like(own) if score == "all" else (masked.labels[0] != IGNORE) | own  # (S,)
     places = asked.nonzero().flatten()  # (M,)
     batch = PackedBatch.from_lists(masked.input_ids.tolist(), device=model.embeddings.word.weight.device)
@@ -169,14 +168,8 @@ def _mask_these(ids: Tensor, places: list[int], tokenizer: Tokenizer) -> MaskedT
 
 
 def _mask_drawn(
-    encoding: Encoding,
-    numbers: Sequence[int | None],
-    tokenizer: Tokenizer,
-    probability: float,
-    recipe: str | None,
-    seed: int | None,
+    text: str, encoding: Encoding, tokenizer: Tokenizer, probability: float, recipe: str | None, seed: int | None
 ) -> MaskedTokens:
-    """numbers: of the words."""
     recipe, seed = recipe or "bert", seed or 0
     if recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
@@ -185,7 +178,7 @@ def _mask_drawn(
     ids = torch.tensor([encoding.ids])  # (1, S)
     special = torch.isin(ids, torch.tensor(special_ids(tokenizer)))
     plain = recipe == "plain"
-    words = torch.tensor([[-1 if word is None else word for word in numbers]])
+    words = torch.tensor([[-1 if word is None else word for word in words_of(tokenizer, encoding, text)]])
     return mask_tokens(
         ids,
         torch.zeros_like(special) if plain else special,
