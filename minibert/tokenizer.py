@@ -57,8 +57,8 @@ class TokenizerReport:
 def load_tokenizer(
     name_or_path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Tokenizer:
-    """The tokenizer of a checkpoint, named as for `BertForMaskedLM.from_pretrained`. Which files are read, and which one
-    holds where two differ, stands in checkpoint/tokenizer_files.py; `tokenizer.load_report` says what was found.
+    """The tokenizer of a checkpoint, named as for `BertForMaskedLM.from_pretrained`. Which files are read, and which
+    one holds where two differ, stands in checkpoint/tokenizer_files.py; `tokenizer.load_report` says what was found.
 
     `.encode(text).ids` gives the ids, [CLS] and [SEP] included. Nothing is truncated or padded, whatever the
     file says: ask for it with `encode(..., truncate=True)` here or the library's own `enable_truncation`.
