@@ -6,7 +6,7 @@ and in the dtype in question, which shows what rounding explains. The bounds fol
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from inspect import signature
 from typing import Any
 
@@ -17,7 +17,7 @@ from minibert.checkpoint.names import some
 from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import mask_tokens
-from minibert.parity.report import in_columns, in_markdown
+from minibert.parity.report import Report
 from minibert.parity.yardstick import K_RMS, K, Measure, largest, measures, rounding_dtype
 from minibert.trace.recorder import bert_inside, exact_arithmetic, gradients, trace
 from minibert.trace.table import GRADIENT, INPUTS, explain, hide_padding, standard_inputs
@@ -40,7 +40,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Row:
+class Checked:
     """One thing that was compared. value and bound: an error relative to the tensor's scale, or a number of tokens."""
 
     name: str
@@ -52,46 +52,12 @@ class Row:
     def ok(self) -> bool:
         return self.value <= self.bound
 
-
-@dataclass
-class ParityReport:
-    title: str
-    rows: list[Row] = field(default_factory=list)
-    first_wrong: str | None = None
-    last_good: str = "the inputs"
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return all(row.ok for row in self.rows)
+    def cells(self) -> dict[str, str]:
+        numbers = {"value": f"{self.value:.1e}", "bound": f"{self.bound:.1e}"}
+        return {"": self.name, **numbers, "verdict": "ok" if self.ok else "WRONG", " ": self.detail}
 
     def to_dict(self) -> dict[str, object]:
-        rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
-        return {**asdict(self), "ok": self.ok, "rows": rows}
-
-    def cells(self) -> tuple[list[str], list[list[str]]]:
-        """The table: its header, and its rows."""
-        rows = [
-            [row.name, f"{row.value:.1e}", f"{row.bound:.1e}", "ok" if row.ok else "WRONG", row.detail]
-            for row in self.rows
-        ]
-        return ["", "value", "bound", "verdict", ""], rows
-
-    def summary(self) -> Iterator[str]:
-        yield from self.notes
-        if self.first_wrong is not None:
-            yield f"first wrong: {self.first_wrong}. The last good one is {self.last_good}"
-            yield f"{self.first_wrong} is {explain(self.first_wrong)}"
-        yield (
-            f"a value is an error from float64; its bound is {K:.0f} times the error of the reference's own "
-            f"rounding ({K_RMS:.0f} times for a root mean square)"
-        )
-
-    def lines(self) -> list[str]:
-        return [self.title, *in_columns(*self.cells()), *self.summary()]
-
-    def markdown(self) -> list[str]:
-        return [self.title, "", *in_markdown(*self.cells()), "", *self.summary()]
+        return {**asdict(self), "ok": self.ok}
 
 
 def assert_parity(model: BertForMaskedLM, other: nn.Module, inputs: dict[str, Tensor] | None = None) -> None:
@@ -121,16 +87,17 @@ def reference_of(
     return Reference(title, asked, list(measures(pairs, dtype)))
 
 
-def check(model: nn.Module, reference: Reference) -> ParityReport:
+def check(model: nn.Module, reference: Reference) -> Report:
     """The rows of the table. Intermediates come from the written-out attention, which has them; logits, loss and
     gradients from the model as it is used, fused kernels and all."""
     bert = bert_inside(model)
     device, dtype = next(bert.parameters()).device, next(bert.parameters()).dtype
     config: Any = bert.config
-    report = ParityReport(
+    title = (
         f"{'minibert' if isinstance(bert, BertForMaskedLM) else 'transformers'} against {reference.title}: "
         f"{str(dtype).removeprefix('torch.')}, {device}, torch {torch.__version__}"
     )
+    report, last_good = Report((title,)), "the inputs"
     inputs = {name: x.to(device) for name, x in reference.inputs.items()}
     if bert is not model:
         whole = _answers_like_bert(model, inputs)
@@ -145,7 +112,7 @@ def check(model: nn.Module, reference: Reference) -> ParityReport:
     for measure in there:
         errors[measure.name] = error = measure.error(reference.pick(given[measure.name].cpu()))
         if measure.accepts(error) and report.first_wrong is None:
-            report.last_good = measure.name
+            last_good = measure.name
         elif report.first_wrong is None:
             report.first_wrong = measure.name
     groups: dict[str, list[Measure]] = {"intermediates": [], "logits": [], "loss": [], "gradients": []}
@@ -163,11 +130,19 @@ def check(model: nn.Module, reference: Reference) -> ParityReport:
             detail = f"{len(group)} tensors; nearest to its bound: {worst.name}"
         if kind == "rms":
             detail += " (root mean square)"
-        report.rows.append(Row(name, getattr(error, kind), getattr(allowed, kind), detail))
+        report.rows.append(Checked(name, getattr(error, kind), getattr(allowed, kind), detail))
     [logits] = groups["logits"]
     report.rows += _invariances(model, config, logits)
     if reference.masked is not None:
         report.rows.append(_masking(config.vocab_size, reference.masked))
+    report.ok, report.more["last_good"] = all(row.ok for row in report.rows), last_good
+    if report.first_wrong is not None:
+        report.summary.append(f"first wrong: {report.first_wrong}. The last good one is {last_good}")
+        report.summary.append(f"{report.first_wrong} is {explain(report.first_wrong)}")
+    report.summary.append(
+        f"a value is an error from float64; its bound is {K:.0f} times the error of the reference's own rounding "
+        f"({K_RMS:.0f} times for a root mean square)"
+    )
     return report
 
 
@@ -193,7 +168,7 @@ def _as_used(used: nn.Module, bert: nn.Module, inputs: dict[str, Tensor]) -> dic
     return {"logits": hide_padding("logits", out.logits.detach(), mask.bool()), **found}
 
 
-def _invariances(model: nn.Module, config: BertConfig, logits: Measure) -> Iterator[Row]:
+def _invariances(model: nn.Module, config: BertConfig, logits: Measure) -> Iterator[Checked]:
     """Whether a row's logits depend on the padding behind it, or on the rows beside it."""
     device = next(model.parameters()).device
     batch = {name: x.to(device) for name, x in standard_inputs(config).items() if name != "labels"}
@@ -206,11 +181,11 @@ def _invariances(model: nn.Module, config: BertConfig, logits: Measure) -> Itera
         alone = [model(**{name: x[row : row + 1] for name, x in batch.items()}).logits[0] for row in range(len(mask))]
     padding = largest(cut[0] - together[1, :short]) / size
     beside = max(largest((one - many)[seen]) for one, many, seen in zip(alone, together, mask, strict=True)) / size
-    yield Row("padding invariance", padding, logits.allowed.largest, "logits of a row with and without its padding")
-    yield Row("batch invariance", beside, logits.allowed.largest, "logits of a row alone and among others")
+    yield Checked("padding invariance", padding, logits.allowed.largest, "logits of a row with and without its padding")
+    yield Checked("batch invariance", beside, logits.allowed.largest, "logits of a row alone and among others")
 
 
-def _masking(vocab_size: int, masked: tuple[Tensor, Tensor]) -> Row:
+def _masking(vocab_size: int, masked: tuple[Tensor, Tensor]) -> Checked:
     ids, special, mask_id = masking_ids(vocab_size)
     ours = mask_tokens(
         ids,
@@ -220,7 +195,7 @@ def _masking(vocab_size: int, masked: tuple[Tensor, Tensor]) -> Row:
         generator=torch.Generator().manual_seed(MASKING_SEED),
     )
     different = (ours.input_ids != masked[0]) | (ours.labels != masked[1])
-    return Row("masking", float(different.sum()), 0.0, f"of {ids.numel()} tokens, other than the collator's")
+    return Checked("masking", float(different.sum()), 0.0, f"of {ids.numel()} tokens, other than the collator's")
 
 
 def masking_words(vocab_size: int) -> list[str]:

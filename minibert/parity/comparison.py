@@ -18,7 +18,7 @@ from minibert.parity.appearance import Wrong, appearance
 from minibert.parity.diagnosis import hidden_faults
 from minibert.parity.precision import lower_precision
 from minibert.parity.quantised import hint
-from minibert.parity.report import Report, Row, between, count, shape_words
+from minibert.parity.report import Report, between, count, shape_words
 from minibert.parity.yardstick import (
     Error,
     Gap,
@@ -52,6 +52,48 @@ from minibert.trace.tracefile import Trace
 # models: float32 34 eps, and 100 in gradients; half precision 7 and 6. The bundled layers repeated to 24, on several
 # batches: up to 581 in float32 and 168 in half precision.
 FLOAT, HALF = (64, 64), (16, 8)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One tensor in both traces.
+
+    relative: max_abs, divided by the tensor's scale. first: the first index where the two differ by more than the
+    tolerance. errors: the distance of A and of B from float64, if there is a model; allowed: what their dtypes may do.
+    verdict: "ok", or what is wrong. Numbers are None where the shapes do not fit.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    max_abs: float | None
+    relative: float | None
+    cosine: float | None
+    first: tuple[int, ...] | None
+    verdict: str
+    errors: tuple[Error, ...] | None = None
+    allowed: tuple[Error, ...] | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == "ok"
+
+    def cells(self) -> dict[str, str]:
+        result = {"tensor": self.name, "shape": shape_words(self.shape), "max abs": "-", "relative": "-", "cosine": "-"}
+        if self.max_abs is not None:
+            result |= {"max abs": f"{self.max_abs:.1e}", "relative": f"{self.relative:.1e}"}
+            result["cosine"] = f"{self.cosine:.6f}"
+        if self.errors and self.allowed:
+            numbers = (*self.errors, max(self.allowed))
+            names = ("A to f64", "B to f64", "allowed")
+            result |= {name: f"{error.largest:.1e}" for name, error in zip(names, numbers, strict=True)}
+        where = f", first at {self.first}" if self.first is not None else ""
+        return {**result, "verdict": f"{self.verdict}{where}"}
+
+    def to_dict(self) -> dict[str, object]:
+        values = {**asdict(self), "ok": self.ok}
+        for key, pair in (("errors", self.errors), ("allowed", self.allowed)):
+            values[key] = pair and {side: each._asdict() for side, each in zip("AB", pair, strict=True)}
+        return values
 
 
 class Judge:
@@ -92,7 +134,7 @@ class Judge:
             one, two = (x if x.dtype == torch.float64 else x.float() for x in found)
             yield start, one, two, [truth.cpu() for truth in truths]
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> Compared:
         shape, other = (shapes[name] for shapes in self.shapes)
         if self.running:
             found = [next(measure for measure in side if measure.name == name) for side in self.running]
@@ -106,7 +148,7 @@ class Judge:
         wanted = expected_shape(name, self.a.config, tuple(self.mask.shape))
         if shape != wanted or other != wanted:
             said = self.transposed(name) or _wrong_shapes(shape, other, wanted)
-            return Row(name, shape, None, None, None, None, said)
+            return Compared(name, shape, None, None, None, None, said)
         if not self.sticks:
             self.b.settle(name, self.a.read(name))
         sums = self.sums(name)
@@ -114,7 +156,7 @@ class Judge:
         if name.startswith(GRADIENT):
             scale = self.loudest = max(self.loudest, scale)
         scale = scale or 1.0
-        row = Row(name, shape, sums.max_abs, sums.max_abs / scale, sums.cosine, None, "ok")
+        row = Compared(name, shape, sums.max_abs, sums.max_abs / scale, sums.cosine, None, "ok")
         tolerance = self.tolerance(name)
         wrong = ["A", "B"] if sums.max_abs / scale > tolerance else []
         if self.sticks:
@@ -187,7 +229,7 @@ class Judge:
         first, each = FLOAT if eps < 1e-4 else HALF
         return (first + each * layer) * eps
 
-    def accuse(self, row: Row, last_good: str) -> Iterator[str]:
+    def accuse(self, row: Compared, last_good: str) -> Iterator[str]:
         yield f"first wrong: {row.name}. The last good one is {last_good}"
         forward = [name for name in expected_names(self.a.config) if not name.startswith((GRADIENT, *INPUTS, "loss"))]
         absent = [side for side, shapes in zip("AB", self.shapes, strict=True) if set(forward) - shapes.keys()]
@@ -220,7 +262,7 @@ class Judge:
         if both and row.relative is not None and row.relative <= self.tolerance(row.name):
             yield "but A and B agree with each other: are these the weights of --model?"
 
-    def described(self, row: Row) -> Iterator[str]:
+    def described(self, row: Compared) -> Iterator[str]:
         """What the error looks like. Without a model, the difference of B from A."""
         if row.max_abs is None or self.mask.numel() == 0 or "exchanged" in row.verdict:
             return
@@ -239,7 +281,7 @@ class Judge:
                 for said in appearance(Wrong(given, row.name, x, stick.truth.cpu(), limits, mask, self.model)):
                     yield f"{side}: {said}"
 
-    def acquit(self, rows: list[Row]) -> Iterator[str]:
+    def acquit(self, rows: list[Compared]) -> Iterator[str]:
         forward = [row for row in rows if not row.name.startswith(GRADIENT)]
         last = next((row for row in rows if row.name == "logits"), (forward or rows)[-1])
         if last.errors is None:
@@ -341,7 +383,7 @@ def diff(a: Trace, b: Trace, model: BertForMaskedLM | None = None, *, everything
             last_good = name if report.ok else last_good
             continue
         if report.ok:
-            report.ok = False
+            report.ok, report.first_wrong = False, name
             report.summary += judge.accuse(row, last_good)
         if not everything:
             break

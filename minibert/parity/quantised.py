@@ -9,15 +9,14 @@ is no quantisation, but a fault.
 
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.faults import CATALOGUE
-from minibert.parity.report import in_columns, in_markdown
+from minibert.parity.report import Report
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import Error, Gap, Yardstick, largest
 from minibert.trace.table import GRADIENT, SHAPES, Inputs, covered, explain, hide_padding, row_of
@@ -76,7 +75,8 @@ def _rounded(x: Tensor, axis: int | None = None) -> Tensor:
     return (x / step).round() * step
 
 
-class QuantisedRow(NamedTuple):
+@dataclass(frozen=True)
+class Measured:
     """One tensor. error: its root-mean-square distance from float64, divided by the truth's root mean square; times:
     that divided by the rounding of the trace's dtype. own: the error that its step makes by itself, likewise relative;
     share: the same, as a part of what 8 bits may do: above 1 it is wrong. everywhere: whether it is in every token.
@@ -93,39 +93,13 @@ class QuantisedRow(NamedTuple):
     def ok(self) -> bool:
         return self.share <= 1
 
-
-@dataclass
-class QuantisedReport:
-    """top1: the share of positions whose likeliest word is the same; divergence: the mean Kullback-Leibler divergence
-    of the probabilities from the right ones, in nats. None without logits. worst: the step that adds the most error.
-    first_wrong: the first step that is wrong by more than 8 bits explain.
-    """
-
-    title: str
-    rows: list[QuantisedRow] = field(default_factory=list)
-    worst: str | None = None
-    first_wrong: str | None = None
-    top1: float | None = None
-    divergence: float | None = None
-    positions: int = 0
-    summary: list[str] = field(default_factory=list)
-    ok: bool = True
+    def cells(self) -> dict[str, str]:
+        numbers = {"error": f"{self.error:.1e}", "its step's own": f"{self.own:.1e}"}
+        of = {"of what 8 bits may do": f"{self.share:.2f}"}
+        return {"tensor": self.name, **numbers, **of, "verdict": "ok" if self.ok else "wrong"}
 
     def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "rows": [{**row._asdict(), "ok": row.ok} for row in self.rows]}
-
-    def cells(self) -> tuple[list[str], list[list[str]]]:
-        rows = [
-            [row.name, f"{row.error:.1e}", f"{row.own:.1e}", f"{row.share:.2f}", "ok" if row.ok else "wrong"]
-            for row in self.rows
-        ]
-        return ["tensor", "error", "its step's own", "of what 8 bits may do", "verdict"], rows
-
-    def lines(self) -> list[str]:
-        return [self.title, *in_columns(*self.cells()), *self.summary]
-
-    def markdown(self) -> list[str]:
-        return [self.title, "", *in_markdown(*self.cells()), "", *[f"- {line.strip()}" for line in self.summary]]
+        return {**asdict(self), "ok": self.ok}
 
 
 class Quantised:
@@ -150,7 +124,7 @@ class Quantised:
         return hide_padding(row_of(name), x, self.given.compared(name, self.mask))
 
     def own_errors(self, kind: type[Steps] = Steps) -> Iterator[tuple[str, float, float, bool]]:
-        """(name, own error, share, everywhere), as QuantisedRow has them. kind: a fault that the steps shall have."""
+        """(name, own error, share, everywhere), as Measured has them. kind: a fault that the steps shall have."""
         exact, eight = (
             type(each.__name__, (each, kind) if kind is not Steps else (each,), {})(model, self.inputs, self.given)
             for each, model in ((FromTrace, self.exact), (EightBits, self.eight))
@@ -184,16 +158,22 @@ def _error(x: Tensor, truth: Tensor, scale: float) -> Error:
     return gap.relative(scale)
 
 
-def quantised(given: Trace, model: BertForMaskedLM) -> QuantisedReport:
-    """Measure a quantised port's trace. Raises ValueError if it is of a model of another size, or has only inputs."""
-    report = QuantisedReport(given.title)
+def quantised(given: Trace, model: BertForMaskedLM) -> Report:
+    """Measure a quantised port's trace. Raises ValueError if it is of a model of another size, or has only inputs.
+
+    more: `worst`, the step that adds the most error; and if there are logits, `top1`, the share of `positions` whose
+    likeliest word is the same, and `divergence`, how far the probabilities are from the right ones in the mean
+    (Kullback-Leibler, in nats).
+    """
+    report = Report((given.title,))
     measured = Quantised(given, model)
     errors = _errors(measured)
     for name, own, share, everywhere in measured.own_errors():
-        report.rows.append(QuantisedRow(name, *errors[name], own, share, everywhere))
+        report.rows.append(Measured(name, *errors[name], own, share, everywhere))
     if not report.rows:
         raise ValueError(f"{given.name} has only inputs: there is nothing to measure")
-    report.worst = max(report.rows, key=lambda row: row.own if row.own == row.own else float("inf")).name
+    worst = max(report.rows, key=lambda row: row.own if row.own == row.own else float("inf"))
+    report.more["worst"] = worst.name
     first = next((row for row in report.rows if not row.ok), None)
     if first is not None:
         report.ok, report.first_wrong = False, first.name
@@ -203,7 +183,6 @@ def quantised(given: Trace, model: BertForMaskedLM) -> QuantisedReport:
     if said := given.layouts():
         report.summary.append(said)
     if report.ok:
-        worst = next(row for row in report.rows if row.name == report.worst)
         report.summary += [
             f"no step is wrong by more than 8 bits explain. {worst.name} adds the most: {worst.own:.1e} of its size",
             "whether all that is too much, a task has to say",
@@ -231,7 +210,7 @@ def _errors(measured: Quantised) -> dict[str, tuple[float, float]]:
     return found
 
 
-def _accusation(measured: Quantised, first: QuantisedRow) -> Iterator[str]:
+def _accusation(measured: Quantised, first: Measured) -> Iterator[str]:
     yield f"first wrong: {first.name} ({explain(first.name)})"
     x = measured.there(first.name)
     if not bool(x.isfinite().all()):
@@ -259,8 +238,8 @@ def _accusation(measured: Quantised, first: QuantisedRow) -> Iterator[str]:
             yield f"  {fault.remedy} (source: {fault.source})"
 
 
-def _answers(report: QuantisedReport, measured: Quantised) -> Iterator[str]:
-    """What the error does to the words. Fills in top1, divergence, positions, and ok if no task could accept it."""
+def _answers(report: Report, measured: Quantised) -> Iterator[str]:
+    """What the error does to the words, and whether no task could accept that."""
     simulated = EightBits(measured.eight, measured.inputs, Trace({}, measured.given.config, measured.given.metadata))
     truth, eight = (
         next(x for name, x in steps.run() if name == "logits")
@@ -268,17 +247,17 @@ def _answers(report: QuantisedReport, measured: Quantised) -> Iterator[str]:
     )
     x, there = measured.there("logits"), measured.given.compared("logits", measured.mask)
     same, expected = ((each.argmax(-1) == truth.argmax(-1)) for each in (x, eight))
-    report.positions = int(there.sum())
-    report.top1 = same[there].double().mean().item()
+    positions, top1 = int(there.sum()), same[there].double().mean().item()
     right, found = (each[there].log_softmax(-1) for each in (truth, x))
-    report.divergence = torch.sum(right.exp() * (right - found), -1).mean().item()
+    divergence = torch.sum(right.exp() * (right - found), -1).mean().item()
+    report.more |= {"top1": top1, "positions": positions, "divergence": divergence}
     yield (
-        f"logits: the likeliest word is the same at {report.top1:.1%} of {report.positions} positions; the "
-        f"probabilities are {report.divergence:.1e} nats apart in the mean (Kullback-Leibler)"
+        f"logits: the likeliest word is the same at {top1:.1%} of {positions} positions; the "
+        f"probabilities are {divergence:.1e} nats apart in the mean (Kullback-Leibler)"
     )
     usual = expected[there].double().mean().item()
-    chance = (usual * report.positions + 1) / (report.positions + 2)  # of few positions, none tipped over says little
-    if report.top1 < usual - MARGIN - 3 * (chance * (1 - chance) / report.positions) ** 0.5:
+    chance = (usual * positions + 1) / (positions + 2)  # of few positions, none tipped over says little
+    if top1 < usual - MARGIN - 3 * (chance * (1 - chance) / positions) ** 0.5:
         report.ok, report.first_wrong = False, report.first_wrong or "logits"
         yield f"8 bits everywhere leave it the same at {usual:.1%}: this port's loss is more than 8 bits explain"
     for row, (mine, usually, asked) in enumerate(zip(same, expected, there, strict=True)):

@@ -1,98 +1,79 @@
-"""The result of comparing two traces: a row for each tensor, notes, and the answer in words."""
+"""What `diff`, `diff --quantised`, `parity` and `parity --tokenizer` print: a table, notes, and the answer in words."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from minibert.config import BertConfig
-from minibert.parity.yardstick import Error
 from minibert.trace.table import GRADIENT, INPUTS, expected_names, explain
 
 
-@dataclass(frozen=True)
-class Row:
-    """One tensor in both traces.
-
-    relative: max_abs, divided by the tensor's scale. first: the first index where the two differ by more than the
-    tolerance. errors: the distance of A and of B from float64, if there is a model; allowed: what their dtypes may do.
-    verdict: "ok", or what is wrong. Numbers are None where the shapes do not fit.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    max_abs: float | None
-    relative: float | None
-    cosine: float | None
-    first: tuple[int, ...] | None
-    verdict: str
-    errors: tuple[Error, ...] | None = None
-    allowed: tuple[Error, ...] | None = None
+class Line(Protocol):
+    """One row of a report's table."""
 
     @property
-    def ok(self) -> bool:
-        return self.verdict == "ok"
+    def name(self) -> str: ...
+
+    @property
+    def ok(self) -> bool: ...
+
+    def cells(self) -> dict[str, str]:
+        """The text under each header."""
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
 
 
 @dataclass
 class Report:
-    """What `diff` found. notes: what could not be compared, and what else is worth knowing. summary: the answer."""
+    """What was compared, as text, as markdown and for JSON.
 
-    titles: tuple[str, str]
+    titles: of what was compared. notes: what could not be, and what else is worth knowing. summary: the answer.
+    first_wrong: the first tensor that is not right. more: what else JSON has.
+    """
+
+    titles: tuple[str, ...]
     notes: list[str] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)  # of Line
     summary: list[str] = field(default_factory=list)
     ok: bool = True
-
-    @property
-    def first_wrong(self) -> str | None:
-        """The first tensor that is not right."""
-        return next((row.name for row in self.rows if not row.ok), None)
+    first_wrong: str | None = None
+    more: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
-        """For JSON. What there is of A and of B has these letters as keys."""
-        rows = []
-        for row in self.rows:
-            values = {**asdict(row), "ok": row.ok}
-            for key in ("errors", "allowed"):
-                pair = getattr(row, key)
-                values[key] = pair and {side: each._asdict() for side, each in zip("AB", pair, strict=True)}
-            rows.append(values)
-        titles = dict(zip("AB", self.titles, strict=True))
-        return {**asdict(self), "titles": titles, "first_wrong": self.first_wrong, "rows": rows}
+        """What there is of A and of B has these letters as keys."""
+        if len(self.titles) == 1:
+            titles: dict[str, object] = {"title": self.titles[0]}
+        else:
+            titles = {"titles": dict(zip("AB", self.titles, strict=True))}
+        rows = [row.to_dict() for row in self.rows]
+        said = {"notes": self.notes, "rows": rows, "summary": self.summary, "ok": self.ok}
+        return {**titles, **said, "first_wrong": self.first_wrong, **self.more}
 
     def lines(self) -> Iterator[str]:
-        yield f"A  {self.titles[0]}"
-        yield f"B  {self.titles[1]}"
+        yield from self._titled("  ")
         yield from self.notes
         if self.rows:
-            yield from in_columns(*self.cells())
+            yield from in_columns(*self.table())
         yield from self.summary
 
     def markdown(self) -> Iterator[str]:
-        yield f"A: {self.titles[0]}  "
-        yield f"B: {self.titles[1]}"
-        for line in self.summary:
-            yield f"- {line}"
-        for line in self.notes:
-            yield f"- {line}"
-        yield ""
-        yield from in_markdown(*self.cells())
+        yield from self._titled(": ")
+        for line in (*self.summary, *self.notes):
+            yield f"- {line.strip()}"
+        if self.rows:
+            yield ""
+            yield from in_markdown(*self.table())
 
-    def cells(self) -> tuple[list[str], list[list[str]]]:
-        """The table: its header, and its rows."""
-        measured = bool(self.rows) and self.rows[0].errors is not None
-        header = ["tensor", "shape", "max abs", "relative", "cosine"]
-        header += ["A to f64", "B to f64", "allowed"] * measured + ["verdict"]
-        rows = []
-        for row in self.rows:
-            numbers = ["-"] * 3
-            if row.max_abs is not None:
-                numbers = [f"{row.max_abs:.1e}", f"{row.relative:.1e}", f"{row.cosine:.6f}"]
-            if measured:
-                errors = (*row.errors, max(row.allowed)) if row.errors and row.allowed else ()
-                numbers += [f"{error.largest:.1e}" for error in errors] or ["-"] * 3
-            where = f", first at {row.first}" if row.first is not None else ""
-            rows.append([row.name, shape_words(row.shape), *numbers, f"{row.verdict}{where}"])
-        return header, rows
+    def _titled(self, between: str) -> list[str]:
+        if len(self.titles) == 1:
+            return list(self.titles)
+        return [f"{side}{between}{title}" for side, title in zip("AB", self.titles, strict=True)]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Its header, and its rows."""
+        header = list(self.rows[0].cells())
+        return header, [[row.cells().get(name, "-") for name in header] for row in self.rows]
 
 
 def in_columns(header: list[str], rows: list[list[str]]) -> Iterator[str]:

@@ -1,10 +1,10 @@
 """Two tokenizers on texts that are hard to split: the first text on which they differ, and the step that does it."""
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
+from minibert.parity.report import Report
 from minibert.trace.stores import shown
 
 TEXTS = (
@@ -30,37 +30,6 @@ TEXTS = (
 STEPS = ("normalizer", "pre-tokenizer", "model", "post-processor")
 
 
-@dataclass(frozen=True)
-class TokenizerReport:
-    """texts: how many were tried. text, step, ours, theirs: of the first difference; None if there is none."""
-
-    texts: int
-    text: str | None = None
-    step: str | None = None
-    ours: str | None = None
-    theirs: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        return self.text is None
-
-    def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "ok": self.ok}
-
-    def markdown(self) -> list[str]:
-        return [f"- {line.strip()}" for line in self.lines()]
-
-    def lines(self) -> list[str]:
-        if self.text is None:
-            return [f"the tokenizers agree on all of {self.texts} texts"]
-        return [
-            f"the tokenizers differ first on {shown(self.text)!r}",
-            f"  step    {self.step}",
-            f"  ours    {shown(self.ours)}",
-            f"  theirs  {shown(self.theirs)}",
-        ]
-
-
 def read_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer.json. Raises OSError or ValueError, naming the file."""
     if not path.is_file():
@@ -71,16 +40,20 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise ValueError(f"{path}: not a tokenizer.json: {error}") from error
 
 
-def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer, texts: tuple[str, ...] = TEXTS) -> TokenizerReport:
+def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer, texts: tuple[str, ...] = TEXTS) -> Report:
+    """more: `texts`, how many were tried; and of the first difference `text`, `step`, `ours` and `theirs`, or None."""
     for text in texts:
         one, two = ours.encode(text), theirs.encode(text)
         if one.ids == two.ids and one.tokens == two.tokens and one.type_ids == two.type_ids:
             continue
-        for step, (mine, other) in zip(STEPS, zip(_steps(ours, text), _steps(theirs, text), strict=True), strict=True):
-            if mine != other:
-                return TokenizerReport(len(texts), text, step, mine, other)
-        return TokenizerReport(len(texts), text, "ids", _ids(one), _ids(two))
-    return TokenizerReport(len(texts))
+        pairs = zip(STEPS, _steps(ours, text), _steps(theirs, text), strict=True)
+        step, mine, other = next((each for each in pairs if each[1] != each[2]), ("ids", _ids(one), _ids(two)))
+        title = f"the tokenizers differ first on {shown(text)!r}"
+        lines = [f"  step    {step}", f"  ours    {shown(mine)}", f"  theirs  {shown(other)}"]
+        more = {"texts": len(texts), "text": text, "step": step, "ours": mine, "theirs": other}
+        return Report((title,), summary=lines, ok=False, more=more)
+    more = {"texts": len(texts), "text": None, "step": None, "ours": None, "theirs": None}
+    return Report((f"the tokenizers agree on all of {len(texts)} texts",), more=more)
 
 
 def _steps(tokenizer: Tokenizer, text: str) -> list[str]:

@@ -177,7 +177,7 @@ def adapted(model):
     ("wrap", "words"),
     [
         (nn.DataParallel, "as it is called"),
-        (partial(torch.compile, backend="eager"), "as it is called"),
+        pytest.param(partial(torch.compile, backend="eager"), "as it is called", marks=pytest.mark.slow),
         (Holds, "as it is called"),
         (Step, "alone: the outer module is called otherwise"),
         (adapted, "left out: the gradients of cls.predictions.bias"),

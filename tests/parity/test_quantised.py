@@ -22,7 +22,7 @@ def test_a_right_port_passes(kind):
     given = trace(eight_bits(ours, **RIGHT[kind]), **standard_inputs(ours.config))
     report = quantised(given, ours)
     assert report.ok, "\n".join(report.lines())
-    assert report.top1 > 0.8
+    assert report.more["top1"] > 0.8
     assert any("covered: positions 0 to 15 of 19" in line for line in report.summary)
     alone = Trace({k: x for k, x in given.tensors.items() if k in (*INPUTS, "logits")}, given.config, given.metadata)
     assert quantised(alone, ours).ok
