@@ -90,8 +90,7 @@ def mask_and_guess(
     that is too long for the model. layers: also the best guess after each layer, as if it were the last one. top_k:
     how many guesses to give for each token.
 
-    Raises ValueError for a text without a token, one that is too long, a position outside it, a value out of range,
-    options that do not go together, and a model in training mode.
+    Raises ValueError for a text that is empty or too long, options out of range or at odds, and a model in training.
     """
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, not {score!r}")
