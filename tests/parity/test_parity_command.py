@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -45,7 +46,7 @@ def test_any_folder_of_weights_has_parity(folder, dtype, capsys):
     assert (status, report["ok"]) == (0, True)
     assert [row["name"] for row in report["rows"]] == ROWS
     assert all(row["value"] <= row["bound"] for row in report["rows"])
-    assert "against transformers" in report["title"]
+    assert f"against transformers {transformers.__version__}: {dtype}, cpu" in report["title"]
     assert main(["parity", "--model", folder, "--dtype", dtype]) == 0
     table = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in table[2 : 2 + len(ROWS)]] == ROWS

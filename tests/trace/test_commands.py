@@ -27,6 +27,7 @@ def test_trace_of_a_text(tmp_path, capsys):
     assert not types.any()
     assert torch.equal(labels, torch.where(mask == 1, ids, -100))
     assert (read.dtype, read.read("logits").dtype) == (torch.bfloat16, torch.bfloat16)
+    assert not any(name.startswith("gradient.") for name in read.names)  # without --grad
 
 
 def test_trace_of_ids(tmp_path):
@@ -80,9 +81,12 @@ def test_ids_that_are_wrong(tmp_path, capsys, wrong, words):
         (["--out", "FOLDER/t", "--ids", "FOLDER"], "is a folder, and should be a JSON file of ids"),
         (["--out", "FOLDER/t", "--ids", "FOLDER/none"], "no such file; it should be a JSON file of ids"),
         (["--text", "a", "--device", "moon", "--out", "FOLDER/t"], "the device moon"),
+        (["--revision", "v1", "--out", "FOLDER/t"], "revision 'v1' was given, but minibert-uncased"),
+        (["--out", "FOLDER/ids.json"], "is no trace: choose another name"),
     ],
 )
 def test_options_that_are_wrong(tmp_path, capsys, options, words):
+    (tmp_path / "ids.json").write_text("{}")
     assert main(["trace", *(option.replace("FOLDER", str(tmp_path)) for option in options)]) == 2
     assert words in capsys.readouterr().err
 
@@ -102,6 +106,7 @@ def made(tmp_path):
     files = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
     for backend, file in zip(("minibert", "transformers"), files, strict=True):
         assert main(["trace", "--model", str(folder), "--backend", backend, "--grad", "--out", file]) == 0
+        assert any(name.startswith("gradient.") for name in TraceFile(file).names)
     return ours, folder, files
 
 
@@ -140,6 +145,14 @@ def test_diff_of_files_that_do_not_fit(made, capsys, tmp_path):
     capsys.readouterr()
     assert main(["diff", *files]) == 2
     assert "were asked different things" in capsys.readouterr().err
+    for command, words in (
+        (["diff", *files, "--revision", "v1"], "no --model was given"),
+        (["diff", *files, "--model", str(folder), "--quantised"], "leave B and --all out"),
+        (["diff", files[0], "--model", str(folder), "--revision", "v1"], "revision 'v1' was given"),
+        (["diagnose", files[0], "--model", str(folder), "--revision", "v1"], "revision 'v1' was given"),
+    ):
+        assert main(command) == 2
+        assert words in capsys.readouterr().err
 
 
 class Terminal(io.StringIO):
