@@ -34,6 +34,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def stamp(file: Path | int) -> tuple[int, ...]:
+    """What changes when a file, by its path or its descriptor, is another one or is written to; () if there is none."""
+    try:
+        status = os.stat(file)
+    except FileNotFoundError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError, naming the file, if it is not one, or gives a key twice."""
     try:

@@ -4,7 +4,6 @@ This module knows no layer. It is told which tensors of which shape are wanted, 
 or with an error that names the file and the tensor. It opens safetensors files and never a pickle.
 """
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from minibert.checkpoint.config_keys import defaulted_keys, ignored_keys, unknown_keys
-from minibert.checkpoint.files import looks_like, naming, parse_json, read_json, sha256
+from minibert.checkpoint.files import looks_like, naming, parse_json, read_json, sha256, stamp
 from minibert.checkpoint.hub import CONFIG, INDEX, NEXT, WEIGHTS, Source, WeightFiles, weight_files
 from minibert.checkpoint.names import HEAD, Spelling, hub_names, layers, nearest, read_names, same_numbers, several
 
@@ -63,15 +62,6 @@ class LoadReport:
             if stamp(path) != before:
                 raise ValueError(f"{path} has changed since it was loaded")
         return {path.name: sha256(path) for path in self.files}
-
-
-def stamp(file: Path | int) -> tuple[int, ...]:
-    """What changes when a file, by its path or its descriptor, is another one or is written to; () if there is none."""
-    try:
-        status = os.stat(file)
-    except FileNotFoundError:
-        return ()
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)

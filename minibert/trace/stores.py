@@ -13,7 +13,6 @@ import difflib
 import json
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,8 +22,8 @@ from typing import IO, Any, Protocol
 import torch
 from torch import Tensor
 
-from minibert.checkpoint.files import parse_json, read_json
-from minibert.checkpoint.reading import SafetensorsFile, stamp
+from minibert.checkpoint.files import parse_json, read_json, stamp
+from minibert.checkpoint.reading import SafetensorsFile
 from minibert.config import BertConfig
 from minibert.loss import IGNORE
 from minibert.trace.table import GRADIENT, INPUTS, SHAPES, expected_names, expected_shape, row_of
@@ -165,7 +164,9 @@ def _damaged(path: Path) -> Iterator[None]:
     """Whatever the libraries say of damaged bytes is a ValueError that names the file."""
     try:
         yield
-    except (ValueError, TypeError, zipfile.BadZipFile, zlib.error, EOFError, LookupError, NotImplementedError) as error:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:  # nothing there, or not to be read
+            raise
         raise ValueError(f"{path}: not a whole set of numpy arrays and metadata: {error}") from error
 
 

@@ -136,7 +136,11 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
                 saved = file.read(f"{name}.{key}")
                 like = saved if key == "step" else parameter  # the moments are laid out as the parameter is
                 optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(saved)
-    return Progress(**read_json(checkpoint / PROGRESS))
+    path, values = checkpoint / PROGRESS, read_json(checkpoint / PROGRESS)
+    whole = [values.get(key) for key in ("step", "epoch", "step_in_epoch")]
+    if values.keys() != asdict(Progress()).keys() or any(type(number) is not int or number < 0 for number in whole):
+        raise ValueError(f"{path} does not say how far the run is: {values}")
+    return Progress(**values)
 
 
 def cut_metrics(out: Path, step: int) -> None:
@@ -145,14 +149,14 @@ def cut_metrics(out: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:  # the run was killed in the middle of it
+                kept.append(line + b"\n")
+        except (ValueError, TypeError, KeyError):  # the run was killed in the middle of it
             break
     with whole_file(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(kept))
 
 
 # -------------------------------------------------------------------------------------------------------------- saving

@@ -38,7 +38,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from minibert.checkpoint.files import SCRATCH, read_lines, sha256, whole_folder
+from minibert.checkpoint.files import SCRATCH, read_lines, sha256, stamp, whole_folder
 from minibert.tokenizer import as_tokenizer
 from minibert.training.processes import encode, locked, tokenizing
 
@@ -108,6 +108,7 @@ def token_files(
     dtype = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
 
     texts = find_texts(specs)
+    stamps = [stamp(text.path) for text in texts]
     digests = [sha256(text.path) for text in texts]
     places = [folder / f"{_stem(text.path)[:40]}-{digest[:16]}" for text, digest in zip(texts, digests, strict=True)]
     missing = [number for number, place in enumerate(places) if not _is_complete(place, maker)]
@@ -124,7 +125,7 @@ def token_files(
                 if not _is_complete(place, maker):  # another process may have made it while this one waited
                     about = {"format": FORMAT, "tokenizer": maker, "dtype": dtype}
                     about |= {"text": str(text.path.resolve()), "text_sha256": digests[number]}
-                    chunks = _chunks(_read_lines(text.path, progress))
+                    chunks = _chunks(_read_lines(text.path, stamps[number], progress))
                     _write(text, place, about, _encoded(chunks, dtype, pool, 3 * workers))
     files = [_open(place, text) for place, text in zip(places, texts, strict=True)]
     tokens = sum(max(1, file.weight) * len(file.tokens) for file in files)  # all rows are cut, also for a share of them
@@ -210,8 +211,10 @@ def is_held_out(line: str) -> bool:
     return int(hashlib.md5(line.encode()).hexdigest(), 16) % 100 == 0
 
 
-def _read_lines(path: Path, progress: tqdm) -> Iterator[str]:
-    """The lines of a text that are not blank, each once."""
+def _read_lines(path: Path, before: tuple[int, ...], progress: tqdm) -> Iterator[str]:
+    """The lines of a text that are not blank, each once. Raises ValueError if its stamp is not the one that it had
+    `before`, when its SHA-256 was taken.
+    """
     seen: set[bytes] = set()  # digests: about 100 bytes for each line of the text
     with open(path, "rb") as raw:
         binary: BinaryIO = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw  # type: ignore[assignment]
@@ -225,6 +228,10 @@ def _read_lines(path: Path, progress: tqdm) -> Iterator[str]:
                         yield line
                 progress.update(raw.tell() - at)
                 at = raw.tell()
+                if at > before[1]:
+                    break
+            if stamp(path) != before:
+                raise ValueError(f"{path} was changed while it was read: try again when it is complete")
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: not a text file in UTF-8 (or gzip of one): {error}") from error
 
@@ -283,7 +290,8 @@ def _is_complete(place: Path, maker: str) -> bool:
     try:
         about = json.loads((place / "about.json").read_text())
         digests, other = about["sha256"], about["tokenizer"]
-        whole = about["format"] == FORMAT and all(sha256(place / name) == digests[name] for name in FILES)
+        whole = about["format"] == FORMAT and about["dtype"] in ("uint16", "uint32") and "text_sha256" in about
+        whole = whole and all(sha256(place / name) == digests[name] for name in FILES)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -291,8 +299,8 @@ def _is_complete(place: Path, maker: str) -> bool:
         return False
     if other != maker:
         raise ValueError(
-            f"{place} was made with another tokenizer (its SHA-256 begins {other[:12]}, and this one's {maker[:12]}): "
-            "name another folder for token files, or delete this one"
+            f"{place} was made with another tokenizer (its SHA-256 begins {str(other)[:12]}, and this one's "
+            f"{maker[:12]}): name another folder for token files, or delete this one"
         )
     return True
 

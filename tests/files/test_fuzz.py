@@ -1,22 +1,29 @@
-"""Damaged files: whatever bytes a folder holds, reading it gives a model or a tokenizer, or one of our errors, quickly.
+"""Damaged files: whatever bytes are in a file, reading it gives what it should, or one of our errors, quickly."""
 
-More than the gate runs:  python tests/test_fuzz.py 100000
-"""
-
+import gzip
 import json
-import random
 import struct
-import sys
-import tempfile
 import time
 import warnings
-from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from minibert.trace.forms import read_names
+from minibert.trace.given import read_ids
 
 from minibert import BertConfig, BertForMaskedLM, load_tokenizer
+from minibert.commands.score import read_pairs
+from minibert.parity import trace
+from minibert.parity.tokenizers import read_tokenizer
 from minibert.tokenizer import encode, from_vocabulary, special_ids
+from minibert.trace import TraceFile
+from minibert.training import saving
+from minibert.training.settings import Settings
+from minibert.training.step import make_optimizer
+from minibert.training.tokens import token_files
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "##s", "café"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -24,58 +31,66 @@ OURS = (ValueError, OSError)  # what the command line turns into one line; OSErr
 SECONDS = 1.0  # for one folder
 NASTY = ["null", "true", "-1", "0", "1e400", "99999999999999999999", "2147483647", "0.5", '""', "[]", "{}", '"\\ud800"']
 NASTY += ['"[MASK]"', '{"content": 5}', "[[[]]]", '"a b"', "NaN", '"\\u0000"', "4294967296"]
+CONFIG = BertConfig(
+    vocab_size=12,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=8,
+    max_position_embeddings=8,
+)
+TEXT = "the cat\nthe cats\n" + "\n".join(f"cat {number}" for number in range(9))
 
 
-def make_folder(folder):
-    """A whole checkpoint with each kind of file, in which no file makes another one needless."""
-    config = BertConfig(
-        vocab_size=12,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=8,
-        max_position_embeddings=8,
-    )
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Of everything that is read, a whole one, in which no file makes another one needless: path → bytes."""
+    folder = tmp_path_factory.mktemp("whole")
     torch.manual_seed(0)
-    BertForMaskedLM(config).save_pretrained(folder)
+    model = BertForMaskedLM(CONFIG)
+    model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(TOKENS) + "\n", encoding="utf-8")
     from_vocabulary(TOKENS).save(str(folder / "tokenizer.json"))
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     listed = {"4": {"content": "[MASK]", **flags, "special": True}, "9": {"content": "[E]", **flags, "special": True}}
-    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "mask_token": "[MASK]"}
-    files = {
-        "tokenizer_config.json": {**settings, "added_tokens_decoder": listed, "extra_special_tokens": ["[E]"]},
+    said = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "mask_token": "[MASK]"}
+    header = json.loads(split_header((folder / WEIGHTS).read_bytes())[0])
+    objects = {
+        "tokenizer_config.json": {**said, "added_tokens_decoder": listed, "extra_special_tokens": ["[E]"]},
         "special_tokens_map.json": {"mask_token": {"content": "[MASK]", **flags}, "cls_token": "[CLS]"},
         "added_tokens.json": {"[E]": 9, "covid19": 10},
+        INDEX: {"metadata": {}, "weight_map": {name: "one.safetensors" for name in header if name != "__metadata__"}},
+        ".config.json.next": {"weights_sha256": "0" * 64, "config": CONFIG.to_dict()},
+        "ids.json": {"input_ids": [[1, 2, 3]], "attention_mask": [[1, 1, 0]]},
+        "names.json": {"x": "logits", "l.{N}.q": "layers.{N}.query", "y": None},
     }
-    for name, values in files.items():
+    for name, values in objects.items():
         (folder / name).write_text(json.dumps(values))
-    header = json.loads(split_header((folder / WEIGHTS).read_bytes())[0])
-    names = {name: "one.safetensors" for name in header if name != "__metadata__"}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "one.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
+    (folder / "pairs.tsv").write_text("the cat\ta cat\nthe cats\ta cats\n")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "text.gz").write_bytes(gzip.compress(TEXT.encode()))
+    given = trace(model, torch.tensor([[1, 2, 3]]))
+    given.save(folder / "trace.safetensors")
+    few = {name: given.tensors[name].numpy() for name in ("input_ids", "embeddings.sum", "logits")}
+    numpy.savez(folder / "trace.npz", metadata=json.dumps(given.metadata), **few)
+    (folder / "arrays").mkdir()
+    for name, array in few.items():
+        numpy.save(folder / "arrays" / f"{name}.npy", array)
+    (folder / "arrays" / "metadata.json").write_text(json.dumps(given.metadata))
+    optimizer = make_optimizer(model, Settings(steps=2))
+    model.train()(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
+    optimizer.step()
+    saving.save_checkpoint(folder, model, from_vocabulary(TOKENS), optimizer, saving.Progress(1))
+    saving.open_run(folder, {"seed": 0, "dtype": "float32"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": 0.5}) + "\n" for n in range(3)))
+    token_files([str(folder / "text.txt")], from_vocabulary(TOKENS), folder / "tokens", workers=1)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def split_header(raw):
     length = struct.unpack("<Q", raw[:8])[0]
     return raw[8 : 8 + length], raw[8 + length :]
-
-
-# Which files a folder has, which of them is damaged, and what then reads it.
-MODEL = ("config.json", WEIGHTS)
-KINDS = [
-    (MODEL, "config.json", "model"),
-    (MODEL, WEIGHTS, "model"),
-    (("config.json", INDEX, "one.safetensors"), INDEX, "model"),
-    (("tokenizer.json",), "tokenizer.json", "tokenizer"),
-    (("tokenizer.json", "tokenizer_config.json"), "tokenizer.json", "tokenizer"),
-    (("tokenizer.json", "tokenizer_config.json"), "tokenizer_config.json", "tokenizer"),
-    (("vocab.txt", "tokenizer_config.json"), "vocab.txt", "tokenizer"),
-    (("vocab.txt", "tokenizer_config.json"), "tokenizer_config.json", "tokenizer"),
-    (("vocab.txt", "special_tokens_map.json", "added_tokens.json"), "special_tokens_map.json", "tokenizer"),
-    (("vocab.txt", "special_tokens_map.json", "added_tokens.json"), "added_tokens.json", "tokenizer"),
-    (("vocab.txt", "config.json"), "config.json", "tokenizer"),
-]
 
 
 def damage(raw, draw):
@@ -120,77 +135,113 @@ def json_places(raw, kind):
     return places
 
 
-def damaged(files, draw):
-    names, name, reader = draw.choice(KINDS)
-    folder = {each: files[WEIGHTS if each == "one.safetensors" else each] for each in names}
-    if name == WEIGHTS:
-        header, data = split_header(folder[name])
-        if draw.random() < 0.8:
-            header = damage(header, draw)
-            length = len(header) if draw.random() < 0.9 else draw.choice([0, 2**31, 2**63, len(header) + 8])
-            folder[name] = struct.pack("<Q", length) + header + data
-        else:
-            folder[name] = damage(folder[name], draw)
-    else:
-        folder[name] = damage(folder[name], draw)
-    return folder, name, reader
+def read_model(folder):
+    BertForMaskedLM.from_pretrained(folder)
 
 
-def read(folder, reader):
-    if reader == "model":
-        BertForMaskedLM.from_pretrained(folder)
-    else:
-        tokenizer = load_tokenizer(folder)
-        special_ids(tokenizer)
-        encode(tokenizer, "The cats [MASK] café", 100)
+def read_tokens(folder):
+    tokenizer = load_tokenizer(folder)
+    special_ids(tokenizer)
+    encode(tokenizer, "The cats [MASK] café", 100)
 
 
-def fault_of(place, name, reader):
-    """What is wrong with how a folder is read ("" if nothing is), and whether it was refused."""
+def read_trace(path):
+    found = TraceFile(path)
+    found.inputs()
+    for name in found.names:
+        found.read(name)
+        found.rows(name, 0, 1)
+
+
+def read_checkpoint(folder):
+    model = BertForMaskedLM(CONFIG)
+    saving.restore(folder, model, make_optimizer(model, Settings(steps=2)))
+
+
+def read_run(folder):
+    saving.open_run(folder, {"seed": 0, "dtype": "float32"})
+
+
+def read_text(path):
+    token_files([str(path)], from_vocabulary(TOKENS), path.parent / "tokens", workers=1)
+
+
+# What is damaged, what else is there, what reads it, and from where.
+MODEL, BESIDE = ("config.json", WEIGHTS), ("special_tokens_map.json", "added_tokens.json")
+KINDS = [
+    ("config.json", MODEL, read_model, ""),
+    (WEIGHTS, MODEL, read_model, ""),
+    (INDEX, ("config.json", "one.safetensors"), read_model, ""),
+    (".config.json.next", MODEL, read_model, ""),
+    ("tokenizer.json", (), read_tokens, ""),
+    ("tokenizer.json", ("tokenizer_config.json",), read_tokens, ""),
+    ("tokenizer_config.json", ("tokenizer.json",), read_tokens, ""),
+    ("vocab.txt", ("tokenizer_config.json",), read_tokens, ""),
+    ("tokenizer_config.json", ("vocab.txt",), read_tokens, ""),
+    ("special_tokens_map.json", ("vocab.txt", *BESIDE), read_tokens, ""),
+    ("added_tokens.json", ("vocab.txt", *BESIDE), read_tokens, ""),
+    ("config.json", ("vocab.txt",), read_tokens, ""),
+    ("tokenizer.json", (), read_tokenizer, "tokenizer.json"),
+    ("trace.safetensors", (), read_trace, "trace.safetensors"),
+    ("trace.npz", (), read_trace, "trace.npz"),
+    ("arrays/logits.npy", ("arrays/input_ids.npy", "arrays/metadata.json"), read_trace, "arrays"),
+    ("arrays/metadata.json", ("arrays/input_ids.npy", "arrays/logits.npy"), read_trace, "arrays"),
+    ("ids.json", (), read_ids, "ids.json"),
+    ("names.json", (), read_names, "names.json"),
+    ("pairs.tsv", (), lambda path: list(read_pairs(str(path))), "pairs.tsv"),
+    ("checkpoint-1/optimizer.safetensors", ("checkpoint-1/progress.json",), read_checkpoint, "checkpoint-1"),
+    ("checkpoint-1/progress.json", ("checkpoint-1/optimizer.safetensors",), read_checkpoint, "checkpoint-1"),
+    ("run.json", (), read_run, ""),
+    ("metrics.jsonl", (), lambda folder: saving.cut_metrics(folder, 1), ""),
+    ("text.txt", (), read_text, "text.txt"),
+    ("text.gz", (), read_text, "text.gz"),
+    ("TOKENS/about.json", ("text.txt",), read_text, "text.txt"),
+    ("TOKENS/train.starts", ("text.txt",), read_text, "text.txt"),
+]
+
+
+def fault_of(place, read, start):
+    """What is wrong with how it is read; "" if nothing is."""
     begun, said = time.process_time(), None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            read(place, reader)
+            read(place / start)
     except OURS as error:
         said = str(error)
     except BaseException as error:
-        return f"{type(error).__name__}: {error}", True
+        return f"{type(error).__name__}: {error}"
     if (seconds := time.process_time() - begun) > SECONDS:
-        return f"it took {seconds:.1f} s", said is not None
-    if said is not None and str(place) not in said and "the text is" not in said:
-        return f"no file is named: {said}", True
-    return "", said is not None
+        return f"it took {seconds:.1f} s"
+    return "" if said is None or str(place) in said or "the text is" in said else f"no file is named: {said}"
 
 
-def run(count, seed, folder):
-    """The faults that were found, and how many folders were refused."""
-    files = make_folder(Path(tempfile.mkdtemp(dir=folder)))
-    draw, refused, faults = random.Random(seed), 0, []
-    place = folder / "damaged"
-    place.mkdir()
-    for number in range(count):
-        changed, name, reader = damaged(files, draw)
-        for path in place.iterdir():
-            path.unlink()
-        for each, raw in changed.items():
-            (place / each).write_bytes(raw)
-        fault, was_refused = fault_of(place, name, reader)
-        refused += was_refused
-        if fault:
-            faults.append(f"{number}, {name}: {fault}")
-    return faults, refused
+@pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "others", "read", "start"), KINDS, ids=[f"{name} with {len(others)}" for name, others, *_ in KINDS]
+)
+def test_damaged_files_give_our_errors(files, tmp_path_factory, name, others, read, start, examples):
+    folder = next(iter({path.rpartition("/")[0] for path in files if path.startswith("tokens/") and "/about" in path}))
+    name = name.replace("TOKENS", folder)
+    others = [path for path in files if path in others or (folder in name and path.startswith("tokens/"))]
+    place = tmp_path_factory.mktemp("damaged")
 
+    @settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(st.randoms(use_true_random=False))
+    def every(draw):
+        for path in (name, *others):
+            (place / path).parent.mkdir(parents=True, exist_ok=True)
+            (place / path).write_bytes(files[path])
+        raw = files[name]
+        if name.endswith("safetensors") and draw.random() < 0.8:
+            header, data = split_header(raw)
+            header = damage(header, draw)
+            length = len(header) if draw.random() < 0.9 else draw.choice([0, 2**31, 2**63, len(header) + 8])
+            (place / name).write_bytes(struct.pack("<Q", length) + header + data)
+        else:
+            (place / name).write_bytes(damage(raw, draw))
+        assert fault_of(place, read, start) == ""
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_damaged_files_give_our_errors(tmp_path, seed):
-    faults, refused = run(1000, seed, tmp_path)
-    assert faults == []
-    assert 300 < refused < 950  # the damage is neither always harmless nor always fatal
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        found, out_of = run(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 2, Path(scratch))
-    print(*found, f"{sys.argv[1]} folders, {out_of} refused, {len(found)} faults", sep="\n")
+    every()
