@@ -11,8 +11,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from minibert.trace.forms import read_names
-from minibert.trace.given import read_ids
 
 from minibert import BertConfig, BertForMaskedLM, load_tokenizer
 from minibert.commands.score import read_pairs
@@ -20,6 +18,8 @@ from minibert.parity import trace
 from minibert.parity.tokenizers import read_tokenizer
 from minibert.tokenizer import encode, from_vocabulary, special_ids
 from minibert.trace import TraceFile
+from minibert.trace.recorder import read_ids
+from minibert.trace.stores import read_names
 from minibert.training import saving
 from minibert.training.settings import Settings
 from minibert.training.step import make_optimizer

@@ -16,6 +16,7 @@ import torch
 
 from minibert.cli import main
 from minibert.tokenizer import from_vocabulary
+from minibert.training import tokens
 from minibert.training.tokens import find_texts, is_held_out, token_files
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -220,6 +221,23 @@ def test_who_comes_second_waits_and_makes_nothing_again(write, tmp_path, folder)
     second.join(30)
     assert not second.is_alive()
     assert (folder / made.name).stat().st_ino == inode
+
+
+def test_a_text_that_grows_while_it_is_read_is_refused(write, folder, monkeypatch):
+    path, digest = write("text.txt", some_lines(50)), tokens.sha256
+
+    def grown_after(read):
+        found = digest(read)
+        with open(path, "a") as file:
+            file.write("one line more\n")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "sha256", grown_after)
+        with pytest.raises(ValueError, match=r"text\.txt was changed while it was read"):
+            token_files([str(path)], TOKENIZER, folder)
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert len(token_files([str(path)], TOKENIZER, folder)[0].starts) > 40
 
 
 def test_a_full_disk_leaves_nothing_behind(write, folder, monkeypatch):
