@@ -39,7 +39,7 @@ INSTEAD = {
     # from_pretrained
     "config": "the sizes come from the checkpoint's config.json; for an untrained model, BertForMaskedLM(config)",
     "device_map": 'give device="cuda"; the model is not cut into parts, but accelerate.dispatch_model can do it',
-    "attn_implementation": "the fastest is chosen for each batch; minibert.kernels.use_kernel(…) forces one",
+    "attn_implementation": "the fastest is chosen for each batch; minibert.attention.use_kernel(…) forces one",
     "num_labels": "this is the masked language model, and has no classifier",
     "quantization_config": SMALLER,
     "load_in_8bit": SMALLER,
@@ -91,7 +91,7 @@ ATTRIBUTES = {
     "disable_input_require_grads": "model.gradient_checkpointing_enable() does not need it",
     "activation_checkpointing_enable": "call model.gradient_checkpointing_enable()",
     "activation_checkpointing_disable": "call model.gradient_checkpointing_disable()",
-    "set_attn_implementation": "minibert.kernels.use_kernel(…) forces one, within a with block",
+    "set_attn_implementation": "minibert.attention.use_kernel(…) forces one, within a with block",
     "init_weights": "BertForMaskedLM(config) starts with random weights",
     "post_init": "BertForMaskedLM(config) starts with random weights",
     "push_to_hub": "model.save_pretrained(folder), and upload that: `hf upload owner/name folder`",

@@ -59,10 +59,9 @@ class BertConfig:
             )
         if self.hidden_act not in HIDDEN_ACTS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not known: choose one of {', '.join(HIDDEN_ACTS)}")
-        if self.pad_token_id is not None and (
-            type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size
-        ):
-            raise ValueError(f"pad_token_id {self.pad_token_id!r} is not an id below vocab_size {self.vocab_size}")
+        pad = self.pad_token_id
+        if pad is not None and (type(pad) is not int or not 0 <= pad < self.vocab_size):
+            raise ValueError(f"pad_token_id {pad!r} is not an id below vocab_size {self.vocab_size}")
 
     @property
     def head_size(self) -> int:

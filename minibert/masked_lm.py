@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree  # where torch keeps how a program's own classes are taken apart
 
 from minibert import checks
-from minibert.attention import equation_1, formula
+from minibert.attention import equation_1, forced_kernel, formula
 from minibert.checkpoint import hub, names, reading, writing
 from minibert.checkpoint.reading import LoadReport, shapes_only
 from minibert.config import BertConfig, config_of
 from minibert.devices import find_device
-from minibert.kernels import forced_kernel
 from minibert.loss import IGNORE, masked_lm_loss
 from minibert.model import Bert, EncoderLayer
 from minibert.packing import PackedBatch

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert import checks
+from minibert.attention import attention
 from minibert.config import BertConfig
-from minibert.kernels import attention
 from minibert.packing import PackedBatch
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from minibert import checks
 
+Lists = Sequence[Sequence[int]]  # of token ids: one list for each sequence
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -59,9 +61,8 @@ class PackedBatch:
         mask says, so that a left-padded row starts late: the same as transformers). Raises ValueError for other
         shapes or types.
         """
-        mask, token_type_ids, position_ids = checks.padded_inputs(
-            input_ids, attention_mask, token_type_ids, position_ids
-        )  # each (B, S)
+        # each (B, S):
+        mask, types, positions = checks.padded_inputs(input_ids, attention_mask, token_type_ids, position_ids)
         batch_size, length = input_ids.shape
         if mask is None:
             padded_index = torch.arange(batch_size * length, device=input_ids.device)  # (T,)
@@ -69,27 +70,13 @@ class PackedBatch:
         else:
             padded_index = mask.flatten().nonzero().flatten()  # (T,)
             lengths = tuple(mask.sum(1).tolist())
-        ids, types, positions = (
-            x.reshape(-1)[padded_index].long() for x in (input_ids, token_type_ids, position_ids)
-        )  # each (T,)
-        return cls(
-            input_ids=ids,
-            token_type_ids=types,
-            position_ids=positions,
-            cu_seqlens=_cumulative(lengths, input_ids.device),
-            lengths=lengths,
-            padded_shape=(batch_size, length),
-            padded_index=padded_index,
-            largest=checks.largest(ids, types, positions),
-        )
+        ids, types, positions = (x.reshape(-1)[padded_index].long() for x in (input_ids, types, positions))  # (T,)
+        bounds, largest = _cumulative(lengths, input_ids.device), checks.largest(ids, types, positions)
+        return cls(ids, types, positions, bounds, lengths, (batch_size, length), padded_index, largest)
 
     @classmethod
     def from_lists(
-        cls,
-        input_ids: Sequence[Sequence[int]],
-        token_type_ids: Sequence[Sequence[int]] | None = None,
-        *,
-        device: torch.device | str | None = None,
+        cls, input_ids: Lists, token_type_ids: Lists | None = None, *, device: torch.device | str | None = None
     ) -> "PackedBatch":
         """Put lists of token ids end to end. Positions count from 0 in each list.
 
@@ -102,7 +89,7 @@ class PackedBatch:
             if others != lengths:
                 raise ValueError(f"token_type_ids has lengths {list(others)}, input_ids has {list(lengths)}")
 
-        def flat(lists: Sequence[Sequence[int]]) -> Tensor:
+        def flat(lists: Lists) -> Tensor:
             numbers = torch.tensor([number for row in lists for number in row])
             if numbers.numel() and numbers.dtype != torch.int64:
                 raise ValueError(f"ids must be whole numbers, not {numbers.dtype}")
@@ -124,17 +111,9 @@ class PackedBatch:
         counts = torch.tensor(lengths, dtype=torch.int64)
         row = torch.arange(len(lengths)).repeat_interleave(counts, output_size=len(input_ids))
         positions = torch.arange(len(input_ids)) - (counts.cumsum(0) - counts)[row]
-        longest = max(lengths, default=0)
-        return cls(
-            input_ids=input_ids,
-            token_type_ids=types,
-            position_ids=positions,
-            cu_seqlens=_cumulative(lengths, None),
-            lengths=tuple(lengths),
-            padded_shape=(len(lengths), longest),
-            padded_index=row * longest + positions,
-            largest=checks.largest(input_ids, types, positions),
-        )
+        bounds, largest = _cumulative(lengths, None), checks.largest(input_ids, types, positions)
+        shape = (len(lengths), max(lengths, default=0))
+        return cls(input_ids, types, positions, bounds, tuple(lengths), shape, row * shape[1] + positions, largest)
 
     @property
     def num_tokens(self) -> int:
@@ -162,9 +141,7 @@ class PackedBatch:
         """(T,): where token t stands in the flattened (B, max_seqlen) rectangle whose rows have no holes."""
         starts = self.cu_seqlens[:-1].long()
         counts = self.cu_seqlens.diff().long()
-        row = torch.repeat_interleave(
-            torch.arange(len(counts), device=starts.device), counts, output_size=self.num_tokens
-        )
+        row = torch.arange(len(counts), device=starts.device).repeat_interleave(counts, output_size=self.num_tokens)
         token = torch.arange(self.num_tokens, device=starts.device)
         return row * self.max_seqlen + token - starts[row]
 

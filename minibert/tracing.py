@@ -49,6 +49,24 @@ class Rectangle:
         )
         return cls(ids, types, positions, mask.bool(), maps)
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: nn.Dropout | None = None) -> Tensor:
+        """Attention of query, key and value (B, S, H, K) with a mask over the keys: (B, S, H, K)."""
+        # (B, 1): a row without a token may see all of itself; otherwise its softmax would be no number.
+        nobody = ~self.attention_mask.any(1, keepdim=True)
+        mask = (self.attention_mask | nobody)[:, None, None, :]  # (B, 1, 1, S)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # each (B, H, S, K)
+        if self.maps is None:
+            rate = 0.0 if dropout is None else dropout.p
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate).transpose(1, 2)
+        seen = self.attention_mask[:, None, :, None] & self.attention_mask[:, None, None, :]  # (B, 1, S, S)
+
+        def keep(probabilities: Tensor) -> Tensor:
+            """On the way to the values, so that there is a gradient of what follows by the map."""
+            self.maps.append(probabilities.masked_fill(~seen, 0))  # type: ignore[union-attr]
+            return self.maps[-1] if dropout is None else dropout(self.maps[-1])  # type: ignore[index]
+
+        return equation_1(q, k, v, mask, keep)[0].transpose(1, 2)
+
 
 def rectangle(
     input_ids: Tensor,
@@ -73,22 +91,3 @@ def rectangle(
     position_ids = position_ids.expand(input_ids.shape)
     ids, types, positions = (x.masked_fill(~mask, 0) for x in (input_ids, token_type_ids, position_ids))
     return Rectangle(ids, types, positions, mask, maps)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, batch: Rectangle, dropout: nn.Dropout | None = None) -> Tensor:
-    """Attention of query, key and value (B, S, H, K) with a mask over the keys: (B, S, H, K)."""
-    # (B, 1): a row without a token may see all of itself; otherwise its softmax would be no number.
-    nobody = ~batch.attention_mask.any(1, keepdim=True)
-    mask = (batch.attention_mask | nobody)[:, None, None, :]  # (B, 1, 1, S)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # each (B, H, S, K)
-    if batch.maps is None:
-        rate = 0.0 if dropout is None else dropout.p
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate).transpose(1, 2)
-    seen = batch.attention_mask[:, None, :, None] & batch.attention_mask[:, None, None, :]  # (B, 1, S, S)
-
-    def keep(probabilities: Tensor) -> Tensor:
-        """On the way to the values, so that there is a gradient of what follows by the map."""
-        batch.maps.append(probabilities.masked_fill(~seen, 0))  # type: ignore[union-attr]
-        return batch.maps[-1] if dropout is None else dropout(batch.maps[-1])  # type: ignore[index]
-
-    return equation_1(q, k, v, mask, keep)[0].transpose(1, 2)

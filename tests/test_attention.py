@@ -8,9 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from twins import CONFIGS, make_batch, twins
 
 from minibert import BertConfig, BertForMaskedLM, PackedBatch
-from minibert import kernels as module
-from minibert.attention import formula
-from minibert.kernels import QuickDropout, attention, attention_at, choose_kernel, quick_dropout, use_kernel
+from minibert import attention as module
+from minibert.attention import attention, choose_kernel, formula, use_kernel
+from minibert.inference.prepare import attention_at
+from minibert.training.step import QuickDropout, quick_dropout
 
 UNEVEN, UNIFORM = (5, 1, 9, 3), (6, 6, 6)
 lengths_given = pytest.mark.parametrize("lengths", [UNEVEN, UNIFORM, (7,)], ids=["uneven", "uniform", "one"])

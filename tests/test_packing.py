@@ -351,17 +351,18 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model):
 
 
 @pytest.mark.parametrize("name", checks.HOLDS)
-def test_an_argument_that_has_one_value_here_takes_no_other(name, checkpoint, tmp_path):
+def test_an_argument_that_holds_anyway_takes_no_other_value(name, checkpoint, tmp_path):
     """As load_in_8bit=True, which would be ignored."""
-    value = checks.HOLDS[name]
-    model = BertForMaskedLM.from_pretrained(checkpoint)
+    values = checks.HOLDS[name]
+    other = next(value for value in (True, False, "another") if value not in values)
     if name in ("safe_serialization", "push_to_hub"):
-        call = lambda **given: model.save_pretrained(tmp_path, **given)  # noqa: E731
+        call, given = BertForMaskedLM.from_pretrained(checkpoint).save_pretrained, tmp_path
     else:
-        call = lambda **given: BertForMaskedLM.from_pretrained(checkpoint, **given)  # noqa: E731
-    call(**{name: value})
-    with pytest.raises(TypeError, match=f"{name}={value} only, not {not value}: "):
-        call(**{name: not value})
+        call, given = BertForMaskedLM.from_pretrained, checkpoint
+    for value in values:
+        call(given, **{name: value})
+    with pytest.raises(TypeError, match=f"{name}=.*{values[0]!r}.* only, not {other!r}: "):
+        call(given, **{name: other})
 
 
 @pytest.mark.parametrize("most", [1, 7, 100])

@@ -20,7 +20,7 @@ from twins import (
 )
 
 from minibert import BertConfig, BertForMaskedLM, PackedBatch, masked_lm_loss
-from minibert.kernels import use_kernel
+from minibert.attention import use_kernel
 from minibert.model import ACTIVATIONS
 
 every_shape = pytest.mark.parametrize("mask", MASKS)

@@ -14,7 +14,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from minibert.kernels import forced_kernel, use_kernel
+from minibert.attention import forced_kernel, use_kernel
 from minibert.packing import PackedBatch
 
 GRAPH_TOKENS = 4096  # with more tokens than this the kernels take longer than their launching

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from minibert.kernels import has_amx
+from minibert.attention import has_amx
 from minibert.model import EncoderLayer, MLMHead
 from minibert.packing import PackedBatch
 

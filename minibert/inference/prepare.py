@@ -5,7 +5,7 @@ Everywhere, `predict` runs the last layer for the asked positions only: no later
 On the CPU, linear layers are computed by oneDNN on weights that were ordered for it beforehand (onednn.py), in int8 on
 weights of 8 bits (int8.py).
 
-On CUDA, the weights are bfloat16, so kernels.py chooses flash attention on the packed tokens. What is done for each
+On CUDA, the weights are bfloat16, so attention.py chooses flash attention on the packed tokens. What is done for each
 token alone is compiled by the first call, once for all lengths. Attention stays outside, since it needs the lengths on
 the host. Small batches are replayed as CUDA graphs (cuda_graphs.py).
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minibert import checks
+from minibert.attention import attention, forced_kernel, one_sequence
 from minibert.checkpoint.reading import shapes_only
 from minibert.inference.cuda_graphs import Graphs, can_compile, has_flash_attention
 from minibert.inference.fixed import PREPARED, fix
@@ -31,7 +32,6 @@ from minibert.inference.onednn import (
     prepack_layer,
 )
 from minibert.inference.ways import WAYS, fastest_way, has_int8_products, linear_layer, working_ways
-from minibert.kernels import attention, attention_at
 from minibert.masked_lm import BertForMaskedLM
 from minibert.model import ACTIVATIONS, Bert, EncoderLayer, FeedForward, MLMHead, SelfAttention
 from minibert.packing import PackedBatch
@@ -252,3 +252,19 @@ def after_attention(layer: nn.Module, context: Tensor, x: Tensor) -> Tensor:
     assert isinstance(layer, EncoderLayer)
     x = layer.attention_LayerNorm(layer.attention.output(context.flatten(-2)) + x)  # (M, D)
     return layer.feed_forward_LayerNorm(layer.feed_forward(x) + x)  # (M, D)
+
+
+def attention_at(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
+    """The context of the tokens at `positions` (M,) only: (M, H, K). Without dropout."""
+    if not query.is_cpu or forced_kernel() is not None or not 0 < len(positions) < len(query):
+        return attention(query, key, value, batch)[positions]
+    starts = batch.cu_seqlens
+    sequence = torch.searchsorted(starts, positions, right=True) - 1  # (M,)
+    order = sequence.argsort(stable=True)
+    asked = sequence.bincount(minlength=batch.num_sequences).tolist()
+    queries = query[positions[order]].transpose(0, 1).split(asked, dim=1)
+    keys, values = (x.transpose(0, 1).split(batch.lengths, dim=1) for x in (key, value))
+    contexts = [
+        one_sequence(q, k, v).transpose(0, 1) for q, k, v in zip(queries, keys, values, strict=True) if q.shape[1]
+    ]
+    return torch.cat(contexts)[order.argsort()]  # (M, H, K)

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minibert.attention import use_kernel
 from minibert.checkpoint.config_keys import FIXED_KEYS
 from minibert.checkpoint.files import read_json
 from minibert.checkpoint.names import WRAPPERS, hub_names
 from minibert.config import BertConfig
-from minibert.kernels import use_kernel
 from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch

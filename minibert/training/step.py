@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minibert.kernels import quick_dropout
 from minibert.loss import masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import example_generator
@@ -126,6 +125,39 @@ def compiles(settings: Settings, device: torch.device) -> bool:
     if settings.compile is not None:
         return settings.compile
     return device.type == "cuda" and find_spec("triton") is not None
+
+
+class QuickDropout(nn.Dropout):
+    """nn.Dropout for training on the CPU, where torch draws random numbers one after the other, which took an eighth
+    of a step. Here 16 random bits decide over an element, not 64. So p is rounded to a multiple of 2^-16, and the
+    elements dropped are others than those of nn.Dropout (and of transformers) for the same seed.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        dropped = min(max(round(self.p * 2**16), 1), 2**16 - 1)  # of the 2^16 patterns that 16 bits have
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)  # 64 each
+        kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+        return torch.where(kept, x * (2**16 / (2**16 - dropped)), 0.0)
+
+
+@contextmanager
+def quick_dropout(model: nn.Module) -> Iterator[None]:
+    """Within this block a `QuickDropout` stands in place of every nn.Dropout of `model` that has no hooks."""
+    replaced = [
+        (part, name, old)
+        for part in model.modules()
+        for name, old in part.named_children()
+        if isinstance(old, nn.Dropout) and not (old._forward_hooks or old._forward_pre_hooks)
+    ]
+    try:
+        for part, name, old in replaced:
+            setattr(part, name, QuickDropout(old.p).train(old.training))
+        yield
+    finally:
+        for part, name, old in replaced:
+            setattr(part, name, old.train(part.get_submodule(name).training))
 
 
 @contextmanager

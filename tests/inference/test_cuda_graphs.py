@@ -9,12 +9,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from twins import CONFIGS, twins
 
+import minibert.attention
 import minibert.checks
-import minibert.kernels
 from minibert import BertConfig, BertForMaskedLM, PackedBatch
+from minibert.attention import attention, use_kernel
 from minibert.inference import cuda_graphs, prepare, prepare_for_inference
 from minibert.inference.cuda_graphs import CapturedPredict, Graphs, _round_up
-from minibert.kernels import attention, use_kernel
 
 
 def eager_capture(run, graphs):
@@ -41,7 +41,7 @@ MIXES = [[5, 9], [9, 5], [1, 1, 1, 1], [20, 5, 9], [3], [12] * 5, [70, 2], [30, 
 
 def test_graphs_of_rounded_sizes_give_the_same_logits(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "capture", eager_capture)
-    monkeypatch.setattr(minibert.kernels, "varlen", flash_attention_reads)
+    monkeypatch.setattr(minibert.attention, "varlen", flash_attention_reads)
     monkeypatch.setattr(prepare, "attention_at", lambda q, k, v, b, at: attention(q, k, v, b)[at])
     monkeypatch.setattr(cuda_graphs, "GRAPHS", 6)
     ours, _ = twins({**CONFIGS["batch 13, gelu"], "max_position_embeddings": 128})
@@ -110,7 +110,7 @@ def test_compiled_once_for_all_lengths(monkeypatch):
 
 def test_nothing_in_the_layers_asks_the_device(monkeypatch):
     """On fake CUDA tensors whatever would wait for a number from the device is an error."""
-    monkeypatch.setattr("minibert.kernels.varlen", lambda query, key, value, batch: torch.empty_like(query))
+    monkeypatch.setattr("minibert.attention.varlen", lambda query, key, value, batch: torch.empty_like(query))
     monkeypatch.setattr(prepare, "COMPILED_ON", ())
     monkeypatch.setattr(prepare, "has_flash_attention", lambda *arguments: False)  # so no graphs
     config = BertConfig(num_hidden_layers=2, hidden_size=48, num_attention_heads=3, intermediate_size=37, vocab_size=99)

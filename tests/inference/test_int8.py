@@ -9,11 +9,11 @@ from torch.nn.functional import gelu, relu, silu
 from twins import CONFIGS, twins
 
 from minibert import BertConfig, BertForMaskedLM, PackedBatch, prepare_for_inference
+from minibert.attention import use_kernel
 from minibert.inference import int8, onednn
 from minibert.inference.int8 import Int8Linear
 from minibert.inference.onednn import FUSED, NONE
 from minibert.inference.ways import working_ways
-from minibert.kernels import use_kernel
 
 REFERENCE = {
     NONE: lambda y: y,

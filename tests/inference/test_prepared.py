@@ -9,11 +9,11 @@ from forms import FORMS, TOLERANCE, form_or_skip
 from twins import CONFIGS, MASKS, SIZES, make_batch, twins
 
 from minibert import FillMask, PackedBatch
+from minibert.attention import use_kernel
 from minibert.inference import prepare_for_inference
 from minibert.inference.onednn import has_bfloat16
 from minibert.inference.prepare import _choose_way
 from minibert.inference.ways import WAYS, linear_layer
-from minibert.kernels import use_kernel
 from minibert.tokenizer import from_vocabulary
 
 pytestmark = pytest.mark.usefixtures("exact_products")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from twins import CONFIGS, twins
 
-import minibert.kernels
+import minibert.attention
 import minibert.masked_lm
 import minibert.model
 from minibert import BertForMaskedLM
@@ -61,8 +61,8 @@ def wrong(capsys, folder):
 
 def test_each_row_can_fail(folder, capsys, monkeypatch):
     with monkeypatch.context() as patch:  # the formula stays right: only the fused kernel is wrong
-        real = minibert.kernels.sequences
-        patch.setattr(minibert.kernels, "sequences", lambda *given, **more: real(*given, **more) * 1.001)
+        real = minibert.attention.sequences
+        patch.setattr(minibert.attention, "sequences", lambda *given, **more: real(*given, **more) * 1.001)
         assert wrong(capsys, folder) == (["logits", "loss", "gradients", *ROWS[4:6]], "logits")
     with monkeypatch.context() as patch:
         patch.setitem(minibert.model.ACTIVATIONS, "gelu_new", nn.functional.gelu)

@@ -9,7 +9,7 @@ from studied import PAIR, SIZES, TEXT, inputs, pair_of_models, tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from minibert import FillMask, PackedBatch
-from minibert.kernels import use_kernel
+from minibert.attention import use_kernel
 from minibert.study import heads, study
 from minibert.study.changes import mixing_ratio
 from minibert.study.cost import cost

@@ -178,12 +178,10 @@ def test_in_training_elements_are_dropped_at_the_models_rate(tiny, corpus):
     model = tiny.load()[0].train()
     batch = corpus.examples(0, range(20)).batch
     drawn = []
-    hooks = [
-        module.register_forward_hook(lambda module, inputs, output: drawn.append((output == 0).float().mean().item()))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Dropout) and not name.endswith("attention.dropout")  # called for each sequence
-    ]
     with wrapped_layers(model):
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Dropout) and not name.endswith("attention.dropout"):  # for each sequence
+                module.register_forward_hook(lambda module, _, y: drawn.append((y == 0).float().mean().item()))
         model.encode(batch)
         # 5 places, of some 400 tokens × 32
         assert len(drawn) == 1 + 2 * 2
@@ -193,8 +191,6 @@ def test_in_training_elements_are_dropped_at_the_models_rate(tiny, corpus):
         drawn.clear()
         assert torch.equal(model.encode(batch), model.encode(batch))
         assert max(drawn) < 1e-3
-    for hook in hooks:
-        hook.remove()
 
 
 def test_activations_computed_again_give_the_same_gradients_and_keep_less(tiny, corpus):
