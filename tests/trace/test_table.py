@@ -65,6 +65,7 @@ def test_a_trace_holds_what_the_model_was_asked_and_computes(which):
         x = x.transpose(1, 2) if letters.startswith("B H") else x
         assert not x[~seen].any(), name
         assert letters != "B H S S" or not x.transpose(1, 3)[~seen].any(), name
+    assert all(x.untyped_storage().nbytes() == x.nbytes for name, x in found.items() if name.startswith("gradient."))
     alone = trace(model, batch["input_ids"])
     assert "loss" not in alone.tensors
     assert not any(name.startswith("gradient.") for name in alone.tensors)
@@ -108,7 +109,7 @@ def test_exact_arithmetic_and_only_in_the_trace(which, fails, loose):
 
     def settings():
         half = [getattr(torch.backends.cuda.matmul, name) for name in HALF_SUMS]
-        return torch.get_float32_matmul_precision(), *half, torch.is_autocast_enabled("cpu")
+        return torch.get_float32_matmul_precision(), *half, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
 
     def look(*_):
         seen.append(settings())
@@ -121,8 +122,8 @@ def test_exact_arithmetic_and_only_in_the_trace(which, fails, loose):
     )
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(KeyError) if fails else nullcontext():
         assert torch.equal(trace(model, **batch).tensors["logits"], exact)
-    assert settings() == before == ("medium", True, True, False)
-    assert seen == [("highest", False, False, False)]
+    assert settings() == before == ("medium", True, True, False, True)
+    assert seen == [("highest", False, False, False, False)]  # and no graph, where no gradient is asked for
     assert which == 0 or model.config._attn_implementation == "sdpa"
 
 
