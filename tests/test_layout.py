@@ -60,7 +60,10 @@ def test_imports_go_downward():
 
 def test_bert_itself_imports_nothing_that_is_done_with_it():
     for name, others in IMPORTS.items():
-        if name.split(".")[0] not in AROUND | {"__main__"}:
+        if name.split(".")[0] not in AROUND | {
+            "__main__",
+            "__init__",
+        }:  # __init__ gives names, when they are first used
             assert not {other.split(".")[0] for other in others} & AROUND, name
 
 
@@ -167,6 +170,7 @@ def test_public_surface():
             "load_tokenizer",
             "mask_tokens",
             "masked_lm_loss",
+            "parameter_groups",
             "FillMask",
         ),
         "prepare_for_inference",
