@@ -106,7 +106,9 @@ def _record(program: nn.Module, example: dict[str, Tensor]) -> torch.export.Expo
 
 
 def _write_pt2(program: nn.Module, example: dict[str, Tensor], path: Path) -> None:
-    torch.export.save(_record(program, example), path)
+    written = io.BytesIO()  # with a path, torch ends the whole process when the disk is full
+    torch.export.save(_record(program, example), written)
+    path.write_bytes(written.getvalue())
 
 
 def _load_pt2(path: Path) -> Program:
