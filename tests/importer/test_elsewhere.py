@@ -45,7 +45,7 @@ def same(one, other):
 
 def for_trainer():
     """The class as the cookbook shows it."""
-    page = (Path(minibert.__file__).parent / "README.md").read_text(encoding="utf-8")
+    page = (Path(minibert.__file__).parent / "cookbook.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^(class ForTrainer.*?)^```$", page, re.MULTILINE | re.DOTALL)
     names = {"torch": torch, "nn": nn}
     exec(block, names)
