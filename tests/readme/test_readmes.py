@@ -56,7 +56,8 @@ class Block:
 def blocks(page):
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        yield Block(page, text[: match.start()].count("\n") + 1, match[1], match[2], text[: match.start()].count("\n## "))
+        above = text[: match.start()]
+        yield Block(page, above.count("\n") + 1, match[1], match[2], above.count("\n## "))
 
 
 def require_like(printed, shown, where):
