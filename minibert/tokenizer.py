@@ -331,7 +331,8 @@ def as_files(tokenizer: Any, max_length: int) -> dict[str, str]:
     said |= {token["content"] for token in settings.get("added_tokens_decoder", {}).values()}
     if more := [token.content for token in added.values() if token.special and token.content not in said]:
         settings["extra_special_tokens"] = [*extra_tokens(settings), *more]
-    settings["split_special_tokens"] = tokenizer.encode_special_tokens
+    if settings.get("split_special_tokens", False) != tokenizer.encode_special_tokens:
+        settings["split_special_tokens"] = tokenizer.encode_special_tokens
     # With these here, files of an earlier tokenizer that lie in the folder (added_tokens.json, …) are not read.
     settings["added_tokens_decoder"] = _added(tokenizer)
     kind = settings.get("tokenizer_class")
