@@ -2,8 +2,8 @@
 
     study(model, tokenizer, "Paris is the capital of [MASK].").save("page.html")
 
-Each view has a room of its own, with its formulas and sources, usable alone: reading and sums (what BERT reads),
-guesses (layer by layer), words (which of them matter), heads (attention), changes (how much each layer does), cost.
+reading.py: what BERT reads. measures.py and heads.py: the numbers of each view, with their formulas and sources, usable
+alone. views.py takes them from a trace, result.py puts them together, text.py and page.py show them.
 """
 
 from minibert.study.result import Study, study, study_trace

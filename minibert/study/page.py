@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from minibert.checkpoint.files import whole_file, writable_place
-from minibert.study.says import plain
+from minibert.study.text import plain
 
 OURS = '<meta name="generator" content="minibert study">'  # how a page of ours is told from other files
 HEAD = 1000  # characters in which OURS stands

@@ -1,4 +1,5 @@
-"""What BERT reads: the tokens of a text, with their words and segments. All that is asked of a tokenizer is asked here.
+"""What BERT reads: the tokens of a text, with their words and segments. All that is asked of a tokenizer is asked here,
+and what its words are.
 
 A *piece* is a token's text ("break", "##fast"). A *word* is what the tokenizer cut the pieces from. An *added* token is
 one that the tokenizer put around the text ([CLS] and [SEP] in most BERTs).
@@ -8,8 +9,11 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
+from minibert import checks
 from minibert.config import BertConfig
 from minibert.tokenizer import encode, own_mask, require_id, words_of
 
@@ -129,3 +133,31 @@ def read_ids(
         masks=masks,
         filling=[part.lstrip() if number == 0 else part for number, part in enumerate(filling)],
     )
+
+
+class Vocabulary:
+    """What each of the model's ids is called, and which of them are words.
+
+    A model may have more ids than its tokenizer, to fill up its vocabulary: they are never an answer. Without a
+    tokenizer an id is called "#2003", and all of them are words. Raises ValueError if the tokenizer has ids that the
+    model has not.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, config: BertConfig) -> None:
+        self.tokenizer = tokenizer
+        self.words: Tensor | None = None  # (V,) bool; None if all ids are words
+        self.size = config.vocab_size
+        known = [] if tokenizer is None else sorted(tokenizer.get_vocab().values())
+        if known:
+            checks.require_vocabulary(known[-1] + 1, config)
+        if known and len(known) < config.vocab_size:
+            self.size = len(known)
+            nothing = torch.zeros(config.vocab_size, dtype=torch.bool)
+            self.words = nothing.index_fill(0, torch.tensor(known), True)
+
+    def name(self, token: int) -> str:
+        return (self.tokenizer.id_to_token(token) if self.tokenizer is not None else None) or f"#{token}"
+
+    def only_words(self, x: Tensor, otherwise: float) -> Tensor:
+        """x (…, V) with `otherwise` at the ids that are no words."""
+        return x if self.words is None else x.masked_fill(~self.words.to(x.device), otherwise)

@@ -14,14 +14,10 @@ from minibert import checks
 from minibert.fill_mask import target_ids
 from minibert.masked_lm import BertForMaskedLM
 from minibert.study import page, views
-from minibert.study.cost import cost
-from minibert.study.facts import Facts, Model
-from minibert.study.reading import Reading, mask_id, read_ids, read_text
-from minibert.study.row import Row
-from minibert.study.says import says
-from minibert.study.text import to_text
-from minibert.study.vocabulary import Vocabulary
-from minibert.study.words import influence, neighbours
+from minibert.study.measures import Facts, Model, cost, influence, neighbours
+from minibert.study.reading import Reading, Vocabulary, mask_id, read_ids, read_text
+from minibert.study.text import says, to_text
+from minibert.study.views import TracedText
 from minibert.tokenizer import as_tokenizer
 from minibert.trace.recorder import trace
 from minibert.trace.tracefile import Trace
@@ -88,7 +84,7 @@ def study(
     vocabulary = Vocabulary(tokenizer, model.config)
     reading = read_text(tokenizer, model.config, text, pair, truncate=truncate)
     given = torch.tensor([reading.ids]), None, torch.tensor([reading.segments])  # no mask: every token is there
-    row = Row(trace(model, *given))
+    row = TracedText(trace(model, *given))
     followed = [] if targets is None else target_ids(tokenizer, targets)
     if followed and not reading.masks:
         raise ValueError("targets are words for a mask, and the text has none: write one, or leave the targets out")
@@ -139,7 +135,7 @@ def study_trace(
         raise ValueError("words can be followed only where a model's tokenizer is given")
     tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     vocabulary = Vocabulary(tokenizer, recorded.config)
-    chosen = Row(recorded, row)
+    chosen = TracedText(recorded, row)
     reading = read_ids(chosen.ids, chosen.segments, chosen.positions, chosen.asked, tokenizer)
     followed = [] if targets is None or tokenizer is None else target_ids(tokenizer, targets)
     title = name or recorded.title.replace(recorded.name, Path(recorded.name).name)  # a page tells no folder
@@ -147,7 +143,7 @@ def study_trace(
 
 
 def _study(
-    row: Row,
+    row: TracedText,
     reading: Reading,
     model: BertForMaskedLM | None,
     vocabulary: Vocabulary,

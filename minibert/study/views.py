@@ -1,23 +1,74 @@
-"""The views' numbers from the tensors of a trace. What they mean, with formulas, is in the rooms of the measures."""
+"""What a study shows, from the tensors of a trace. What the numbers mean is in measures.py and heads.py."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM
 from minibert.model import EncoderLayer
 from minibert.packing import PackedBatch
-from minibert.study import heads as attention
-from minibert.study.changes import LayerChange, cosine, length_ratio, mixing_ratio
-from minibert.study.facts import Answer
-from minibert.study.guesses import Guess, Guesses, guesses, state_names
-from minibert.study.heads import Head
-from minibert.study.maps import Maps, maps
-from minibert.study.reading import Reading
-from minibert.study.row import Row
-from minibert.study.sums import embedding_parts, shares
-from minibert.study.vocabulary import Vocabulary
+from minibert.study.heads import Head, Maps, habits, maps, taken, written
+from minibert.study.measures import (
+    Answer,
+    Guess,
+    Guesses,
+    LayerChange,
+    cosine,
+    embedding_parts,
+    guesses,
+    length_ratio,
+    mixing_ratio,
+    shares,
+    state_names,
+)
+from minibert.study.reading import Reading, Vocabulary
+from minibert.trace.table import SHAPES, expected_shape, row_of
+from minibert.trace.tracefile import Trace
+
+
+class TracedText:
+    """Text number `number` of a trace. Raises ValueError if there is no such text, or no token in it."""
+
+    def __init__(self, trace: Trace, number: int = 0) -> None:
+        inputs, _ = trace.inputs()
+        rows = len(inputs.input_ids)
+        if not 0 <= number < rows:
+            raise ValueError(f"{trace.name} has the texts 0 to {rows - 1}, and no text {number}")
+        self.trace, self.number, self.config = trace, number, trace.config
+        self.shape = tuple(inputs.input_ids.shape)
+        self.kept = inputs.attention_mask[number].nonzero().flatten()  # (S,): the columns that are tokens
+        if not len(self.kept):
+            raise ValueError(f"text {number} of {trace.name} is padding alone")
+        self.ids: list[int] = inputs.input_ids[number, self.kept].tolist()
+        self.positions: list[int] = self.kept.tolist()
+        self.segments: list[int] = inputs.token_type_ids[number, self.kept].tolist()
+        # The model is asked where a label is another token than the one that stands there.
+        labels = self.ids if inputs.labels is None else inputs.labels[number, self.kept].tolist()
+        self.asked = [place for place, label in enumerate(labels) if label not in (IGNORE, self.ids[place])]
+
+    def has(self, *names: str) -> bool:
+        found = self.trace.shapes()
+        return all(name in found for name in names)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in float32, B gone and S the tokens alone: "layers.0.value" is (H, S, K).
+
+        Raises ValueError if its shape is another than the trace's config says, or a number in it is not finite.
+        """
+        shape = self.trace.shapes()[name]
+        wanted = expected_shape(name, self.config, self.shape)
+        if shape != wanted:
+            raise ValueError(f"{self.trace.name}: {name} is {shape}, and must be {wanted}")
+        x = self.trace.rows(name, self.number, self.number + 1)[0]
+        for axis, letter in enumerate(SHAPES[row_of(name)][1:]):
+            if letter == "S" and len(self.kept) < self.shape[1]:
+                x = x.index_select(axis, self.kept)
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"{self.trace.name}: {name} holds numbers that are not finite: a weight is broken")
+        return x.float()
+
 
 # Masks that are followed through the layers: at most so many, and so many words of all their steps together. What is
 # answered at the others is there all the same.
@@ -25,7 +76,7 @@ MOST_MASKS, MOST_GUESSES = 32, 10_000
 SAME_SUM = 0.01  # a trace is of this model if its sums differ by less than this share of their largest number
 
 
-def left_out(row: Row, reading: Reading, model: BertForMaskedLM | None) -> dict[str, str]:
+def left_out(row: TracedText, reading: Reading, model: BertForMaskedLM | None) -> dict[str, str]:
     """The views that cannot be shown, and why."""
     layers = range(row.config.num_hidden_layers)
     steps = ("attention_output", "attention_norm", "feed_forward", "feed_forward_norm")
@@ -49,7 +100,7 @@ def left_out(row: Row, reading: Reading, model: BertForMaskedLM | None) -> dict[
 
 
 def answers(
-    row: Row, reading: Reading, model: BertForMaskedLM | None, vocabulary: Vocabulary, top_k: int
+    row: TracedText, reading: Reading, model: BertForMaskedLM | None, vocabulary: Vocabulary, top_k: int
 ) -> list[Answer]:
     """The best words at every mask, from the logits of the trace, or from the head on its last states."""
     if not reading.masks:
@@ -71,7 +122,7 @@ def answers(
     ]
 
 
-def sum_shares(row: Row, model: BertForMaskedLM) -> dict[str, list[float]]:
+def sum_shares(row: TracedText, model: BertForMaskedLM) -> dict[str, list[float]]:
     """What word, position and segment give to each sum. Empty if the trace's sums are not this model's."""
     given = (torch.tensor([numbers], device=_device(model)) for numbers in (row.ids, row.segments, row.positions))
     ids, segments, positions = given
@@ -85,7 +136,7 @@ def sum_shares(row: Row, model: BertForMaskedLM) -> dict[str, list[float]]:
 
 
 def layer_guesses(
-    row: Row,
+    row: TracedText,
     reading: Reading,
     model: BertForMaskedLM,
     vocabulary: Vocabulary,
@@ -105,7 +156,7 @@ def layer_guesses(
     return found
 
 
-def heads(row: Row, reading: Reading, model: BertForMaskedLM | None) -> tuple[list[Head], list[Head], Maps]:
+def heads(row: TracedText, reading: Reading, model: BertForMaskedLM | None) -> tuple[list[Head], list[Head], Maps]:
     """View 4: the heads by their weights, the heads by what they take (empty without a model), and the maps."""
     looks: list[Head] = []
     takes: list[Head] = []
@@ -113,17 +164,17 @@ def heads(row: Row, reading: Reading, model: BertForMaskedLM | None) -> tuple[li
     for number in range(row.config.num_hidden_layers):
         probabilities = row.read(f"layers.{number}.probabilities")  # (H, S, S)
         weights.append(probabilities)
-        looks += attention.habits(probabilities, reading, number)
+        looks += habits(probabilities, reading, number)
         if model is None:
             continue
         length = _given(row, number, model).norm(dim=-1)  # (H, S)
         lengths.append(length)
-        shares_taken.append(attention.taken(probabilities, length))
-        takes += attention.habits(shares_taken[-1], reading, number)
+        shares_taken.append(taken(probabilities, length))
+        takes += habits(shares_taken[-1], reading, number)
     return looks, takes, maps(weights, shares_taken, lengths, reading.masks)
 
 
-def layer_change(row: Row, number: int, model: BertForMaskedLM | None) -> LayerChange:
+def layer_change(row: TracedText, number: int, model: BertForMaskedLM | None) -> LayerChange:
     """View 5 for one layer."""
     before = f"layers.{number - 1}.feed_forward_norm" if number else "embeddings.norm"
     read = {
@@ -145,10 +196,10 @@ def layer_change(row: Row, number: int, model: BertForMaskedLM | None) -> LayerC
     )
 
 
-def _given(row: Row, number: int, model: BertForMaskedLM) -> Tensor:
+def _given(row: TracedText, number: int, model: BertForMaskedLM) -> Tensor:
     """f(x) of one layer, (H, S, D)."""
     weight = _layer(model, number).attention.output.weight.float().cpu()
-    return attention.written(row.read(f"layers.{number}.value"), weight)
+    return written(row.read(f"layers.{number}.value"), weight)
 
 
 def _layer(model: BertForMaskedLM, number: int) -> EncoderLayer:

@@ -9,9 +9,8 @@ import torch
 from studied import PAIR, TEXT, browser, inputs, pair_of_models, tokenizer
 
 from minibert.study import study, study_trace
-from minibert.study.heads import taken, written
-from minibert.study.maps import unpack
-from minibert.study.says import percent, signed
+from minibert.study.heads import taken, unpack, written
+from minibert.study.text import percent, signed
 from minibert.trace import trace
 
 pytestmark = pytest.mark.browser
@@ -221,7 +220,7 @@ def test_a_hostile_text_stays_text(tmp_path):
 
 
 def test_512_tokens_are_ready_in_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("minibert.study.words.MOST_TOKENS", 1024)  # the experiments are not what is timed
+    monkeypatch.setattr("minibert.study.measures.MOST_TOKENS", 1024)  # the experiments are not what is timed
     ours, _ = pair_of_models(num_hidden_layers=12, num_attention_heads=12, hidden_size=24, max_position_embeddings=512)
     words = "she drank a cup before breakfast of cold tea , the capital of france is paris .".split()
     found = study(ours, tokenizer(), " ".join((words * 40)[:509]) + " [MASK]")

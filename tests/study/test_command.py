@@ -2,13 +2,12 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from measure import picture
 from studied import SIZES, pair_of_models, tokenizer
 
 from minibert.cli import main
-from minibert.study import picture
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +97,10 @@ def test_the_readmes_picture_is_drawn_from_the_models_numbers(tmp_path):
     """The picture in the project is what the program draws today: the same words, and nearly the same numbers."""
     picture.draw_to(tmp_path / "picture.svg")
     drawn = (tmp_path / "picture.svg").read_text(encoding="utf-8")
-    kept = Path(picture.__file__).with_name("picture.svg").read_text(encoding="utf-8")
+    kept = (picture.FOLDER / "picture.svg").read_text(encoding="utf-8")
     number = re.compile(r"-?\d+(?:\.\d+)?")
     assert number.sub("0", drawn) == number.sub("0", kept)
     for one, other in zip(number.findall(drawn), number.findall(kept), strict=True):
         assert float(one) == pytest.approx(float(other), abs=1.01)
-    assert Path(picture.__file__).with_name("picture.png").stat().st_size <= 200_000
+    assert (picture.FOLDER / "picture.png").stat().st_size <= 200_000
     assert not re.findall("https?:", drawn.replace("http://www.w3.org/2000/svg", ""))

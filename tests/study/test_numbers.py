@@ -11,13 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from minibert import FillMask, PackedBatch
 from minibert.attention import use_kernel
 from minibert.study import heads, study
-from minibert.study.changes import mixing_ratio
-from minibert.study.cost import cost
-from minibert.study.heads import habits, spread, taken, written
-from minibert.study.maps import fold, maps, pack, unpack
+from minibert.study.heads import fold, habits, maps, pack, spread, taken, unpack, written
+from minibert.study.measures import MOST_TOKENS, cost, mixing_ratio, neighbours, shares
 from minibert.study.reading import read_text
-from minibert.study.sums import shares
-from minibert.study.words import MOST_TOKENS, neighbours
 from minibert.trace import trace
 
 # One rounding of float32 is 6e-8 of numbers of order 1 to 5; some tens of them may differ. As in test_parity.
@@ -272,7 +268,7 @@ def test_maps_that_are_too_many_are_folded(monkeypatch, limit):
     lengths = [torch.rand(2, 100) for _ in range(3)]
     takes = [taken(one, length) for one, length in zip(weights, lengths, strict=True)]
     assert maps(weights, takes, lengths, [7, 50]).side == 100
-    monkeypatch.setattr("minibert.study.maps." + limit, 3 * 2 * 100 * 100 // 2)
+    monkeypatch.setattr("minibert.study.heads." + limit, 3 * 2 * 100 * 100 // 2)
     kept = maps(weights, takes, lengths, [7, 50])
     assert kept.side == 64
     folded = unpack(kept.weights).view(3, 2, kept.side, kept.side)

@@ -17,7 +17,7 @@ from studied import PAIR, TEXT, pair_of_models, tokenizer
 
 import minibert
 from minibert.study import study
-from minibert.study.maps import unpack
+from minibert.study.heads import unpack
 from minibert.study.page import OURS
 
 MOST_BYTES = 3_000_000  # of a page
@@ -131,7 +131,7 @@ def test_a_hostile_text_stays_text(text, second):
     [(6, 12, 128, True), (12, 12, 128, True), (12, 12, 512, False), (24, 16, 256, False)],
 )
 def test_a_page_is_never_larger_than_3_mb(layers, heads, tokens, full, monkeypatch):
-    monkeypatch.setattr("minibert.study.words.MOST_TOKENS", 1024)  # fewer passes: they add little to the page
+    monkeypatch.setattr("minibert.study.measures.MOST_TOKENS", 1024)  # fewer passes: they add little to the page
     ours, _ = pair_of_models(
         num_hidden_layers=layers, num_attention_heads=heads, hidden_size=2 * heads, max_position_embeddings=512
     )

@@ -1,7 +1,7 @@
-"""The pictures of the READMEs, from the bundled model's own numbers. Both are written beside this file.
+"""The pictures of the READMEs, from the bundled model's own numbers. Both are written into minibert/study/.
 
-    python -m minibert.study.picture          picture.svg: text → pieces → sum → layers → guess
-    python -m minibert.study.picture page     picture.png: the first views of a page, as Chromium shows them
+    python tests/measure/picture.py          picture.svg: text → pieces → sum → layers → guess
+    python tests/measure/picture.py page     picture.png: the first views of a page, as Chromium shows them
 
 An SVG is text: it is small, GitHub shows it, and a change of a number is a readable diff.
 """
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 
+import minibert
 from minibert import BertForMaskedLM, load_tokenizer
 from minibert.study import Study, study
 from minibert.study.heads import taken, written
-from minibert.study.says import percent
+from minibert.study.text import percent
 from minibert.trace.recorder import trace
 
+FOLDER = Path(minibert.__file__).parent / "study"
 TEXT = "Paris is the capital of [MASK]."
 SCALE = "--force-device-scale-factor=0.8"  # as wide as a README, and small enough for one
 PAGE_TEXT, PAGE_SIZE = "She drank a cup of [MASK] before breakfast.", (1440, 1090)  # pixels of the page
@@ -192,6 +194,6 @@ def photograph_to(path: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["page"]:
-        photograph_to(Path(__file__).with_name("picture.png"))
+        photograph_to(FOLDER / "picture.png")
     else:
-        draw_to(Path(__file__).with_name("picture.svg"))
+        draw_to(FOLDER / "picture.svg")
