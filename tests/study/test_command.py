@@ -65,7 +65,7 @@ def test_a_trace_is_shown(folder, tmp_path, capsys):
         (["cold", "--force"], "--force belongs to --out"),
         (["cold " * 60], "62 tokens long and the model takes 40"),
         (["cold [MASK]", "--targets", "nonsense"], "not one token"),
-        (["cold [MASK]", "--targets", ","], "targets must be a list of words"),
+        (["cold [MASK]", "--targets", ","], "targets must be a word or a list of words, not ()"),
         (["cold [MASK]", "--top-k", "0"], "top_k must be 1 to 20"),
         (["cold [MASK]", "--out", "nowhere/page.html"], "there is no folder nowhere"),
         (["cold [MASK]", "--out", "notes.txt"], "--force replaces it"),
