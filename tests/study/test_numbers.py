@@ -1,16 +1,18 @@
-"""Every number of a study beside transformers on the same weights, or beside a plain loop."""
+"""The numbers of a study beside transformers on the same weights, or beside a plain loop; and what becomes of them."""
 
 import base64
+import json
 import zlib
+from dataclasses import asdict
 
 import pytest
 import torch
-from studied import PAIR, SIZES, TEXT, inputs, pair_of_models, tokenizer
+from studied import PAIR, SIZES, TEXT, VOCABULARY, inputs, pair_of_models, tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from minibert import FillMask, PackedBatch
 from minibert.attention import use_kernel
-from minibert.study import heads, study
+from minibert.study import heads, study, study_trace
 from minibert.study.heads import fold, habits, maps, pack, spread, taken, unpack, written
 from minibert.study.measures import MOST_TOKENS, cost, mixing_ratio, neighbours, shares
 from minibert.study.reading import read_text
@@ -289,3 +291,48 @@ def test_the_lengths_of_what_is_given_are_kept():
 
 def test_folding_keeps_a_diagonal():
     assert torch.equal(fold(torch.eye(128)[None, None], 64)[0, 0], torch.eye(64))
+
+
+def test_the_json_has_five_digits_of_every_number(found):
+    """Five digits are right to half of the fifth: at most 5e-5 of the number."""
+    data = found.to_dict()
+    for number, layer in enumerate(found.changes):
+        for name, values in asdict(layer).items():
+            assert data["changes"][number][name] == pytest.approx(values, rel=5.1e-5), name
+    for name, values in found.shares.items():
+        assert data["shares"][name] == pytest.approx(values, rel=5.1e-5)
+
+
+def test_ids_that_are_no_words_never_win():
+    ours, _ = pair_of_models(vocab_size=len(VOCABULARY) + 20)
+    with torch.no_grad():
+        ours.head.bias[len(VOCABULARY) :] = 100
+    found = study(ours, tokenizer(), TEXT)
+    ids = [guess.id for step in found.guesses[0].steps for guess in step.best]
+    ids += [guess.id for guess in found.answers[0].best]
+    assert max(ids) < len(VOCABULARY)
+    assert found.guesses[0].steps[-1].answer.rank == 1
+    assert {one.winner for word in found.influence for one in word.hidden + word.alone} <= set(VOCABULARY)
+
+
+def test_the_numbers_of_another_models_trace_are_not_shown(models):
+    other = pair_of_models(num_hidden_layers=2)[0]
+    with pytest.raises(ValueError, match="num_hidden_layers is 3, the model's 2"):
+        study_trace(trace(models[0], torch.tensor([[2, 5, 6, 4, 3]])), 0, other, tokenizer())
+
+
+def test_a_text_cannot_end_the_element_that_the_numbers_are_in(models):
+    text = "</script><script>alert(1)</script><!-- [MASK]"
+    found = study(models[0], tokenizer(), text)
+    inside = found.to_html().split('type="application/json"')[1].split(">", 1)[1].split("</script>")[0]
+    assert json.loads(inside)["reading"] == found.to_dict()["reading"]
+
+
+def test_a_file_that_is_no_page_is_replaced_only_by_force(found, tmp_path):
+    target = tmp_path / "notes.html"
+    target.write_text("my notes", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="--force"):
+        found.save(target)
+    assert target.read_text(encoding="utf-8") == "my notes"
+    found.save(target, force=True)
+    assert target.read_text(encoding="utf-8") == found.to_html()

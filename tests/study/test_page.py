@@ -18,7 +18,6 @@ from studied import PAIR, TEXT, pair_of_models, tokenizer
 import minibert
 from minibert.study import study
 from minibert.study.heads import unpack
-from minibert.study.page import OURS
 
 MOST_BYTES = 3_000_000  # of a page
 FETCHES = re.compile(
@@ -156,12 +155,6 @@ def test_saving(model, page, tmp_path):
     found.save(target)
     assert target.read_text(encoding="utf-8") == page
     found.save(target)  # a page of ours may be replaced
-    target.write_text("my notes", encoding="utf-8")
-    with pytest.raises(FileExistsError, match="no page of minibert study"):
-        found.save(target)
-    assert target.read_text(encoding="utf-8") == "my notes"
-    found.save(target, force=True)
-    assert OURS in target.read_text(encoding="utf-8")
     assert list(tmp_path.iterdir()) == [target]
     with pytest.raises(IsADirectoryError):
         found.save(tmp_path)
