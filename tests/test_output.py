@@ -1,5 +1,11 @@
 """The output of the padded call, as programs written for transformers read it."""
 
+import copy
+import dataclasses
+import io
+import pickle
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch.utils import _pytree
@@ -43,14 +49,98 @@ def test_it_can_be_taken_apart(pair):
     assert torch.equal(out[0], loss)
 
 
-def test_it_is_a_pytree(pair):
-    out = pair[0](torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+def walked(value, change):
+    """Rebuilt as accelerate, Lightning and torchinfo do it: a Mapping from its entries, a tuple from its elements."""
+    if isinstance(value, Mapping):
+        return type(value)({name: walked(x, change) for name, x in value.items()})
+    return tuple(walked(x, change) for x in value) if isinstance(value, tuple) else change(value)
+
+
+def saved_and_loaded(out):
+    kept = io.BytesIO()
+    torch.save(out, kept)
+    kept.seek(0)
+    return torch.load(kept, weights_only=False)
+
+
+def unflattened(out):
     leaves, form = _pytree.tree_flatten(out)
-    assert len(leaves) == 1 + SIZES["num_hidden_layers"] + 1
-    back = _pytree.tree_unflatten(leaves, form)
+    return _pytree.tree_unflatten(leaves, _pytree.treespec_loads(_pytree.treespec_dumps(form)))
+
+
+REBUILT = {
+    "mapping": lambda out: walked(out, lambda x: x),
+    "pairs": lambda out: type(out)((name, out[name]) for name in out),  # DataParallel's gather
+    "names": lambda out: type(out)(**out),
+    "pytree": unflattened,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda out: pickle.loads(pickle.dumps(out)),
+    "saved": saved_and_loaded,
+    "replace": dataclasses.replace,
+}
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([[1, -100, 3]])], ids=["no loss", "loss"])
+@pytest.mark.parametrize("how", REBUILT)
+def test_libraries_rebuild_it_with_all_that_it_holds(how, labels, pair):
+    with torch.no_grad():  # a deep copy of what has a gradient is refused by torch
+        out = pair[0](torch.tensor([[1, 2, 3]]), labels=labels, output_hidden_states=True, output_attentions=True)
+    back = REBUILT[how](out)
     assert type(back) is type(out)
-    assert back.loss is None
-    assert back.hidden_states[2] is out.hidden_states[2]
+    assert list(back) == list(out)
+    assert back.attentions[1].shape == out.attentions[1].shape
+    for one, other in zip(_pytree.tree_leaves(back), _pytree.tree_leaves(out), strict=True):
+        assert torch.equal(one, other)
+    assert (back.loss is None) == (labels is None)
+
+
+def test_dataparallel_gathers_and_a_walk_converts(pair, monkeypatch):
+    from torch.nn.parallel import scatter_gather
+
+    class Gather:  # torch's own copies tensors of a GPU only
+        apply = staticmethod(lambda _, dim, *parts: torch.cat([x.reshape(-1) if x.dim() == 0 else x for x in parts]))
+
+    monkeypatch.setattr(scatter_gather, "Gather", Gather)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    halves = [pair[0](row[None], labels=row[None]) for row in ids]
+    both = scatter_gather.gather(halves, 0)
+    assert (type(both), both.loss.shape) == (type(halves[0]), (2,))
+    torch.testing.assert_close(both.logits, pair[0](ids).logits, rtol=0, atol=1e-5)  # sums in other orders
+    assert walked(both, torch.Tensor.double).logits.dtype == torch.float64
+
+
+def test_accelerate_converts_it(pair):
+    operations = pytest.importorskip("accelerate.utils.operations")
+    out = copy.deepcopy(pair[0]).bfloat16()(torch.tensor([[1, 2, 3]]), output_attentions=True)
+    got = operations.convert_to_fp32(out)
+    assert type(got) is type(out)
+    assert got.logits.dtype == got.attentions[0].dtype == torch.float32
+
+
+def test_entries_and_attributes_are_one_thing(pair):
+    out = pair[0](torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]]))
+    assert isinstance(out, Mapping)
+    assert (lambda **named: set(named))(**out) == {"loss", "logits"}
+    assert out.get("attentions", 5) == 5
+    assert out.attentions is None
+    out["logits"] = out.logits[:, :1]
+    assert out.logits.shape == out[1].shape == (1, 1, SIZES["vocab_size"])
+    out.loss = None
+    assert (list(out), out.loss, len(out[:1])) == (["logits"], None, 1)
+    with pytest.raises(AttributeError, match="logits"):
+        out.elephants  # noqa: B018
+
+
+@pytest.mark.parametrize("how", ["export", "jit"])
+def test_a_recorded_program_gives_it(how, pair):
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    if how == "export":
+        got = torch.export.export(pair[0], (ids,)).module()(ids)
+        assert type(got) is type(pair[0](ids))
+    else:
+        got = torch.jit.trace(pair[0], ids, strict=False)(ids)
+    torch.testing.assert_close(got["logits"], pair[0](ids).logits, rtol=0, atol=1e-5)  # sums in other orders
 
 
 @pytest.mark.parametrize("mask", MASKS)
