@@ -7,6 +7,7 @@ import torch
 from twins import CONFIGS, twins
 
 import minibert.export
+from minibert import BertConfig, BertForMaskedLM
 from minibert.cli import main
 from minibert.export import export
 
@@ -36,6 +37,17 @@ def test_a_pt2_file_runs_by_itself(model, folder, tmp_path, capsys):
     given = {"input_ids": ids, "attention_mask": (ids > 0).long(), "token_type_ids": torch.zeros_like(ids)}
     torch.testing.assert_close(program(**given), model(**given).logits, rtol=0, atol=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_a_model_in_training_has_all_its_positions_in_the_file_and_trains_on(tmp_path):
+    model = BertForMaskedLM(BertConfig(**{**SIZES, "num_hidden_layers": 1, "max_position_embeddings": 80}))
+    export(model.train(), tmp_path / "model.pt2")
+    assert model.training
+    assert model.layers[0].training
+    ids = torch.arange(80)[None]
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    got = program(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
+    torch.testing.assert_close(got, model.eval()(ids).logits, rtol=0, atol=1e-5)  # sums in other orders
 
 
 def test_an_onnx_file_is_right_in_onnxruntime_on_ten_shapes(model, tmp_path):

@@ -66,3 +66,9 @@ def test_an_empty_batch_has_an_empty_answer(pair, training):
     assert model(torch.zeros(2, 0, dtype=torch.int64)).logits.shape == (2, 0, SIZES["vocab_size"])
     assert model.encode(PackedBatch.from_lists([])).shape == (0, SIZES["hidden_size"])
     model.eval()
+
+
+@pytest.mark.parametrize("layers", [[], [5], [-1], [0, 9]])
+def test_maps_of_layers_that_are_not_there_are_refused(layers, pair, given):
+    with pytest.raises(ValueError, match="0 to 4"):
+        pair[0].attention_maps(packed(given), layers)

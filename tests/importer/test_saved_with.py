@@ -1,6 +1,5 @@
 """A model saved as accelerate saves it, and with its tokenizer; and loaded as programs for transformers load theirs."""
 
-import json
 import os
 import threading
 
@@ -119,18 +118,6 @@ def test_a_save_that_fails_leaves_model_and_tokenizer_as_they_were(tmp_path, mon
 
 
 # ----------------------------------------------------------------------------------------------- accelerate's arguments
-
-
-def test_accelerates_arguments(tmp_path):
-    model = make_model()
-    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "other", is_main_process=False, state_dict=state, save_function=torch.save)
-    assert not (tmp_path / "other").exists()
-    model.save_pretrained(tmp_path, is_main_process=True, state_dict=state, save_function=torch.save)
-    again = BertForMaskedLM.from_pretrained(tmp_path, low_cpu_mem_usage=True, use_safetensors=True, device_map=None)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
-    model.save_pretrained(tmp_path, safe_serialization=True, push_to_hub=False)
-    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 99
 
 
 def test_tensors_of_another_model_are_not_written(tmp_path):
