@@ -124,22 +124,29 @@ def own_config(config: object) -> BertConfig:
 
 
 def device_of(device_map: object, device: torch.device | str | None) -> torch.device | str | None:
-    """The one device that a device_map of accelerate names, or `device` if there is none. Raises TypeError for more."""
+    """The one device that a device_map of accelerate names, or `device` if there is none. Raises TypeError for more,
+    and ValueError for the device meta.
+    """
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         device_map = device_map[""]
-    if device_map is None:
-        return device
-    where = f"cuda:{device_map}" if type(device_map) is int else device_map
-    if not isinstance(where, str | torch.device) or where in ("auto", "balanced", "balanced_low_0", "sequential"):
-        raise TypeError(f"from_pretrained takes no device_map={device_map!r}: {INSTEAD['device_map']}")
-    if device is not None and torch.device(device) != torch.device(where):
-        raise ValueError(f"device is {device!r} and device_map {device_map!r}: give one of the two")
-    return where
+    if device_map is not None:
+        where = f"cuda:{device_map}" if type(device_map) is int else device_map
+        if not isinstance(where, str | torch.device) or where in ("auto", "balanced", "balanced_low_0", "sequential"):
+            raise TypeError(f"from_pretrained takes no device_map={device_map!r}: {INSTEAD['device_map']}")
+        if device is not None and torch.device(device) != torch.device(where):
+            raise ValueError(f"device is {device!r} and device_map {device_map!r}: give one of the two")
+        device = where
+    _require_memory(str(torch.get_default_device() if device is None else device).startswith("meta"))
+    return device
 
 
 def require_weights(model: nn.Module) -> None:
-    """Raise ValueError if a model was loaded where there is no memory for its weights."""
-    if any(x.is_meta for x in model.parameters()):
+    """Raise ValueError if a model was loaded where there is no memory for its weights, as accelerate can arrange it."""
+    _require_memory(any(x.is_meta for x in model.parameters()))
+
+
+def _require_memory(is_meta: bool) -> None:
+    if is_meta:
         raise ValueError(
             "from_pretrained reads weights, and on the device meta there is no place for them: load outside of "
             'torch.device("meta") and init_empty_weights(), or make an empty model by BertForMaskedLM(config)'

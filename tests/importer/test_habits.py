@@ -269,6 +269,9 @@ TYPED = {
     "resize(multiple)": (lambda m, f: m.resize_token_embeddings(100, pad_to_multiple_of=64), None),
     "resize(mean_resizing)": (lambda m, f: m.resize_token_embeddings(100, mean_resizing=False), "word.weight"),
     "resize()": (lambda m, f: m.resize_token_embeddings(), None),
+    "under meta": (lambda m, f: load(f, "meta"), r"BertForMaskedLM\(config\)"),
+    "load(device='meta')": (lambda m, f: load(f, device="meta"), r"BertForMaskedLM\(config\)"),
+    "load(device_map='meta')": (lambda m, f: load(f, device_map="meta"), r"BertForMaskedLM\(config\)"),
     "by place": (lambda m, f: m(IDS, MASK, ZEROS, None, None, None), "minibert export"),
     **{name: (lambda m, f, name=name: getattr(m, name), None)
        for name in ("bert", "cls", "base_model", "tie_weights", "gradient_checkpointing_enable")},
