@@ -161,6 +161,15 @@ def test_the_top_level_is_as_the_readme_says():
     }
 
 
+def test_the_readme_names_every_entry_of_the_package():
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    tree = readme.split("```\nminibert/\n")[1].split("```")[0]
+    named = [word for line in tree.splitlines() for word in line.split("   ")[0].split()]
+    there = {path.name + "/" * path.is_dir() for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    left_out = {"__init__.py", "__main__.py", "cli.py", "__pycache__/"}
+    assert sorted(named) == sorted(there - left_out)
+
+
 def test_public_surface():
     assert set(minibert.__all__) == {
         *(

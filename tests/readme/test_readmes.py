@@ -5,6 +5,7 @@ and what is printed is compared with what is shown.
     ```text       after such a block: what it prints
     ```console    after `$ `, a command that runs; below it, what it prints
     ```sh         commands that are not run here; each stands in NOT_RUN, with the reason
+    ```           a drawing (test_layout.py compares the tree of files)
 
 Numbers may differ by a hundredth, and by what their last digit leaves open: another CPU adds in another order.
 """
@@ -124,7 +125,7 @@ def test_what_is_not_run_has_a_reason(page):
     fences = re.findall(r"^```(\w*)$", text, re.MULTILINE)
     assert len(fences) % 2 == 0, "a block that does not end"
     for block in blocks(page):
-        assert block.kind in ("python", "text", "console", "sh", "json"), f"{page}:{block.line}: {block.kind!r}"
+        assert block.kind in ("python", "text", "console", "sh", "json", ""), f"{page}:{block.line}: {block.kind!r}"
         if block.kind == "sh":
             for line in block.text.replace("\\\n", " ").splitlines():
                 for command in line.split("&&"):
