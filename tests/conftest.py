@@ -6,6 +6,8 @@ from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub and transformers are imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes: one thread each, or they wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import needs
 import pytest
@@ -21,15 +23,25 @@ def pytest_configure(config):
     needs.required.update(kind for kind in needs.REQUIRED if config.getoption(f"--require-{kind}"))
 
 
+def pytest_sessionfinish(session):
+    """With pytest -n, each process has measured a part of the parity table."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["measured"] = needs.MEASURED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for what, measured in getattr(node, "workeroutput", {}).get("measured", {}).items():
+        needs.measured(what, *measured)
+
+
 def pytest_terminal_summary(terminalreporter):
     """The parity table of the README: the largest difference that each kind of check has seen in this run; and what was
     skipped and why.
     """
-    import twins
-
-    if twins.MEASURED:
+    if needs.MEASURED:
         terminalreporter.section("parity with transformers, as measured")
-        for what, (difference, tolerance) in twins.MEASURED.items():
+        for what, (difference, tolerance) in needs.MEASURED.items():
             terminalreporter.write_line(f"{what:<50} {difference:.1e}   (tolerance {tolerance:.0e})")
     terminalreporter.write_line(needs.what_was_skipped(terminalreporter.stats.get("skipped", [])))
 

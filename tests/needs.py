@@ -1,5 +1,5 @@
 """What a test needs and a machine may lack. Such a test skips and says of which kind that is; with `--require-KIND` it
-fails. The last line of a run counts the kinds.
+fails. The last line of a run counts the kinds. And what the tests have measured, for the table at the end.
 """
 
 import re
@@ -16,6 +16,11 @@ REQUIRED = {  # kind → what the tests need that --require-KIND makes fail
 }
 KINDS = (*REQUIRED, "peers", "hub")
 required = set()  # filled by conftest.py
+MEASURED = {}  # what was compared → the largest difference that passed, and the tolerance
+
+
+def measured(what, difference, tolerance):
+    MEASURED[what] = (max(difference, MEASURED.get(what, (0.0, 0.0))[0]), tolerance)
 
 
 def lacking(kind, reason):

@@ -4,6 +4,7 @@ checks that compare the two. Used by the parity tests and by the test of those t
 
 from dataclasses import asdict
 
+import needs
 import torch
 import transformers
 
@@ -56,16 +57,13 @@ LOSS = 2e-6
 GRADIENT = 1e-5  # of the largest gradient in the tensor
 
 
-MEASURED = {}  # what was compared → the largest difference that passed, and the tolerance
-
-
 def compare(what, got, expected, tolerance):
     """Assert that two tensors differ by at most `tolerance`, and keep the largest difference for the table at
     the end.
     """
     difference = (got - expected).abs().max().item()
     assert difference <= tolerance, f"{what} differ by {difference:.2e}, more than {tolerance:.0e}"
-    MEASURED[what] = (max(difference, MEASURED.get(what, (0.0, 0.0))[0]), tolerance)
+    needs.measured(what, difference, tolerance)
 
 
 def twins(sizes, attention="eager", dtype=torch.float32):
