@@ -1,4 +1,4 @@
-"""python -m minibert is the `minibert` command."""
+"""`python -m minibert` is the `minibert` command."""
 
 import sys
 

@@ -16,7 +16,7 @@ from minibert.bench.report import Report, Row, slower, table
 from minibert.bench.settings import Settings
 from minibert.bench.workloads import Absent, Contender, make_workload
 from minibert.cli import build_parser, main
-from minibert.commands.options import read_settings
+from minibert.cli.runs import read_settings
 from minibert.inference import ways
 from minibert.inference.onednn import has_bfloat16
 

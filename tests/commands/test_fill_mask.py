@@ -11,7 +11,7 @@ from transformers import BertTokenizer, FillMaskPipeline
 
 from minibert import BertForMaskedLM, FillMask, load_tokenizer
 from minibert.cli import main
-from minibert.commands.fill_mask import WORTH_PREPARING
+from minibert.cli.masks import WORTH_PREPARING
 from minibert.inference import prepare_for_inference
 from minibert.tokenizer import from_vocabulary
 

@@ -5,8 +5,7 @@ import argparse
 import pytest
 import torch
 
-from minibert.cli import build_parser, main
-from minibert.commands import COMMANDS
+from minibert.cli import COMMANDS, build_parser, main
 from minibert.devices import find_device
 
 
@@ -16,7 +15,7 @@ def parsers():
 
 
 def test_every_command_is_there_and_explains_its_options():
-    assert tuple(parsers()) == COMMANDS
+    assert list(parsers()) == list(COMMANDS)
     for parser in parsers().values():
         assert parser.description.endswith(".")
         assert {"--help", "--traceback"} <= parser._option_string_actions.keys()

@@ -10,7 +10,7 @@ from forms import form_or_skip
 
 from minibert import BertConfig, BertForMaskedLM, load_tokenizer, prepare_for_inference, pseudo_log_likelihood
 from minibert.cli import main
-from minibert.commands import score as command
+from minibert.cli import score as command
 from minibert.tokenizer import from_vocabulary
 
 WORDS = "the cat sat on mat un play a b c .".split()

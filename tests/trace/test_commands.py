@@ -166,7 +166,7 @@ def test_diagnose_tells_how_far_it_is(made, tmp_path, monkeypatch, terminal):
     tensors = load_file(files[1])
     tensors["logits"] *= 2
     save_file(tensors, files[1], metadata=TraceFile(files[0]).metadata)
-    monkeypatch.setattr("minibert.commands.printing.PATIENCE", 0)
+    monkeypatch.setattr("minibert.cli.printing.PATIENCE", 0)
     monkeypatch.setattr("sys.stderr", terminal)
     assert main(["diagnose", files[1], "--model", str(folder)]) == 1
     assert ("faults: " in terminal.getvalue()) == terminal.isatty()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibert import BertForMaskedLM
 from minibert.cli import build_parser
-from minibert.commands.options import read_settings
+from minibert.cli.runs import read_settings
 from minibert.training import Settings, run, step
 from minibert.training.data import Corpus, Share, Shares, ahead
 from minibert.training.ranks import ALONE, Ranks

@@ -3,9 +3,8 @@
 import argparse
 import io
 import sys
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any, BinaryIO, get_args
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, BinaryIO
 
 from minibert.checkpoint.files import as_line, read_lines
 
@@ -144,41 +143,3 @@ def whole_numbers(name: str, text: str) -> list[int]:
 def names(text: str) -> tuple[str, ...]:
     """ "a, b,a" as ("a", "b")."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-# --------------------------------------------------------------------------------- options that are fields of Settings
-
-
-def add_settings(group: argparse._ActionsContainer, settings: type, only: Collection[str] | None = None) -> None:
-    """An option for each field of a dataclass that has a help text beside it, or for those of `only`. A field that is
-    true unless something else is said becomes --no-….
-    """
-    for one in fields(settings):
-        if "help" not in one.metadata or (only is not None and one.name not in only):
-            continue
-        name, about = f"--{one.name.replace('_', '-')}", {"dest": one.name, **one.metadata}
-        if one.type is bool:
-            name = name.replace("--", "--no-", 1) if one.default else name
-            about |= {"action": "store_const", "const": not one.default}
-        elif one.type == bool | None:
-            about["action"] = argparse.BooleanOptionalAction
-        else:
-            about["type"] = _reader(one.type)
-        if one.default is MISSING:
-            about["required"] = True
-        else:
-            about["default"] = one.default
-        if isinstance(one.default, int | float | str) and one.type is not bool:
-            about["help"] += " (default: %(default)s)"
-        group.add_argument(name, **about)
-
-
-def _reader(annotation: Any) -> Any:
-    """What makes a value of this type from the text on the command line."""
-    kinds = (annotation, *get_args(annotation))
-    return next((kind for kind in (int, float) if kind in kinds), names if "tuple" in str(annotation) else str)
-
-
-def read_settings(options: argparse.Namespace, settings: type) -> Any:
-    """The dataclass, with what was given on the command line."""
-    return settings(**{one.name: getattr(options, one.name) for one in fields(settings) if hasattr(options, one.name)})

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minibert.commands.options import (
+from minibert.cli.options import (
     DEFAULT_MODEL,
     add_device,
     add_json,
@@ -15,15 +15,13 @@ from minibert.commands.options import (
     names,
     one_text,
 )
-from minibert.commands.printing import as_json
+from minibert.cli.printing import as_json
 
 if TYPE_CHECKING:
     from minibert.study import Study
 
-HELP = "See what BERT does with a sentence: the guess after each layer, the words that matter, every head."
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", metavar="TEXT", help='such as "Paris is the capital of [MASK]."')
     parser.add_argument("--pair", metavar="TEXT", help="a second text, as the second segment")
     parser.add_argument(
@@ -42,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run_study(options: argparse.Namespace) -> None:
     from minibert.study.page import require_writable
 
     if (options.text is None) == (options.trace is None):

@@ -1,10 +1,11 @@
-"""`minibert info`."""
+"""`minibert info` and `minibert export`: what is in a model's files, and its file for other programs."""
 
 import argparse
 import json
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from minibert.commands.options import add_json, add_model
+from minibert.cli.options import add_json, add_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -12,17 +13,13 @@ if TYPE_CHECKING:
     from minibert.checkpoint.reading import LoadReport
     from minibert.tokenizer import TokenizerReport
 
-HELP = "A model's configuration, its parameters, and how its files were read."
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def info_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
+def run_info(options: argparse.Namespace) -> None:
     from minibert import BertForMaskedLM, load_tokenizer
     from minibert.tokenizer import TokenizerReport
 
@@ -63,8 +60,6 @@ def run(options: argparse.Namespace) -> None:
 
 def report_values(report: "LoadReport") -> dict[str, Any]:
     """Every field of the report, and the SHA-256 of each file."""
-    from dataclasses import fields
-
     values = {field.name: getattr(report, field.name) for field in fields(report) if field.repr}
     return {**values, "files": [str(path) for path in report.files], "sha256": report.sha256}
 
@@ -102,3 +97,23 @@ def tokenizer_lines(report: "TokenizerReport") -> "Iterator[str]":
     yield from report.notes
     if report.roles:
         yield "special tokens: " + ", ".join(f"{role} {token}" for role, token in report.roles.items())
+
+
+def export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="the file to write: its name ends in .onnx or .pt2"
+    )
+    add_model(parser)
+    add_json(parser)
+
+
+def run_export(options: argparse.Namespace) -> None:
+    from minibert import BertForMaskedLM
+    from minibert.export import export
+
+    result = export(BertForMaskedLM.from_pretrained(options.model, revision=options.revision), options.out)
+    if options.json:
+        print(json.dumps({**asdict(result), "path": str(result.path)}))
+        return
+    print(f"{result.path}: input_ids, attention_mask and token_type_ids (B, S) give logits (B, S, V)")
+    print(f"largest difference from the model, in {len(result.shapes)} shapes: {result.difference:.0e} of a logit")

@@ -1,4 +1,8 @@
-"""The `minibert` command: it parses the arguments and hands them to the command's own file (commands/)."""
+"""The `minibert` command: it parses the arguments and hands them to the command's file in this folder.
+
+A file has two functions for each of its commands: `NAME_arguments(parser)`, and `run_NAME(options)`, which returns the
+exit status, or None for 0. It imports torch, and what needs torch, only inside `run_NAME`: `minibert --help` is quick.
+"""
 
 import argparse
 import io
@@ -10,11 +14,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from minibert import __version__
-from minibert.commands import COMMANDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+COMMANDS = {  # what each is for, and its file
+    "fill-mask": ("The likeliest words for each [MASK].", "masks"),
+    "study": (
+        "See what BERT does with a sentence: the guess after each layer, the words that matter, every head.",
+        "study",
+    ),
+    "mlm": ("Mask a text, let the model guess, and give its loss.", "masks"),
+    "score": ("How likely each sentence is: its pseudo-log-likelihood, in nats.", "score"),
+    "info": ("A model's configuration, its parameters, and how its files were read.", "models"),
+    "train": ("Train a masked language model on text files.", "runs"),
+    "parity": ("Compare this model with transformers, on this machine. Exit status 1 if they differ.", "port"),
+    "trace": ("Write every intermediate tensor of a model, for `diff` and `diagnose`.", "port"),
+    "diff": ("The first tensor in which two traces differ. Exit status 1 if there is one.", "port"),
+    "diagnose": ("Name the known porting fault that explains a trace. Exit status 1 if the trace is wrong.", "port"),
+    "export": ("Write a model as an ONNX or .pt2 file, and check the file against the model.", "models"),
+    "bench": ("Time minibert beside the peers that are installed.", "runs"),
+}
 USER_ERRORS = (ValueError, OSError, FloatingPointError)  # OSError: no such file, no connection, disk full
 
 
@@ -89,16 +109,16 @@ def say(message: str) -> None:
 
 
 def build_parser() -> Parser:
-    """A parser with a subcommand for each file in commands/."""
+    """A parser with a subcommand for each of COMMANDS."""
     parser = Parser(prog="minibert", description="BERT's masked language model: ask it, look into it, train it.")
     parser.add_argument("--version", action="version", version=f"minibert {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        command = import_module(f"minibert.commands.{name.replace('-', '_')}")
-        sub = commands.add_parser(name, help=command.HELP, description=command.HELP, allow_abbrev=False)
+    for name, (about, file) in COMMANDS.items():
+        part, word = import_module(f"minibert.cli.{file}"), name.replace("-", "_")
+        sub = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
         sub.add_argument("--traceback", action="store_true", help="on an error, show where it happened")
-        command.add_arguments(sub)
-        sub.set_defaults(run=command.run)
+        getattr(part, f"{word}_arguments")(sub)
+        sub.set_defaults(run=getattr(part, f"run_{word}"))
     return parser
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minibert.checkpoint.files import read_lines
-from minibert.commands.options import (
+from minibert.cli.options import (
     add_device,
     add_inference_dtype,
     add_json,
@@ -23,16 +23,15 @@ from minibert.commands.options import (
     read_texts,
     standard_input,
 )
-from minibert.commands.printing import print_json_list, progress
+from minibert.cli.printing import print_json_list, progress
 
 if TYPE_CHECKING:
     from minibert.score import Pair, Score
 
-HELP = "How likely each sentence is: its pseudo-log-likelihood, in nats."
 WORTH_PREPARING = 4  # texts, each of which is computed once for every token: with fewer, preparing takes longer
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help='such as "The cat sat on the mat."; - reads lines')
     parser.add_argument(
         "--pairs",
@@ -54,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run_score(options: argparse.Namespace) -> None:
     from minibert import load_tokenizer, pseudo_log_likelihood
     from minibert.score import score_pairs
 
