@@ -16,7 +16,7 @@ from minibert.parity import Trace, trace
 from minibert.parity.faults import CATALOGUE
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import converted
-from minibert.trace.table import expected_names, hide_padding, row_of
+from minibert.trace.table import expected_names, hide_padding
 
 SIZES = [
     {**CONFIGS["batch 13, gelu"], "num_hidden_layers": 1},
@@ -270,7 +270,7 @@ def given_by(title, column="float32", sizes=SIZES[1]):
     right = trace(ours, **batch)
     model = eight_bits(ours) if column == "8 bits" else ours
     steps = KNOWN[title](converted(model, model.dtype), right.inputs()[0], right)
-    found = {name: hide_padding(row_of(name), x, batch["attention_mask"].bool()) for name, x in steps.run()}
+    found = {name: hide_padding(name, x, batch["attention_mask"].bool()) for name, x in steps.run()}
     return ours, Trace({**right.tensors, **found}, right.config, right.metadata)
 
 
@@ -282,7 +282,7 @@ def place_of(title):
     mask, found = inputs.attention_mask.bool(), []
     for kind in (Steps, KNOWN[title]):
         steps = kind(exact, inputs, given)
-        found.append({name: hide_padding(row_of(name), x, mask) for name, x in steps.run()} | dict(steps.gradients()))
+        found.append({name: hide_padding(name, x, mask) for name, x in steps.run()} | dict(steps.gradients()))
     right, wrong = found
     apart = [name for name in right if name in wrong and not torch.allclose(right[name], wrong[name], 1e-9, 1e-9)]
     return min(apart, key=expected_names(ours.config).index)

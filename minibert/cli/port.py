@@ -125,7 +125,7 @@ def diff_arguments(parser: argparse.ArgumentParser) -> None:
 def run_diff(options: argparse.Namespace) -> int:
     from minibert import BertForMaskedLM
     from minibert.parity.comparison import diff, own_trace
-    from minibert.parity.quantised import quantised
+    from minibert.parity.fewer_bits import quantised
     from minibert.trace.stores import read_names
     from minibert.trace.tracefile import TraceFile
 

@@ -54,9 +54,15 @@ class Wrong(NamedTuple):
     def gap(self) -> Tensor:
         return self.x.double() - self.truth.double()
 
+    @property
+    def module(self) -> str:
+        """The module in our model that gives the tensor."""
+        number = self.name.split(".")[1] if self.name.startswith("layers.") else ""
+        return MODULES[row_of(self.name)].replace(".N.", f".{number}.")
+
     def explained_by(self, guess: Tensor) -> bool:
         """Whether `guess`, a tensor for `x`, leaves next to nothing of the error."""
-        left, whole = (_rms(hide_padding(row_of(self.name), y, self.mask) - self.x) for y in (guess, self.truth))
+        left, whole = (_rms(hide_padding(self.name, y, self.mask) - self.x) for y in (guess, self.truth))
         return left <= LEFT_OVER * whole or left <= min(self.limit.rms, whole / 3)
 
 
@@ -66,13 +72,19 @@ def appearance(wrong: Wrong) -> Iterator[str]:
         yield f"{int((~wrong.x.isfinite()).sum()):,} of {wrong.x.numel():,} entries are not finite"
         return
     yield from _equal_to_another(wrong)
-    if (said := _of_softmax(wrong)) is not None:
-        yield said
-        return
-    yield from _bias(wrong)
-    yield from _factor(wrong)
-    yield from _eps(wrong)
-    yield from _places(wrong)
+    truth = wrong.truth.double()
+    if wrong.name == "logits" and wrong.explained_by(truth.log_softmax(-1)):
+        yield "the same number is added to every word: these are log-probabilities. Give what the log-softmax reads"
+    elif wrong.name == "logits" and wrong.explained_by(truth.softmax(-1)):
+        yield "these are probabilities. Give what the softmax reads"
+    else:
+        yield from _bias(wrong)
+        factor = _times(truth, wrong.x.double())
+        if abs(factor - 1) > 1e-6 and wrong.explained_by(factor * truth):
+            yield f"it is {factor:.4g} times the right values, everywhere"
+        if wrong.model is not None and (found := fitted_eps(wrong)) is not None:
+            yield f"LayerNorm eps fits {found:.1e} here; the configuration says {wrong.model.config.layer_norm_eps:.0e}"
+        yield from _places(wrong)
 
 
 def _equal_to_another(wrong: Wrong) -> Iterator[str]:
@@ -80,33 +92,14 @@ def _equal_to_another(wrong: Wrong) -> Iterator[str]:
     if wrong.name.startswith(GRADIENT):
         return
     names = wrong.given.names
-    for name in reversed(names[max(0, names.index(wrong.name) - 12) : names.index(wrong.name)]):
-        if wrong.given.shapes()[name] == tuple(wrong.x.shape) and name.split(".")[:-1] == wrong.name.split(".")[:-1]:
-            other = hide_padding(row_of(name), wrong.given.read(name), wrong.mask)
-            if wrong.explained_by(other):
-                said = ": the activation is missing" if wrong.name.endswith(".activation") else ""
-                yield f"it equals {name}{said}"
-                return
-
-
-def _of_softmax(wrong: Wrong) -> str | None:
-    """Probabilities, or their logarithms, in the place of the logits?"""
-    if wrong.name != "logits":
-        return None
-    truth = wrong.truth.double()
-    if wrong.explained_by(truth.log_softmax(-1)):
-        return "the same number is added to every word: these are log-probabilities. Give what the log-softmax reads"
-    if wrong.explained_by(truth.softmax(-1)):
-        return "these are probabilities. Give what the softmax reads"
-    return None
-
-
-def _factor(wrong: Wrong) -> Iterator[str]:
-    x, truth = wrong.x.double(), wrong.truth.double()
-    size = truth.square().sum().item()
-    factor = (x * truth).sum().item() / size if size else 1.0
-    if abs(factor - 1) > 1e-6 and wrong.explained_by(factor * truth):
-        yield f"it is {factor:.4g} times the right values, everywhere"
+    for name in reversed(names[: names.index(wrong.name)]):
+        alike = (
+            wrong.given.shapes()[name] == tuple(wrong.x.shape) and name.split(".")[:-1] == wrong.name.split(".")[:-1]
+        )
+        if alike and wrong.explained_by(hide_padding(name, wrong.given.read(name), wrong.mask)):
+            said = ": the activation is missing" if wrong.name.endswith(".activation") else ""
+            yield f"it equals {name}{said}"
+            return
 
 
 def _bias(wrong: Wrong) -> Iterator[str]:
@@ -114,40 +107,23 @@ def _bias(wrong: Wrong) -> Iterator[str]:
     letters = SHAPES.get(row_of(wrong.name), [])
     if letters[:1] != ["B"] or letters.count("S") != 1 or wrong.mask.sum() < 3:
         return
-    gap = wrong.gap
-    if letters[1] == "H":
-        gap = gap.transpose(1, 2)  # (B, S, H, K)
+    heads = letters[1] == "H"
+    gap = wrong.gap.transpose(1, 2) if heads else wrong.gap  # (B, S, …)
     vector = gap[wrong.mask].mean(0)
     everywhere = vector.expand_as(gap)
-    guess = wrong.truth + (everywhere.transpose(1, 2) if letters[1] == "H" else everywhere)
-    if not wrong.explained_by(guess):
+    if not wrong.explained_by(wrong.truth + (everywhere.transpose(1, 2) if heads else everywhere)):
         return
     said = "the same vector is added at every token: a bias"
-    if (found := _bias_of(wrong)) is not None:
-        name, bias = found
+    if wrong.model is not None and row_of(wrong.name) in MODULES:
+        hubs = hub_names(f"{wrong.module}.bias")
+        part = ("query", "key", "value").index(wrong.name.split(".")[-1]) if len(hubs) == 3 else 0
+        bias = wrong.model.get_parameter(f"{wrong.module}.bias").detach().chunk(len(hubs))[part]
         bias = bias.to(vector).reshape(vector.shape)
-        size = bias.square().sum().item()
-        times = (bias * vector).sum().item() / size if size else 0.0
+        times = _times(bias, vector)
         if times and _rms(vector - times * bias) < 0.1 * _rms(vector):
-            said = f"{name} is missing" if abs(times + 1) < 0.05 else f"{name} is added {times + 1:.3g} times"
+            missing = abs(times + 1) < 0.05
+            said = f"{hubs[part]} is missing" if missing else f"{hubs[part]} is added {times + 1:.3g} times"
     yield said
-
-
-def _bias_of(wrong: Wrong) -> tuple[str, Tensor] | None:
-    """The bias that belongs to a tensor, with its name in a checkpoint."""
-    if wrong.model is None or row_of(wrong.name) not in MODULES:
-        return None
-    path = _path(wrong.name)
-    bias = wrong.model.get_parameter(f"{path}.bias").detach()
-    hubs = hub_names(f"{path}.bias")
-    part = ("query", "key", "value").index(wrong.name.split(".")[-1]) if len(hubs) == 3 else 0
-    return hubs[part], bias.chunk(len(hubs))[part]
-
-
-def _eps(wrong: Wrong) -> Iterator[str]:
-    if (found := fitted_eps(wrong)) is not None:
-        assert wrong.model is not None
-        yield f"LayerNorm eps fits {found:.1e} here; the configuration says {wrong.model.config.layer_norm_eps:.0e}"
 
 
 def fitted_eps(wrong: Wrong) -> float | None:
@@ -155,9 +131,8 @@ def fitted_eps(wrong: Wrong) -> float | None:
     read = _read_by(wrong)
     if read is None or wrong.model is None:
         return None
-    norm = wrong.model.get_submodule(_path(wrong.name))
+    norm = wrong.model.get_submodule(wrong.module)
     assert isinstance(norm, nn.LayerNorm)
-    read = read.double()
     some, x = read[wrong.mask][:512], wrong.x[wrong.mask][:512].double()
     weight, bias = (parameter.detach().to(x) for parameter in (norm.weight, norm.bias))
 
@@ -186,7 +161,7 @@ def _read_by(wrong: Wrong) -> Tensor | None:
     shapes = wrong.given.shapes()
     if parts is None or any(shapes.get(part) != tuple(wrong.x.shape) for part in parts):
         return None
-    return sum((wrong.given.read(part).double().to(wrong.x.device) for part in parts), torch.zeros(()).double())
+    return torch.stack([wrong.given.read(part).double().to(wrong.x.device) for part in parts]).sum(0)
 
 
 def _places(wrong: Wrong) -> Iterator[str]:
@@ -195,28 +170,26 @@ def _places(wrong: Wrong) -> Iterator[str]:
     apart = wrong.gap.abs() > wrong.limit.largest
     if not letters or not bool(apart.any()) or apart.dim() != len(letters):
         return
-    seen_anywhere = wrong.mask.any(0).sum().item()
     for axis, letter in enumerate(letters):
         others = tuple(each for each in range(apart.dim()) if each != axis)
         found = apart.any(others).nonzero().flatten().tolist()
-        possible = seen_anywhere if letter == "S" else apart.shape[axis]
+        possible = int(wrong.mask.any(0).sum()) if letter == "S" else apart.shape[axis]
         if len(found) * 2 > possible or possible < 2:
             continue
-        what = ("key" if axis == 3 else "position") if letter == "S" else AXES[letter]
-        whole = found == list(range(found[0], found[-1] + 1))
-        many = what.replace("entry", "entries") if "entry" in what else f"{what}s"
-        listed = f"{what} {found[0]}" if len(found) == 1 else f"{many} {', '.join(map(str, found[:4]))}"
-        if len(found) > 2 and whole:
+        one = ("key" if axis == 3 else "position") if letter == "S" else AXES[letter]
+        many = one.replace("entry", "entries") if "entry" in one else f"{one}s"
+        listed = f"{one} {found[0]}" if len(found) == 1 else f"{many} {', '.join(map(str, found[:4]))}"
+        if len(found) > 2 and found == list(range(found[0], found[-1] + 1)):
             listed = f"{many} {found[0]} to {found[-1]}"
         elif len(found) > 4:
             listed += f" and {len(found) - 4} more"
         yield f"only in {listed} of {apart.shape[axis]}"
 
 
-def _path(name: str) -> str:
-    """The module in our model that gives a tensor."""
-    number = name.split(".")[1] if name.startswith("layers.") else ""
-    return MODULES[row_of(name)].replace(".N.", f".{number}.")
+def _times(one: Tensor, other: Tensor) -> float:
+    """How many times `one` is in `other`, by least squares."""
+    size = one.square().sum().item()
+    return (one * other).sum().item() / size if size else 0.0
 
 
 def _rms(x: Tensor) -> float:

@@ -7,6 +7,8 @@ largest tensor and by the model, not by the traces.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
+from math import prod
 
 import torch
 from torch import Tensor
@@ -16,8 +18,7 @@ from minibert.masked_lm import BertForMaskedLM
 from minibert.parity import yardstick
 from minibert.parity.appearance import Wrong, appearance
 from minibert.parity.diagnosis import hidden_faults
-from minibert.parity.precision import lower_precision
-from minibert.parity.quantised import hint
+from minibert.parity.fewer_bits import hint, lower_precision
 from minibert.parity.report import Report, between, count, shape_words
 from minibert.parity.yardstick import (
     Error,
@@ -26,6 +27,7 @@ from minibert.parity.yardstick import (
     Yardstick,
     converted,
     distance,
+    is_half,
     largest,
     require_same_size,
     span,
@@ -41,17 +43,84 @@ from minibert.trace.table import (
     expected_names,
     expected_shape,
     hide_padding,
-    row_of,
 )
 from minibert.trace.tracefile import Trace
 
 # Without a model there is no truth to measure from. Then two right traces differ by at most so many eps of the coarser
 # dtype: the first number, and the second for every layer, which hands the errors on (twice, for gradients). In half
-# precision it is fewer eps, because there more of the error is that of single roundings. Measured with
-# tests/parity/calibrate.py, between our model and a port whose every operation is rounded once. 450 small random
-# models: float32 34 eps, and 100 in gradients; half precision 7 and 6. The bundled layers repeated to 24, on several
-# batches: up to 581 in float32 and 168 in half precision.
+# precision it is fewer eps, because there more of the error is that of single roundings. tests/parity/calibrate.py
+# measures how far right traces are apart.
 FLOAT, HALF = (64, 64), (16, 8)
+
+
+def diff(a: Trace, b: Trace, model: BertForMaskedLM | None = None, *, everything: bool = False) -> Report:
+    """Compare two traces up to the first tensor that differs, or all of them with `everything`.
+
+    With the `model` that both are traces of, each is measured from the same computation in float64
+    (yardstick.py) and the report says which is wrong; without, from each other. Raises ValueError if one has no
+    usable inputs, is of another model's size, or was asked something else than the other.
+    """
+    report = Report((a.title, b.title), notes=list(_config_notes(a, b)))
+    (inputs, _), (others, _) = a.inputs(), b.inputs()
+    for name, mine, other in zip(INPUTS, inputs, others, strict=True):
+        if (said := _different_inputs(name, mine, other)) is not None:
+            raise ValueError(
+                f"the two models were asked different things: {said} (A is {a.name}, B is {b.name}). "
+                "Trace both on the same inputs"
+            )
+    shapes = a.shapes(), b.shapes()
+    report.notes += _absent(a, *shapes)
+    names = [name for name in expected_names(a.config) if all(name in each for each in shapes) and name not in INPUTS]
+    unlabelled = [side for side, given in zip("AB", (inputs, others), strict=True) if given.labels is None]
+    if unlabelled:
+        without = [name for name in names if name != "loss" and not name.startswith(GRADIENT)]
+        if len(unlabelled) == 1 or without != names:
+            report.notes.append(f"note: no labels in {' and '.join(unlabelled)}: loss and gradients are not compared")
+        names = without
+    if not names:
+        raise ValueError(
+            f"{a.name} and {b.name} have no tensor in common but their inputs: there is nothing to compare"
+        )
+    judge = Judge(a, b, inputs.attention_mask.bool(), model, any(name.startswith(GRADIENT) for name in names))
+    last_good = "the inputs"
+    for name in names:
+        row = judge.row(name)
+        report.rows.append(row)
+        if row.ok and report.ok:
+            last_good = name
+        elif not row.ok and report.ok:
+            report.ok, report.first_wrong = False, name
+            report.summary += judge.accuse(row, last_good)
+        if not report.ok and not everything:
+            break
+    report.notes += [f"note: {said}" for side in (a, b) if (said := side.layouts())]
+    if report.ok:
+        report.summary += judge.acquit(report.rows)
+    elif model is not None:
+        report.summary += _fewer_bits(a, b, next(row for row in report.rows if not row.ok), model)
+    return report
+
+
+def _fewer_bits(a: Trace, b: Trace, first: "Compared", model: BertForMaskedLM) -> Iterator[str]:
+    """Whether the trace that is further off at the first wrong tensor was computed with fewer bits than it says."""
+    for given, error in zip((a, b), first.errors or (), strict=False):
+        if error == max(first.errors or ()):
+            own = Yardstick(model, given, grad=False)
+            if (lowered := lower_precision(own, first.name)) is not None:
+                yield from lowered.lines
+            elif said := hint(own, first.name):
+                yield said
+
+
+def own_trace(model: BertForMaskedLM, given: Trace) -> Trace:
+    """What `model` computes from the inputs of a trace, in its dtype, with gradients if the trace has some."""
+    require_same_size(model, given)
+    inputs, _ = given.inputs()
+    asked = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
+    grad = "labels" in asked and any(name.startswith(GRADIENT) for name in given.shapes())
+    result = trace(converted(model, given.dtype), **asked, grad=grad)
+    result.name = "--model"
+    return result
 
 
 @dataclass(frozen=True)
@@ -99,52 +168,20 @@ class Compared:
 class Judge:
     """Compares the tensors of two traces. It must be asked for them in order of execution."""
 
-    def __init__(self, a: Trace, b: Trace, mask: Tensor, model: BertForMaskedLM | None, names: list[str]) -> None:
-        self.a, self.b, self.mask = a, b, mask
+    def __init__(self, a: Trace, b: Trace, mask: Tensor, model: BertForMaskedLM | None, grad: bool) -> None:
+        self.a, self.b, self.mask, self.model = a, b, mask, model
         self.shapes = a.shapes(), b.shapes()
         self.coarser = max((a.dtype, b.dtype), key=lambda dtype: torch.finfo(dtype).eps)
         self.loudest = 0.0  # of the gradients so far
-        self.model = model
-        self.yardsticks: list[Yardstick] = []  # one for A, and one for B if its dtype is another
-        self.measured: list[dict[str, Measure]] = [{}, {}]  # by them, without the truth
-        self.sticks: tuple[Measure, Measure] | None = None  # of the tensor that is looked at
-        if model is not None:
-            grad = any(name.startswith(GRADIENT) for name in names)
-            sides = (a,) if a.dtype == b.dtype else (a, b)
-            self.yardsticks = [Yardstick(model, side, grad=grad) for side in sides]
-        self.running = [yardstick.measures() for yardstick in self.yardsticks]
-
-    def pieces(self, name: str) -> Iterator[tuple[int, Tensor, Tensor, list[Tensor]]]:
-        """(first row, A's rows, B's rows, [each one's truth]), zeros in the padding."""
-        shape = self.shapes[0][name]
-        rows = shape[0] if shape else 1
-        size = 1
-        for length in shape[1:]:
-            size *= length
-        step = max(1, yardstick.PIECE // size)
-        row = row_of(name)
-        batched = len(shape) > 1 and shape[0] == self.mask.shape[0] and not name.startswith(GRADIENT)
-        for start in range(0, rows, step):
-            found = [side.rows(name, start, start + step) for side in (self.a, self.b)]
-            truths = [stick.truth[start : start + step] if shape else stick.truth for stick in self.sticks or ()]
-            if batched:
-                mask = self.compared(name)[start : start + step]
-                found = [hide_padding(row, x, mask) for x in found]
-                truths = [hide_padding(row, x, mask.to(x.device)) for x in truths]
-            one, two = (x if x.dtype == torch.float64 else x.float() for x in found)
-            yield start, one, two, [truth.cpu() for truth in truths]
+        sides = (a,) if a.dtype == b.dtype else (a, b)  # one yardstick for both, if it is the same
+        self.yardsticks = [] if model is None else [Yardstick(model, side, grad=grad) for side in sides]
+        self.running = [each.measures() for each in self.yardsticks]
+        self.measured: list[dict[str, Measure]] = [{} for _ in self.yardsticks]  # without the truth
+        self.sticks: list[Measure] = []  # of A and of B, for the tensor that is looked at; none without a model
 
     def row(self, name: str) -> Compared:
+        self.measure(name)
         shape, other = (shapes[name] for shapes in self.shapes)
-        if self.running:
-            found = [next(measure for measure in side if measure.name == name) for side in self.running]
-            sides = zip((self.a, self.b), (found[0], found[-1]), strict=True)
-            one, two = (stick.stored_in(side.stored_dtype(name), side.dtype) for side, stick in sides)
-            self.sticks = (one, two)
-            for side, stick in zip((self.a, self.b), self.sticks, strict=True):
-                side.settle(name, stick.truth)
-            for measured, measure in zip(self.measured, found, strict=False):
-                measured[name] = measure._replace(truth=torch.empty(0))
         wanted = expected_shape(name, self.a.config, tuple(self.mask.shape))
         if shape != wanted or other != wanted:
             said = self.transposed(name) or _wrong_shapes(shape, other, wanted)
@@ -162,9 +199,7 @@ class Judge:
         if self.sticks:
             errors = [gap.relative(stick.scale) for gap, stick in zip(sums.gaps, self.sticks, strict=True)]
             if not all(stick.accepts(error) for error, stick in zip(errors, self.sticks, strict=True)):
-                of_each = zip((self.yardsticks[0], self.yardsticks[-1]), self.sticks, strict=True)
-                one, two = (each.shaken(stick) for each, stick in of_each)
-                self.sticks = (one, two)
+                self.sticks = [self.yardsticks[place].shaken(self.sticks[place]) for place in (0, -1)]
             compared = zip("AB", errors, self.sticks, strict=True)
             wrong = [side for side, error, stick in compared if not stick.accepts(error)]
             row = replace(row, errors=tuple(errors), allowed=tuple(stick.allowed for stick in self.sticks))
@@ -178,6 +213,32 @@ class Judge:
                 verdict = "both wrong" if len(wrong) == 2 else f"{wrong[0]} is wrong"
             row = replace(row, verdict=self.transposed(name) or verdict)
         return replace(row, first=self.first(name, tolerance * scale)) if wrong else row
+
+    def measure(self, name: str) -> None:
+        """Take the yardsticks on to this tensor."""
+        found = [next(measure for measure in each if measure.name == name) for each in self.running]
+        for measured, measure in zip(self.measured, found, strict=True):
+            measured[name] = measure._replace(truth=torch.empty(0))
+        if found:
+            sides = ((self.a, found[0]), (self.b, found[-1]))
+            self.sticks = [stick.stored_in(side.stored_dtype(name), side.dtype) for side, stick in sides]
+            for side, stick in sides:
+                side.settle(name, stick.truth)
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor, Tensor, list[Tensor]]]:
+        """(first row, A's rows, B's rows, [each one's truth]), zeros in the padding."""
+        shape = self.shapes[0][name]
+        rows = shape[0] if shape else 1
+        step = max(1, yardstick.PIECE // prod(shape[1:]))
+        batched = len(shape) > 1 and shape[0] == self.mask.shape[0] and not name.startswith(GRADIENT)
+        for start in range(0, rows, step):
+            found = [side.rows(name, start, start + step) for side in (self.a, self.b)]
+            found += [(stick.truth[start : start + step] if shape else stick.truth).cpu() for stick in self.sticks]
+            if batched:
+                mask = self.compared(name)[start : start + step]
+                found = [hide_padding(name, x, mask) for x in found]
+            one, two = (x if x.dtype == torch.float64 else x.float() for x in found[:2])
+            yield start, one, two, found[2:]
 
     def compared(self, name: str) -> Tensor:
         """(B, S): where both traces have this tensor."""
@@ -194,9 +255,7 @@ class Judge:
         """The first index, in row-major order, where the two are further apart than `tolerance`, or not numbers."""
         for start, one, two, _ in self.pieces(name):
             apart = ~((one - two).abs() <= tolerance)
-            if bool(apart.any()):
-                if not apart.dim():
-                    return None
+            if apart.dim() and bool(apart.any()):
                 index = apart.nonzero()[0].tolist()
                 return (start + index[0], *index[1:])
         return None
@@ -210,14 +269,13 @@ class Judge:
         wanted = expected_shape(name, self.a.config, tuple(self.mask.shape))
         # At a large tolerance, as of bfloat16, all sorts of tensors are each other's transpose.
         limit = min(self.tolerance(name), 0.02) * (largest(one) or 1.0)
-        for i in range(one.dim()):
-            for j in range(i + 1, one.dim()):
-                # The padding is known in the layout of the table only: turn the one that has another.
-                pair = [one, two.transpose(i, j)] if shape == wanted else [one.transpose(i, j), two]
-                if any(x.shape != wanted for x in pair):
-                    continue
-                if distance(*(hide_padding(row_of(name), x, self.compared(name)) for x in pair)) <= limit:
-                    return f"B is A transposed: axes {i} and {j} are exchanged"
+        for i, j in combinations(range(one.dim()), 2):
+            # The padding is known in the layout of the table only: turn the one that has another.
+            pair = [one, two.transpose(i, j)] if shape == wanted else [one.transpose(i, j), two]
+            if any(x.shape != wanted for x in pair):
+                continue
+            if distance(*(hide_padding(name, x, self.compared(name)) for x in pair)) <= limit:
+                return f"B is A transposed: axes {i} and {j} are exchanged"
         return None
 
     def tolerance(self, name: str) -> float:
@@ -225,9 +283,8 @@ class Judge:
         layer = int(name.split(".")[1]) if name.startswith("layers.") else 0
         if name.startswith(("head.", "logits", "loss", GRADIENT)):
             layer = self.a.config.num_hidden_layers * (2 if name.startswith(GRADIENT) else 1)
-        eps = torch.finfo(self.coarser).eps
-        first, each = FLOAT if eps < 1e-4 else HALF
-        return (first + each * layer) * eps
+        first, each = HALF if is_half(self.coarser) else FLOAT
+        return (first + each * layer) * torch.finfo(self.coarser).eps
 
     def accuse(self, row: Compared, last_good: str) -> Iterator[str]:
         yield f"first wrong: {row.name}. The last good one is {last_good}"
@@ -239,46 +296,42 @@ class Judge:
         if not self.sticks:
             yield f"which of the two is wrong, only a model can tell (--model); {self.without_model(row.name)}"
             return
-        if not row.errors:
-            return
-        sides = list(zip("AB", (self.a, self.b), row.errors, self.sticks, strict=True))
-        for side, given, error, stick in sides:
+        right = []
+        for side, given, error, stick in zip("AB", (self.a, self.b), row.errors or (), self.sticks, strict=False):
+            kind = "largest" if error.largest / stick.allowed.largest > error.rms / stick.allowed.rms else "rms"
+            right += [side] if stick.accepts(error) else []
             if not error.largest < float("inf"):
                 yield f"{side} has NaN or infinity from {row.name} on, where float64 has numbers ({given.title})"
-            elif not stick.accepts(error):
-                kind = "largest" if error.largest / stick.allowed.largest > error.rms / stick.allowed.rms else "rms"
+            elif side in right:
+                yield (
+                    f"{side} is right up to here: {error.largest:.1e} from float64, allowed "
+                    f"{stick.allowed.largest:.1e} ({given.title})"
+                )
+            else:
                 yield (
                     f"{side} is {stick.times(error):,.0f} times worse than {dtype_name(given.dtype)} explains, from "
                     f"{row.name} on: {getattr(error, kind):.1e} from float64, where rounding makes "
                     f"{getattr(stick.explained, kind):.1e}{' (root mean square)' if kind == 'rms' else ''} "
                     f"({given.title})"
                 )
-            else:
-                yield (
-                    f"{side} is right up to here: {error.largest:.1e} from float64, allowed "
-                    f"{stick.allowed.largest:.1e} ({given.title})"
-                )
-        both = all(not stick.accepts(error) for _, _, error, stick in sides)
-        if both and row.relative is not None and row.relative <= self.tolerance(row.name):
+        if row.errors and not right and row.relative is not None and row.relative <= self.tolerance(row.name):
             yield "but A and B agree with each other: are these the weights of --model?"
 
     def described(self, row: Compared) -> Iterator[str]:
         """What the error looks like. Without a model, the difference of B from A."""
-        if row.max_abs is None or self.mask.numel() == 0 or "exchanged" in row.verdict:
+        if row.max_abs is None or "exchanged" in row.verdict:
             return
-        mask = self.compared(row.name)
-        one, two = (hide_padding(row_of(row.name), side.read(row.name), mask) for side in (self.a, self.b))
-        if not self.sticks or not row.errors:
-            limit = self.tolerance(row.name) * (largest(one) or 1.0)
-            for said in appearance(Wrong(self.b, row.name, two, one, Error(limit, limit / 3), mask)):
+        name, mask = row.name, self.compared(row.name)
+        one, two = (hide_padding(name, side.read(name), mask) for side in (self.a, self.b))
+        if not self.sticks:
+            limit = self.tolerance(name) * (largest(one) or 1.0)
+            for said in appearance(Wrong(self.b, name, two, one, Error(limit, limit / 3), mask)):
                 yield f"B beside A: {said}"
-            return
-        for side, given, x, error, stick in zip(
-            "AB", (self.a, self.b), (one, two), row.errors, self.sticks, strict=True
-        ):
+        sides = zip("AB", (self.a, self.b), (one, two), row.errors or (), self.sticks, strict=False)
+        for side, given, x, error, stick in sides:
             if not stick.accepts(error):
                 limits = Error(*(each * stick.scale for each in stick.allowed))
-                for said in appearance(Wrong(given, row.name, x, stick.truth.cpu(), limits, mask, self.model)):
+                for said in appearance(Wrong(given, name, x, stick.truth.cpu(), limits, mask, self.model)):
                     yield f"{side}: {said}"
 
     def acquit(self, rows: list[Compared]) -> Iterator[str]:
@@ -286,15 +339,14 @@ class Judge:
         last = next((row for row in rows if row.name == "logits"), (forward or rows)[-1])
         if last.errors is None:
             yield f"no difference in {count(len(rows))}; {self.without_model(last.name)}"
-            yield covered(self.a.inputs()[0], self.a.config)
-            return
-        dtypes = " and ".join(dict.fromkeys((dtype_name(self.a.dtype), dtype_name(self.b.dtype))))
-        yield (
-            f"{last.name}: A {last.errors[0].largest:.1e}, B {last.errors[1].largest:.1e} from float64: both right for "
-            f"{dtypes} ({count(len(rows))})"
-        )
+        else:
+            dtypes = " and ".join(dict.fromkeys((dtype_name(self.a.dtype), dtype_name(self.b.dtype))))
+            yield (
+                f"{last.name}: A {last.errors[0].largest:.1e}, B {last.errors[1].largest:.1e} from float64: both right "
+                f"for {dtypes} ({count(len(rows))})"
+            )
         yield covered(self.a.inputs()[0], self.a.config)
-        for side, measured in zip(self.yardsticks, self.measured, strict=False):
+        for side, measured in zip(self.yardsticks, self.measured, strict=True):
             yield from hidden_faults(side, measured)
 
     def without_model(self, name: str) -> str:
@@ -344,74 +396,6 @@ def _wrong_shapes(shape: tuple[int, ...], other: tuple[int, ...], wanted: tuple[
         if axes := exchanged_axes(stored, wanted):
             said += f": exchange axes {axes[0]} and {axes[1]} of {side}"
     return said
-
-
-def diff(a: Trace, b: Trace, model: BertForMaskedLM | None = None, *, everything: bool = False) -> Report:
-    """Compare two traces up to the first tensor that differs, or all of them with `everything`.
-
-    With the `model` that both are traces of, each is measured from the same computation in float64
-    (yardstick.py) and the report says which is wrong; without, from each other. Raises ValueError if one has no
-    usable inputs, is of another model's size, or was asked something else than the other.
-    """
-    report = Report((a.title, b.title), notes=list(_config_notes(a, b)))
-    (inputs, _), (others, _) = a.inputs(), b.inputs()
-    for name, mine, other in zip(INPUTS, inputs, others, strict=True):
-        if (said := _different_inputs(name, mine, other)) is not None:
-            raise ValueError(
-                f"the two models were asked different things: {said} (A is {a.name}, B is {b.name}). "
-                "Trace both on the same inputs"
-            )
-    shapes_a, shapes_b = a.shapes(), b.shapes()
-    report.notes += _absent(a, shapes_a, shapes_b)
-    names = [name for name in expected_names(a.config) if name in shapes_a and name in shapes_b and name not in INPUTS]
-    if inputs.labels is None or others.labels is None:
-        of_labels = [name for name in names if name == "loss" or name.startswith(GRADIENT)]
-        names = [name for name in names if name not in of_labels]
-        lost = [side for side, given in zip("AB", (inputs, others), strict=True) if given.labels is None]
-        if len(lost) == 1 or of_labels:
-            report.notes.append(f"note: no labels in {' and '.join(lost)}: loss and gradients are not compared")
-    if not names:
-        raise ValueError(
-            f"{a.name} and {b.name} have no tensor in common but their inputs: there is nothing to compare"
-        )
-    judge = Judge(a, b, inputs.attention_mask.bool(), model, names)
-    last_good = "the inputs"
-    for name in names:
-        row = judge.row(name)
-        report.rows.append(row)
-        if row.ok:
-            last_good = name if report.ok else last_good
-            continue
-        if report.ok:
-            report.ok, report.first_wrong = False, name
-            report.summary += judge.accuse(row, last_good)
-        if not everything:
-            break
-    report.notes += [f"note: {said}" for side in (a, b) if (said := side.layouts())]
-    if report.ok:
-        report.summary += judge.acquit(report.rows)
-    elif model is not None:
-        first = next(row for row in report.rows if not row.ok)
-        sides = [
-            given for given, error in zip((a, b), first.errors or (), strict=False) if error == max(first.errors or ())
-        ]
-        for given in sides:
-            if (lowered := lower_precision(given, model, first.name)) is not None:
-                report.summary += lowered.lines
-            elif said := hint(given, model, first.name):
-                report.summary.append(said)
-    return report
-
-
-def own_trace(model: BertForMaskedLM, given: Trace) -> Trace:
-    """What `model` computes from the inputs of a trace, in its dtype, with gradients if the trace has some."""
-    require_same_size(model, given)
-    inputs, _ = given.inputs()
-    asked = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
-    grad = "labels" in asked and any(name.startswith(GRADIENT) for name in given.shapes())
-    result = trace(converted(model, given.dtype), **asked, grad=grad)
-    result.name = "--model"
-    return result
 
 
 def _config_notes(a: Trace, b: Trace) -> Iterator[str]:

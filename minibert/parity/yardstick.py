@@ -12,20 +12,17 @@ A tensor is wrong when one of the two exceeds its limit:
     largest  >  K     · max(the dtype's own largest error, eps)
     rms      >  K_RMS · max(the dtype's own rms error, eps · the truth's own rms / scale)
 
-K and K_RMS are the same for every dtype. "The dtype's own error" is the largest of: here; in the tensor before, because
-a small tensor can be right by luck (for gradients, in all gradients before); in the same tensor of an earlier layer
-(for the head, of the layers' results), because errors come and go from layer to layer. In half precision, the model
-computes SHAKEN times more, with other roundings, before a tensor is called wrong. A tensor of fewer than FEW entries,
-such as the loss, has no rms of its own. Gradients that are 0 but for rounding (the key biases': a softmax does not see
-a shift) have no scale of their own: a gradient's scale is at least QUIET of the largest gradient before it.
+"The dtype's own error" is the largest of three. The error here. The error in the tensor before, because a small tensor
+can be right by luck (for gradients, in all gradients before). The error in the same tensor of an earlier layer (for the
+head, of the layers' results), because errors come and go from layer to layer.
 
-In float64 the truth is no more exact than what it measures. There, rounding is taken to do what it does in float32,
-times the quotient of the two eps.
+In half precision, the model computes SHAKEN times more, with other roundings, before a tensor is called wrong. A tensor
+of fewer than FEW entries, such as the loss, has no rms of its own. Gradients that are 0 but for rounding have no scale
+of their own (the key biases': a softmax does not see a shift), so a gradient's scale is at least QUIET of the largest
+gradient before it. In float64 the truth is no more exact than what it measures: there, rounding is taken to do what it
+does in float32, times the quotient of the two eps.
 
-Measured with tests/parity/calibrate.py, against a port whose every operation is rounded once. Over 450 small random
-models in float32, bfloat16 and float16 the largest error was at most 5.1 times the own one, the rms error at most 2.6
-times. For the bundled layers repeated to 12 and 24 layers it was at most 1.9 times; in bfloat16, at 24 layers, 11 times
-before the other roundings were tried.
+tests/parity/calibrate.py measures how far right ports are from these limits.
 
 The two computations go side by side, tensor by tensor. So memory holds one layer of each, and no whole trace.
 """
@@ -40,7 +37,7 @@ from minibert.checkpoint.config_keys import SIZES
 from minibert.checkpoint.reading import shapes_only
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.steps import Steps
-from minibert.trace.table import GRADIENT, Inputs, check_inputs, hide_padding, row_of
+from minibert.trace.table import GRADIENT, Inputs, check_inputs, exchanged_axes, hide_padding, row_of
 from minibert.trace.tracefile import Trace
 
 K = 8.0
@@ -124,6 +121,11 @@ def measures(pairs: Iterable[tuple[str, Tensor, Tensor]], dtype: torch.dtype) ->
         before = Error(*map(max, before, error)) if name.startswith(GRADIENT) else error
 
 
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether it is float16 or bfloat16."""
+    return torch.finfo(dtype).eps > 1e-4
+
+
 def rounding_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in for the error that rounding makes in `dtype`."""
     return torch.float32 if dtype == torch.float64 else dtype
@@ -147,7 +149,7 @@ class Yardstick:
 
     def __init__(self, model: BertForMaskedLM, given: Trace, *, grad: bool) -> None:
         require_same_size(model, given)
-        self.given = given
+        self.given, self.shapes = given, given.shapes()
         own = converted(model, given.dtype)
         self.exact = converted(own, torch.float64)
         self.rounded = converted(own, rounding_dtype(given.dtype))
@@ -156,6 +158,7 @@ class Yardstick:
             check_inputs(model.config, *self.inputs)
         except ValueError as error:
             raise ValueError(f"{given.name}: --model does not take its inputs: {error}") from error
+        self.mask = self.inputs.attention_mask.bool()
         self.grad = grad and self.inputs.labels is not None
         self.others: dict[str, Error] | None = None  # the largest errors of other roundings; see `shaken`
 
@@ -164,23 +167,47 @@ class Yardstick:
         rounding does to a faulty model is not what it does to a right one."""
         return measures(self._pairs(kind), self.given.dtype)
 
+    def errors(self, kind: type[Steps] = Steps) -> Iterator[tuple[Measure, Error]]:
+        """Of every tensor that the trace has. Raises ValueError where its shape is not this model's."""
+        for measure in self.measures(kind):
+            name, wanted = measure.name, tuple(measure.truth.shape)
+            shape = self.shapes.get(name)
+            if shape is None:
+                continue
+            if shape != wanted:
+                axes = exchanged_axes(shape, wanted)
+                hint = f": axes {axes[0]} and {axes[1]} are exchanged" if axes else ""
+                raise ValueError(
+                    f"{self.given.name}: {name} is {shape}, and this model's is {wanted}{hint}. No fault is sought "
+                    "before the shapes agree"
+                )
+            self.given.settle(name, measure.truth)
+            measure = measure.stored_in(self.given.stored_dtype(name), self.given.dtype)
+            yield measure, measure.error(self.there(name))
+
+    def there(self, name: str) -> Tensor:
+        """A tensor of the trace, with zeros where nothing is compared."""
+        return self.hidden(name, self.given.read(name).to(self.mask.device))
+
+    def hidden(self, name: str, x: Tensor) -> Tensor:
+        """A tensor that the model computed, with zeros where nothing is compared."""
+        return hide_padding(name, x, self.given.compared(name, self.mask))
+
     def shaken(self, measure: Measure) -> Measure:
         """The measure with more chances for rounding, in half precision: a model that is about to decide between two
         words may be tipped over by any rounding, and then no multiple of one rounding's error is right. So before a
         tensor is called wrong, the model computes some times more, each time with other roundings.
         """
-        if torch.finfo(self.given.dtype).eps < 1e-4:
+        if not is_half(self.given.dtype):
             return measure
         if self.others is None:
             self.others = {}
             exact = Steps(self.exact, self.inputs, self.given)
             shaken = [Shaken(self.rounded, self.inputs, self.given, seed) for seed in range(SHAKEN)]
-            mask = self.inputs.attention_mask.bool()
             for (name, truth), *tried in zip(exact.run(), *(each.run() for each in shaken), strict=True):
-                there = self.given.compared(name, mask)
-                truth = hide_padding(row_of(name), truth, there)
+                truth = self.hidden(name, truth)
                 whole = Measure(name, truth, largest(truth) or 1.0, Error(0.0, 0.0))
-                errors = [whole.error(hide_padding(row_of(name), x, there)) for _, x in tried]
+                errors = [whole.error(self.hidden(name, x)) for _, x in tried]
                 finite = [error for error in errors if error.largest < float("inf")]
                 self.others[name] = Error(*map(max, *finite)) if len(finite) > 1 else Error(0.0, 0.0)
         other = self.others.get(measure.name, Error(0.0, 0.0))
@@ -188,10 +215,8 @@ class Yardstick:
 
     def _pairs(self, kind: type[Steps]) -> Iterator[tuple[str, Tensor, Tensor]]:
         exact, rounded = (kind(model, self.inputs, self.given) for model in (self.exact, self.rounded))
-        mask = self.inputs.attention_mask.bool()
         for (name, truth), (_, own) in zip(exact.run(), rounded.run(), strict=True):
-            there = self.given.compared(name, mask)
-            yield name, hide_padding(row_of(name), truth, there), hide_padding(row_of(name), own, there)
+            yield name, self.hidden(name, truth), self.hidden(name, own)
         if self.grad:
             for (name, truth), (_, own) in zip(exact.gradients(), rounded.gradients(), strict=True):
                 yield name, truth, own

@@ -185,7 +185,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def _from_padded(mask: Tensor) -> Callable[[str, Tensor], Tensor]:
-    return lambda name, x: hide_padding(row_of(name), x, mask)
+    return lambda name, x: hide_padding(name, x, mask)
 
 
 def _from_packed(batch: PackedBatch, mask: Tensor) -> Callable[[str, Tensor], Tensor]:
@@ -198,7 +198,7 @@ def _from_packed(batch: PackedBatch, mask: Tensor) -> Callable[[str, Tensor], Te
         x = x.take_along_dim(column[:, None, :, None], 2)  # (B, H, S, …)
         if SHAPES[row_of(name)][-1] == "S":
             x = x.take_along_dim(column[:, None, None, :], 3)  # (B, H, S, S)
-        return hide_padding(row_of(name), x, mask)
+        return hide_padding(name, x, mask)
 
     return place
 

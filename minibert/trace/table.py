@@ -271,8 +271,9 @@ def covered(inputs: Inputs, config: BertConfig) -> str:
     return said
 
 
-def hide_padding(row: str, x: Tensor, mask: Tensor) -> Tensor:
-    """`x` with zeros wherever it belongs to padding. row: its name in TABLE. mask: (B, S) bool, of the same rows."""
+def hide_padding(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """A tensor with zeros wherever it belongs to padding. mask: (B, S) bool, of the same rows."""
+    row = row_of(name)
     if row == "layers.N.scores":
         x = x.clamp(min=MASKED)
     shape = SHAPES.get(row, [])

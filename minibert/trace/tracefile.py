@@ -161,10 +161,10 @@ class TraceFile(Trace):
     def settle(self, name: str, truth: Tensor) -> None:
         if name in self.others:
             stored = self.store.read(self.forms[name].stored).double()
-            truth = hide_padding(row_of(name), truth.double().cpu(), self.mask)
+            truth = hide_padding(name, truth.double().cpu(), self.mask)
 
             def far(form: Form) -> float:
-                x = hide_padding(row_of(name), form.turn(stored), self.mask)
+                x = hide_padding(name, form.turn(stored), self.mask)
                 return (x - truth).nan_to_num(1e30, 1e30, 1e30).square().sum().item()
 
             if far(self.others[name]) < far(self.forms[name]):

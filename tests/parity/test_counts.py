@@ -14,7 +14,7 @@ from strange import STRANGE
 from test_false_alarms import random_pair
 
 from minibert.parity import diagnose, diff, trace
-from minibert.parity.quantised import quantised
+from minibert.parity.fewer_bits import quantised
 from minibert.trace import standard_inputs
 
 README = Path(__file__).parents[2] / "minibert" / "parity" / "README.md"

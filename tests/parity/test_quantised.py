@@ -11,7 +11,7 @@ from twins import twins
 
 from minibert.cli import main
 from minibert.parity import diagnose, diff, trace
-from minibert.parity.quantised import quantised
+from minibert.parity.fewer_bits import quantised
 from minibert.trace import Trace, standard_inputs
 from minibert.trace.table import INPUTS
 
