@@ -1,12 +1,23 @@
-"""What was measured, as rows, as JSON, and as a table that explains itself."""
+"""What was measured, on which machine, as rows, as JSON, and as a table that explains itself."""
 
 import json
 import os
+import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
 
-from minibert.bench.settings import Settings
+import torch
+from torch import Tensor
+
+from minibert.bench.settings import PEERS, BenchSettings
+from minibert.inference.int8 import to_int8
+from minibert.inference.onednn import multiply_int8, order_int8
+from minibert.inference.ways import WAYS, has_int8_products, working_ways
 
 ORDER = ("int8", "bfloat16", "float32")
 
@@ -37,13 +48,13 @@ class Row:
 
 
 @dataclass
-class Report:
+class BenchReport:
     """Everything that was measured. matmul: FLOP/s of this machine in each precision, in int8 operations a second; 0
     where it has no such products.
     """
 
     machine: dict[str, str]
-    settings: Settings
+    settings: BenchSettings
     matmul: dict[str, float]
     workloads: dict[str, dict[str, int]]
     rows: list[Row]
@@ -52,30 +63,26 @@ class Report:
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
-def progress(text: str) -> None:
-    """Tell who waits at a terminal."""
-    if sys.stderr.isatty():
-        print(text, file=sys.stderr)
-
-
-def slower(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """(ours, peer) wherever a row of ours loses to a peer of the same or a higher precision. Each of our precisions
-    counts by itself: that int8 is fast does not help who wants float32.
+def slower(rows: Sequence[Row]) -> list[tuple[Row, Row, float]]:
+    """(ours, peer, our median over its) wherever a row of ours loses to a peer of the same or a higher precision. Each
+    of our precisions counts by itself: that int8 is fast does not help who wants float32.
     """
-    timed = [row for row in rows if row.median is not None]
     return [
-        (ours, peer)
-        for peer in timed
-        if not peer.contender.startswith("minibert")
-        for ours in timed
+        (ours, peer, ours.median / peer.median)
+        for peer in rows
+        if peer.median and not peer.contender.startswith("minibert")
+        for ours in rows
+        if ours.median and ours.contender in ("minibert prepared", "minibert")
         if (ours.task, ours.shape) == (peer.task, peer.shape)
-        and ours.contender in ("minibert prepared", "minibert")
         and ORDER.index(ours.precision) <= ORDER.index(peer.precision)
-        and (ours.median or 0.0) > (peer.median or 0.0)
+        and ours.median > peer.median
     ]
 
 
-def table(report: Report) -> str:
+# ---------------------------------------------------------------------------------------------------------- for people
+
+
+def table(report: BenchReport) -> str:
     """The report for people."""
     out = [" · ".join(f"{name} {value}" for name, value in report.machine.items())]
     rates = [f"{rate / 1e9:.0f} G{'' if p == 'int8' else 'FL'}OP/s in {p}" for p, rate in report.matmul.items() if rate]
@@ -84,36 +91,30 @@ def table(report: Report) -> str:
         out.append(f"WARNING: load {report.machine['load']}: other programs run on this machine, the times mean little")
     for heading, work in report.workloads.items():
         task, shape = heading.split()
-        rows = [row for row in report.rows if (row.task, row.shape) == (task, shape)]
         if task == "training" and "int8" in report.settings.precisions:
             out += ["", f"{task}, {shape}: nothing is trained in int8"]
-        if not rows:
-            continue
-        out += [
-            "",
-            f"{task}, {shape}: {work['rows']} rows of {work['shortest']} to {work['longest']} tokens, "
-            f"{work['real_tokens']} real ({work['padded_tokens']} padded), asked at {work['asked']}",
-            f"  {'contender':<22} {'precision':<9} {'median ms':>10} {'quartiles':>17} {'tokens/s':>9} {'ours/its':>8} "
-            f"{'of matmul':>9} {'of peak':>8} {'differs':>8} {'peak MiB':>9}",
-        ]
-        for row in rows:
-            out.append(_line(row))
-    lost = slower(report.rows)
-    if lost:
+        if rows := [row for row in report.rows if (row.task, row.shape) == (task, shape)]:
+            out += [
+                "",
+                f"{task}, {shape}: {work['rows']} rows of {work['shortest']} to {work['longest']} tokens, "
+                f"{work['real_tokens']} real ({work['padded_tokens']} padded), asked at {work['asked']}",
+                f"  {'contender':<22} {'precision':<9} {'median ms':>10} {'quartiles':>17} {'tokens/s':>9} "
+                f"{'ours/its':>8} {'of matmul':>9} {'of peak':>8} {'differs':>8} {'peak MiB':>9}",
+                *map(_line, rows),
+            ]
+    if lost := slower(report.rows):
         out += ["", "Slower than a peer of the same or a higher precision:"]
-        for ours, peer in lost:
-            assert ours.median is not None
-            assert peer.median is not None
-            out.append(
-                f"  {peer.task}, {peer.shape}: {ours.contender} {ours.precision} takes {ours.median / peer.median:.2f} "
-                f"of {peer.contender} {peer.precision}"
-            )
+        out += [
+            f"  {peer.task}, {peer.shape}: {ours.contender} {ours.precision} takes {ratio:.2f} of {peer.contender} "
+            f"{peer.precision}"
+            for ours, peer, ratio in lost
+        ]
     return "\n".join([*out, "", EXPLANATION])
 
 
 def _line(row: Row) -> str:
     start = f"  {row.contender:<22} {row.precision:<9} "
-    if row.median is None or row.quartiles is None or row.tokens_per_second is None:
+    if row.median is None or row.quartiles is None:
         return f"{start}{row.status}: {row.reason}"
     spread = f"{1e3 * row.quartiles[0]:.1f}–{1e3 * row.quartiles[1]:.1f}"
     ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"
@@ -124,27 +125,115 @@ def _line(row: Row) -> str:
         f"{start}{1e3 * row.median:>10.1f} {spread:>17} {row.tokens_per_second:>9.0f} {ratio:>8} {share:>9} "
         f"{peak:>8} {row.difference:>8.0e} {memory:>9}"
     )
-    return line + (f"  {row.reason}" if row.reason else "")
+    return f"{line}  {row.reason}".rstrip()
 
 
 EXPLANATION = """\
-What this says. All contenders read one folder of weights and get the same padded ids and mask; packing is part of
-minibert's time. First each one's logits at the asked real positions must agree with minibert's in float32: "differs" is
-the largest difference over the largest logit, at most 1e-4 in float32 and 5e-2 in bfloat16; int8 has no gate. Who fails
-is refused, not timed. Then all are timed in turn, A B C, A B C, so that whatever else the machine does hits all alike;
-first calls, which compile and allocate, do not count, and a call under 0.3 s is preceded by one that is not timed.
-The median is printed because one disturbed round does not move it; the quartiles show how much the rounds differ.
-tokens/s counts real tokens: padding earns nothing. Dense shapes ask for logits everywhere, the others (and training) at
-15 % of the tokens. There the peers' own forward computes them everywhere all the same; sdpa-asked calls the head of
-transformers by hand, at the asked positions only.
-ours/its is our median over that row's, below 1 where ours is faster: minibert prepared (in training: minibert) in the
-same precision; beside int8, where there is no int8 of ours, in bfloat16, or else in float32. "of matmul" is the
-arithmetic that was asked for (products only, no padding), a second, over this machine's measured matmul rate in that
-precision; "of peak" is over what the maker of the card promises, where the card is known. int8 stands for products of
-8-bit numbers; attention, norms and sums are in a higher precision, and each contender rounds in its own way. Training
-is forward, loss at the asked positions, backward and AdamW, on float32 weights, in bfloat16 under autocast, with the
-dropout of the configuration; int8 is for inference, and ONNX Runtime and OpenVINO do not train here. peak MiB
-(--memory) is the whole process's resident memory on the CPU, torch's allocations on CUDA, up to that workload, with
-loading and preparing the model. Every contender has the number of threads printed above. The command lets glibc keep
-freed memory, for all of them alike, unless MALLOC_MMAP_THRESHOLD_ or MALLOC_TRIM_THRESHOLD_ is set; in a process of
-your own, 1073741824 and 2147483647 in these variables do the same."""
+What this says. All contenders read one folder of weights and get the same padded ids; packing is part of minibert's
+time. "differs": the largest difference of a logit, at the asked positions, from minibert's in float32, over the largest
+logit. Who differs by more than 1e-4 in float32 or 5e-2 in bfloat16 is not timed; int8 has no gate. Dense shapes ask for
+logits everywhere, the others (and training) at 15 % of the tokens: there the peers compute them everywhere all the
+same, but for sdpa-asked, which calls the head of transformers where it is asked.
+ours/its: our median over that row's, below 1 where ours is faster (minibert prepared, in training minibert, in the same
+precision; beside int8, where there is none of ours, in bfloat16 or else float32). tokens/s: of real tokens. "of
+matmul": the arithmetic that was asked for (products only, no padding), a second, over the rate above; "of peak": over
+what the maker of the card promises. Training is forward, loss, backward and AdamW on float32 weights, in bfloat16 under
+autocast, with dropout. peak MiB (--memory): the whole process on the CPU, torch's allocations on CUDA."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the machine
+
+
+SIZES = (1024, 768, 3072)  # rows, from, to: BERT-base's largest product for 8 × 128 tokens
+# FLOP/s of dense products, from NVIDIA's data sheets: bfloat16 with tensor cores, float32 without.
+CARDS = {
+    "H200": {"bfloat16": 989e12, "float32": 67e12},
+    "H100 PCIe": {"bfloat16": 756e12, "float32": 51e12},
+    "H100": {"bfloat16": 989e12, "float32": 67e12},
+    "A100": {"bfloat16": 312e12, "float32": 19.5e12},
+    "L40S": {"bfloat16": 362e12, "float32": 91.6e12},
+    "L4": {"bfloat16": 121e12, "float32": 30.3e12},
+    "RTX 4090": {"bfloat16": 165e12, "float32": 82.6e12},
+}
+
+
+def peak_rate(card: str, precision: str) -> float | None:
+    """FLOP/s that the maker promises for this card; None for a card or a precision that is not in the table."""
+    found = [name for name in CARDS if set(name.split()) <= set(card.split())]
+    return CARDS[found[0]].get(precision) if found else None
+
+
+@torch.inference_mode()
+def matmul_rate(precision: str, device: str) -> float:
+    """FLOP/s of this machine, in int8 operations a second: the best of up to 16 products of SIZES, or half a second of
+    them, by torch and, on the CPU, in each way that `prepare_for_inference` knows. 0 where there are no such products.
+    """
+    rows, d, f = SIZES
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    x, weight = torch.randn(rows, d, device=device).to(dtype), torch.randn(f, d, device=device).to(dtype)
+    bias = torch.zeros(f, device=device, dtype=dtype)
+    ways: list[Callable[[Tensor], Tensor]] = []
+    if precision != "int8":
+        kinds = [WAYS[name] for name in working_ways(dtype)] if device == "cpu" else [None]
+        torchs = torch.nn.Linear(d, f, device=device, dtype=dtype)
+        ways += [torchs if kind is None else kind(weight, bias) for kind in kinds]
+    elif device == "cpu" and has_int8_products():
+        x, weight, zeros = to_int8(x)[0], order_int8(to_int8(weight)[0]), torch.zeros(f, dtype=torch.int32)
+        ways.append(lambda x: multiply_int8(x, weight, bias, zeros))
+    best = float("inf")
+    for way in ways:
+        end = perf_counter() + 0.5
+        for _ in range(16):
+            best = min(best, seconds(partial(way, x), device))
+            if perf_counter() > end:
+                break
+    return 2 * rows * d * f / best
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """How long a call takes, until the device has done what it was given."""
+    synchronize(device)
+    began = perf_counter()
+    call()
+    synchronize(device)
+    return perf_counter() - began
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def describe_machine(device: str) -> dict[str, str]:
+    facts = {"processor": _processor(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    if device.startswith("cuda"):
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    if hasattr(os, "getloadavg"):
+        facts["load"] = f"{os.getloadavg()[0]:.1f}"
+    facts["python"] = platform.python_version()
+    facts["torch"] = torch.__version__  # it names the build too (2.14.1+cu130), which the package's version may not
+    for package in dict.fromkeys(peer.package for peer in PEERS.values()):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    return facts
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_resident() -> int:
+    """The peak resident memory of this process, in bytes: Python and libraries included."""
+    try:  # not getrusage: what it gives may be the peak of the process that started this one
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,25 +1,37 @@
-"""The measurement: parity gate, and interleaved rounds."""
+"""The measurement: parity gate, interleaved rounds, and memory."""
 
 import gc
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
-from time import perf_counter, sleep
+from time import sleep
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from minibert.bench.contenders import build, lineup, random_model
-from minibert.bench.machine import describe_machine, matmul_rate, measure_memory, peak_rate, synchronize
-from minibert.bench.report import Report, Row, progress
-from minibert.bench.settings import Settings
-from minibert.bench.workloads import SHAPES, Absent, Contender, Workload, make_workload
+from minibert.bench.contenders import Absent, Contender, build, lineup, random_model, read_config
+from minibert.bench.report import (
+    BenchReport,
+    Row,
+    describe_machine,
+    matmul_rate,
+    peak_rate,
+    peak_resident,
+    seconds,
+    synchronize,
+)
+from minibert.bench.settings import BenchSettings
+from minibert.bench.workloads import SHAPES, TRAINING_SHAPES, Workload, make_workload
 from minibert.devices import computing_device
 from minibert.masked_lm import BertForMaskedLM
+from minibert.training.processes import keep_freed_memory
 
-TRAINING_SHAPES = ("8x128", "mixed")
 # The largest difference of a logit from minibert's in float32, over the largest logit. float32: the same sums in
 # another order; bfloat16: some tens of roundings of 2^-8. int8 is reported and has no gate.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "int8": None}
@@ -27,40 +39,37 @@ SHORT = 0.3  # seconds: a call that is shorter is preceded by one that is not ti
 SETTLE = 0.01  # seconds between two contenders, in which the threads of the last one go to sleep
 
 
-def run(settings: Settings) -> Report:
+def run(settings: BenchSettings) -> BenchReport:
     """Measure. Raises ValueError or OSError for a model or a shape that cannot be had."""
     settings = replace(settings, device=str(computing_device(settings.device)))
     if settings.model is None:
         model = random_model(settings.layers)
     else:
         model = BertForMaskedLM.from_pretrained(settings.model, revision=settings.revision)
-    config = model.config
-    plans = []
+    config, plans = model.config, {}
     for task in settings.tasks:
         shapes = settings.shapes or (SHAPES if task == "inference" else TRAINING_SHAPES)
-        works = [make_workload(name, config, settings.device, everywhere=task == "inference") for name in shapes]
-        plans.append((task, works))
+        plans[task] = [make_workload(name, config, settings.device, everywhere=task == "inference") for name in shapes]
     matmul = {precision: matmul_rate(precision, settings.device) for precision in settings.precisions}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="minibert-bench-") as temporary:
         folder = Path(temporary)
         model.save_pretrained(folder)
         reference = model.to(settings.device).eval()
-        for task, works in plans:
+        for task, works in plans.items():
             rows += _run_task(task, works, reference, folder, settings)
             gc.collect()
         if settings.memory:
             measure_memory(rows, folder, settings)
-    machine = describe_machine(settings.device)
-    for row in rows:
-        rate, peak = matmul.get(row.precision), peak_rate(machine.get("gpu", ""), row.precision)
-        if row.median and rate:
-            work = next(w for task, works in plans if task == row.task for w in works if w.name == row.shape)
-            flops = work.flops(config) * (3 if row.task == "training" else 1)  # backward: two products for each one
-            row.share_of_matmul = flops / row.median / rate
-            row.share_of_peak = peak and flops / row.median / peak
-    described = {
-        f"{task} {work.name}": {
+    machine, described = describe_machine(settings.device), {}
+    for task, work in ((task, work) for task, works in plans.items() for work in works):
+        flops = work.flops(config) * (3 if task == "training" else 1)  # backward: two products for each one
+        for row in rows:
+            if (row.task, row.shape) == (task, work.name) and row.median and (rate := matmul[row.precision]):
+                row.share_of_matmul = flops / row.median / rate
+                peak = peak_rate(machine.get("gpu", ""), row.precision)
+                row.share_of_peak = peak and flops / row.median / peak
+        described[f"{task} {work.name}"] = {
             "rows": len(work.lengths),
             "shortest": min(work.lengths),
             "longest": max(work.lengths),
@@ -68,48 +77,49 @@ def run(settings: Settings) -> Report:
             "padded_tokens": work.input_ids.numel(),
             "asked": int(work.asked.sum()),
         }
-        for task, works in plans
-        for work in works
-    }
-    return Report(machine, settings, matmul, described, rows)
+    return BenchReport(machine, settings, matmul, described, rows)
 
 
 def _run_task(
-    task: str, works: Sequence[Workload], reference: BertForMaskedLM, folder: Path, settings: Settings
+    task: str, works: Sequence[Workload], reference: BertForMaskedLM, folder: Path, settings: BenchSettings
 ) -> list[Row]:
-    contenders: dict[tuple[str, str], Contender | tuple[str, str]] = {}
+    contenders: dict[tuple[str, str], Contender | Exception] = {}
     for name, precision in lineup(task, settings.peers, settings.precisions):
         try:
             contenders[name, precision] = build(name, precision, task, folder, settings.device)
-        except Absent as reason:
-            contenders[name, precision] = ("absent", str(reason))
-        except Exception as error:  # a peer that breaks is a row of the table, not the end of it
-            if name.startswith("minibert"):
-                raise
-            contenders[name, precision] = ("failed", _one_line(error))
-    rows = []
+        except Exception as error:
+            contenders[name, precision] = error
+            _require_a_peer(name, error)
     expected = {work.name: _expected(reference, work) for work in works}  # before any training step
-    gated = {}
+    rows, gated = [], []
     for work in works:
-        for key, contender in contenders.items():
-            row = gated[work.name, key] = Row(task, work.name, key[0], *_label(key, contender), tokens=work.tokens)
-            if isinstance(contender, tuple):
-                row.status, row.reason = contender
+        for (name, precision), contender in contenders.items():
+            row = Row(task, work.name, name, name, precision, tokens=work.tokens)
+            rows.append(row)
+            if isinstance(contender, Exception):
+                _fail(row, contender)
             else:
+                row.contender = contender.name
                 _gate(row, contender, work, expected[work.name])
-    for work in works:
-        here = [(gated[work.name, key], contender) for key, contender in contenders.items()]
-        running = [(row, c) for row, c in here if isinstance(c, Contender) and row.status == "timed"]
-        _time(running, work, settings)
-        mine = [row for row, _ in here]
-        _ratios(mine)
-        rows += mine
-        progress(f"{task} {work.name}: done")
+                gated.append((row, contender))
+    for work in tqdm(works, desc=task, unit=" shapes", disable=None):  # None: only who waits at a terminal sees it
+        _time([(row, one) for row, one in gated if row.shape == work.name], work, settings)
+        _ratios([row for row in rows if row.shape == work.name])
     return rows
 
 
-def _label(key: tuple[str, str], contender: object) -> tuple[str, str]:
-    return (contender.name, contender.precision) if isinstance(contender, Contender) else key
+def _require_a_peer(name: str, error: Exception) -> None:
+    """A peer that breaks is a row of the table and not the end of it; of ours, only what cannot be had here."""
+    if name.startswith("minibert") and not isinstance(error, Absent):
+        raise error
+
+
+def _fail(row: Row, error: Exception) -> None:
+    _require_a_peer(row.key, error)
+    if isinstance(error, Absent):
+        row.status, row.reason = "absent", str(error)
+    else:
+        row.status, row.reason = "failed", f"{type(error).__name__}: {error}".split("\n")[0][:160]
 
 
 @torch.inference_mode()
@@ -122,9 +132,7 @@ def _gate(row: Row, contender: Contender, work: Workload, expected: Tensor) -> N
     try:
         logits = contender.check(work)
     except Exception as error:
-        if contender.name.startswith("minibert"):
-            raise
-        row.status, row.reason = "failed", _one_line(error)
+        _fail(row, error)
         return
     logits = (logits[work.asked] if logits.dim() == 3 else logits).float()  # (M, V)
     row.difference = float((logits - expected).abs().max() / expected.abs().max())
@@ -134,39 +142,30 @@ def _gate(row: Row, contender: Contender, work: Workload, expected: Tensor) -> N
         row.reason = f"its logits differ by {row.difference:.1e} of the largest, more than {row.tolerance:.0e}"
 
 
-def _time(running: list[tuple[Row, Contender]], work: Workload, settings: Settings) -> None:
+def _time(running: list[tuple[Row, Contender]], work: Workload, settings: BenchSettings) -> None:
     """A B C, A B C, …: what else the machine does hits all alike. The first calls, which compile and allocate, do not
     count."""
-    usual = {}
+    calls = []
     for row, contender in running:
-        try:
-            for _ in range(2):
-                usual[row.contender, row.precision] = _seconds(contender, work, settings.device)
-        except Exception as error:
-            if contender.name.startswith("minibert"):
-                raise
-            row.status, row.reason = "failed", _one_line(error)
-    running = [(row, contender) for row, contender in running if row.status == "timed"]
+        if row.status == "timed":
+            call = partial(contender.run, work)
+            try:
+                usual = [seconds(call, settings.device) for _ in range(2)]
+                calls.append((row, contender, call, usual[1] < SHORT))
+            except Exception as error:
+                _fail(row, error)
     for _ in range(settings.rounds):
-        for row, contender in running:
+        for row, _, call, short in calls:
             sleep(SETTLE)
-            if usual[row.contender, row.precision] < SHORT:
-                _seconds(contender, work, settings.device)
-            row.seconds.append(_seconds(contender, work, settings.device))
-    for row, contender in running:
+            if short:
+                seconds(call, settings.device)
+            row.seconds.append(seconds(call, settings.device))
+    for row, contender, _, _ in calls:
         row.median = median(row.seconds)
         low, _, high = quantiles(row.seconds, method="inclusive") if len(row.seconds) > 1 else [row.median] * 3
         row.quartiles = (low, high)
         row.tokens_per_second = row.tokens / row.median
         row.reason = contender.note
-
-
-def _seconds(contender: Contender, work: Workload, device: str) -> float:
-    synchronize(device)
-    began = perf_counter()
-    contender.run(work)
-    synchronize(device)
-    return perf_counter() - began
 
 
 def _ratios(rows: list[Row]) -> None:
@@ -178,6 +177,34 @@ def _ratios(rows: list[Row]) -> None:
             row.against, row.ratio = f"{mine.contender} {mine.precision}", mine.median / row.median
 
 
-def _one_line(error: Exception) -> str:
-    lines = f"{type(error).__name__}: {error}".split("\n")
-    return lines[0][:160]
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def measure_memory(rows: list[Row], folder: Path, settings: BenchSettings) -> None:
+    """Peak memory of each contender, in a process of its own. Raises OSError if that fails."""
+    for task, name, precision in dict.fromkeys((row.task, row.key, row.precision) for row in rows if row.median):
+        mine = [row for row in rows if (row.task, row.key, row.precision) == (task, name, precision) and row.median]
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            try:
+                shapes = [row.shape for row in mine]
+                peaks = alone.submit(peaks_of, name, precision, task, folder, settings.device, shapes).result()
+            except Exception as error:
+                raise OSError(f"measuring the memory of {name} {precision} failed: {error}") from error
+        for row in mine:
+            row.peak_memory_bytes = peaks[row.shape]
+
+
+def peaks_of(name: str, precision: str, task: str, folder: Path, device: str, shapes: Sequence[str]) -> dict[str, int]:
+    """Bytes by shape, the smaller ones first: the peak up to each. On the CPU the resident memory of the whole process,
+    Python and libraries included; on CUDA what torch allocated.
+    """
+    keep_freed_memory()  # as the command that started this process does
+    config = read_config(folder)
+    works = [make_workload(shape, config, device, everywhere=task == "inference") for shape in shapes]
+    contender = build(name, precision, task, folder, device)
+    peaks = {}
+    for work in sorted(works, key=lambda work: work.input_ids.numel()):
+        contender.run(work)
+        synchronize(device)
+        peaks[work.name] = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak_resident()
+    return peaks

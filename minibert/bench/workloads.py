@@ -1,10 +1,8 @@
-"""The batches that are timed, and what a contender is: minibert in one of its forms, or a peer.
-
-Every contender starts from the same padded tensors, as a user has them, so that packing is part of our time.
+"""The batches that are timed. All contenders start from the same padded tensors, as a user has them, so that packing is
+part of our time.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +12,8 @@ from minibert.config import BertConfig
 from minibert.loss import IGNORE
 
 SHAPES = ("1x16", "1x128", "8x128", "8x512", "mixed", "normal", "lognormal")
+TRAINING_SHAPES = ("8x128", "mixed")
 ASKED = 0.15  # of the tokens, as in BERT's loss
-
-
-class Absent(Exception):
-    """A contender that cannot run here, and why."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +43,9 @@ class Workload:
         return float(config.num_hidden_layers * layer + head)
 
 
-@dataclass
-class Contender:
-    """One row of the table."""
-
-    name: str
-    precision: str  # float32, bfloat16 or int8
-    run: Callable[[Workload], Tensor]  # what is timed: logits (B, S, V), or (M, V) at the asked positions; or a loss
-    check: Callable[[Workload], Tensor]  # logits for the parity gate, also where `run` is a training step
-    note: str = ""  # how it was built
-
-
 def make_workload(name: str, config: BertConfig, device: str, *, everywhere: bool) -> Workload:
     """`name` is "8x128" (rows x tokens, no padding) or "mixed", "normal", "lognormal". The same ids in every run.
+    everywhere: dense shapes ask for all logits.
 
     Raises ValueError for any other name, and for a row that is longer than the model allows.
     """
@@ -81,15 +66,15 @@ def make_workload(name: str, config: BertConfig, device: str, *, everywhere: boo
             f"shape {name} has rows of {max(lengths)} tokens, and the model has positions for "
             f"{config.max_position_embeddings}: leave it out of --shapes"
         )
-    shape = (len(lengths), max(lengths))
+    shape, everywhere = (len(lengths), max(lengths)), everywhere and bool(dense)
     mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
     ids = torch.randint(1, config.vocab_size, shape, generator=generator) * mask
     asked = mask.bool()
-    if not (dense and everywhere):
+    if not everywhere:
         places = asked.flatten().nonzero().flatten()
         chosen = places[torch.randperm(len(places), generator=generator)[: max(1, round(ASKED * len(places)))]]
         asked = torch.zeros(shape[0] * shape[1], dtype=torch.bool).index_fill(0, chosen, True).view(shape)
     targets = torch.randint(1, config.vocab_size, shape, generator=generator)
     labels = torch.where(asked, targets, IGNORE)
     ids, mask, asked, labels = (x.to(device) for x in (ids, mask, asked, labels))
-    return Workload(name, ids, mask, asked, labels, tuple(lengths), bool(dense and everywhere))
+    return Workload(name, ids, mask, asked, labels, tuple(lengths), everywhere)

@@ -201,7 +201,7 @@ def test_loading_and_preparing_in_int8_peaks_no_higher_than_in_float32(tmp_path)
     code = """
 import sys, torch
 from minibert import BertForMaskedLM, prepare_for_inference
-from minibert.bench.machine import peak_resident
+from minibert.bench.report import peak_resident
 dtype = getattr(torch, sys.argv[2])
 prepare_for_inference(BertForMaskedLM.from_pretrained(sys.argv[1]), dtype, linear="product")
 print(peak_resident())

@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from minibert.bench import contenders
-from minibert.bench.workloads import Absent, Contender, Workload
+from minibert.bench.contenders import Absent, Contender
+from minibert.bench.workloads import Workload
 from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import example_generator
