@@ -76,26 +76,26 @@ def print_figures(figures: "Figures") -> None:
 
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
-    from minibert.bench.settings import Settings
+    from minibert.bench.settings import BenchSettings
 
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="a folder, a bundled name, bert-base-uncased, or a hub id")
     which.add_argument("--random", action="store_true", help="BERT-base's sizes with random weights (the default)")
     add_revision(parser, "--model")
     add_device(parser)
-    add_settings(parser, Settings)
+    add_settings(parser, BenchSettings)
     add_json(parser)
 
 
 def run_bench(options: argparse.Namespace) -> None:
     from minibert.bench.report import table
     from minibert.bench.run import run
-    from minibert.bench.settings import Settings
+    from minibert.bench.settings import BenchSettings
     from minibert.training.processes import keep_freed_memory
 
     keep_freed_memory()
-    settings = read_settings(options, Settings)
-    if settings.model is not None and settings.layers != Settings.layers:
+    settings = read_settings(options, BenchSettings)
+    if settings.model is not None and settings.layers != BenchSettings.layers:
         raise ValueError(
             f"--layers {settings.layers} is for the random model, and --model names one: give one of the two"
         )
