@@ -86,7 +86,7 @@ def attention(
     program is recorded, the batch is a rectangle, and everything is (B, S, H, K).
     """
     dropout = dropout if dropout is not None and dropout.training and dropout.p > 0 else None
-    if not isinstance(batch, PackedBatch):  # a Rectangle (tracing.py)
+    if not isinstance(batch, PackedBatch):  # a Rectangle (masked_lm.py)
         return batch.attend(query, key, value, dropout)
     kernel = choose_kernel(query, batch, dropout is not None)
     if kernel == "formula":

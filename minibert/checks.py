@@ -17,7 +17,12 @@ from minibert.config import BertConfig
 
 IGNORE = -100  # the label that means "nothing was asked here", in torch's cross_entropy and everywhere else
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-TAKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
+# What each takes, for "did you mean …?".
+TAKEN = {
+    "the model": ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels"),
+    "from_pretrained": ("dtype", "torch_dtype", "device", "revision", "local_files_only", "init_missing_head"),
+    "save_pretrained": ("tokenizer", "state_dict", "is_main_process", "save_function"),
+}
 # What transformers' tokenizers give, and what no model reads.
 FROM_TOKENIZERS = ("special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
 # Arguments that transformers has and we do not, and what to use instead. Each may be given as None.
@@ -123,9 +128,9 @@ def own_config(config: object) -> BertConfig:
     )
 
 
-def device_of(device_map: object, device: torch.device | str | None) -> torch.device | str | None:
+def device_of(device_map: object, device: torch.device | str | None) -> torch.device | None:
     """The one device that a device_map of accelerate names, or `device` if there is none. Raises TypeError for more,
-    and ValueError for the device meta.
+    and ValueError for the device meta and for one that is not there.
     """
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         device_map = device_map[""]
@@ -137,7 +142,7 @@ def device_of(device_map: object, device: torch.device | str | None) -> torch.de
             raise ValueError(f"device is {device!r} and device_map {device_map!r}: give one of the two")
         device = where
     _require_memory(str(torch.get_default_device() if device is None else device).startswith("meta"))
-    return device
+    return None if device is None else find_device(device)
 
 
 def require_weights(model: nn.Module) -> None:
@@ -153,23 +158,20 @@ def _require_memory(is_meta: bool) -> None:
         )
 
 
-def refuse_more(more: Sequence[object]) -> None:
-    """Raise TypeError for values by place beyond the labels."""
+def refuse_others(others: Mapping[str, object], what: str, more: Sequence[object] = ()) -> None:
+    """Raise TypeError, as Python does, for an argument that `what` does not have, and say what to use; and for `more`
+    of them by place. What a tokenizer gives to the model may be passed on to it.
+    """
+    taken = TAKEN[what]
     if more:
         raise TypeError(
-            f"the model takes {', '.join(TAKEN)} by place, and more by name. (torch.onnx.export(dynamo=False) gives "
+            f"{what} takes {', '.join(taken)} by place, and more by name. (torch.onnx.export(dynamo=False) gives "
             "all by place: call `minibert export --out model.onnx`, or minibert.export.export, instead.)"
         )
-
-
-def refuse_others(others: Mapping[str, object], taken: Sequence[str] = TAKEN, what: str = "the model") -> None:
-    """Raise TypeError, as Python does, for an argument that a function does not have, and say what to use. `taken` are
-    those that it has. What a tokenizer gives to the model may be passed on to it.
-    """
     for name, value in others.items():
-        if (name in FROM_TOKENIZERS and taken is TAKEN) or (name in INSTEAD and value is None):
+        if (name in FROM_TOKENIZERS and what == "the model") or (name in INSTEAD and value is None):
             continue
-        if taken is not TAKEN and name in HOLDS:
+        if what != "the model" and name in HOLDS:
             if value in HOLDS[name]:
                 continue
             held = " or ".join(map(repr, HOLDS[name]))
@@ -177,6 +179,37 @@ def refuse_others(others: Mapping[str, object], taken: Sequence[str] = TAKEN, wh
         like = get_close_matches(name, taken, 1)
         hint = INSTEAD.get(name) or (f"did you mean {like[0]}?" if like else "its docstring lists what it takes")
         raise TypeError(f"{what} takes no argument {name!r}: {hint}")
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """The device with this name: "cpu", "cuda", "cuda:1", "mps", …; "auto" is CUDA where there is one, else the CPU.
+
+    Raises ValueError, naming what there is, if torch knows no such device, if this machine has none, and for "meta",
+    which holds no numbers.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        gpus = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "no cuda"
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the device {name} cannot be used here, where there is cpu and {gpus}"
+            f"{' and mps' if torch.backends.mps.is_available() else ''} ({reason}). cpu is everywhere"
+        ) from error
+    if device.type == "meta":
+        raise ValueError("the device meta holds no numbers: choose auto, cpu, cuda or mps")
+    return device
+
+
+def being_traced() -> bool:
+    """Whether this call is being recorded (torch.compile, torch.export, torch.jit.trace), or transformed by torch.func:
+    then no tensor can be asked what it holds.
+    """
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return recorded or torch._C._are_functorch_transforms_active()
 
 
 def require_tensors(**given: object) -> None:
@@ -209,13 +242,9 @@ def padded_inputs(
     position_ids: Tensor | None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The mask as bool (or None, if nothing is padding), the token types and the positions, each (B, S), with nothing
-    else left out. `PackedBatch.from_padded` says what each may be. Raises ValueError for other shapes or types.
+    else left out. `PackedBatch.from_padded` says what each may be. Raises ValueError for other shapes or types; what
+    the mask holds is not asked while the call is recorded.
     """
-    if torch.jit.is_tracing():  # type: ignore[attr-defined]
-        raise ValueError(
-            "torch.jit.trace would make constants of the lengths in this one batch, and the program would be wrong for "
-            "the next: trace the padded call, model(input_ids, attention_mask), and no PackedBatch"
-        )
     require_tensors(
         input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids
     )
@@ -225,7 +254,7 @@ def padded_inputs(
     if attention_mask is not None:
         _require_shape("attention_mask", attention_mask, input_ids)
         if attention_mask.dtype != torch.bool:
-            if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+            if not being_traced() and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
                 raise ValueError(
                     "attention_mask may hold only 0 (padding) and 1 (token), but it ranges from "
                     f"{attention_mask.min().item()} to {attention_mask.max().item()}"
@@ -236,12 +265,13 @@ def padded_inputs(
         token_type_ids = torch.zeros_like(input_ids)
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    if tuple(position_ids.shape) == (1, input_ids.shape[1]):
-        position_ids = position_ids.expand(input_ids.shape)
+    if position_ids.dim() == 2 and position_ids.shape[1] == input_ids.shape[1]:
+        with suppress(RuntimeError):  # (1, S) holds for each row
+            position_ids = position_ids.expand(input_ids.shape)
     for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         _require_shape(name, ids, input_ids)
         _require_integers(name, ids)
-    if attention_mask is not None and attention_mask.numel():
+    if attention_mask is not None and attention_mask.numel() and not being_traced():
         _require_seen(attention_mask, token_type_ids if types_given else None)
     return attention_mask, token_type_ids, position_ids
 
@@ -285,6 +315,11 @@ def largest(ids: Tensor, types: Tensor, positions: Tensor) -> tuple[int, int, in
     """The largest token id, type and position of a batch, on the host; −1 if it is empty. Raises ValueError if one is
     negative.
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise ValueError(
+            "torch.jit.trace would make constants of the lengths in this one batch, and the program would be wrong for "
+            "the next: trace the padded call, model(input_ids, attention_mask), and no PackedBatch"
+        )
     if ids.numel() == 0:
         return (-1, -1, -1)
     stacked = torch.stack([ids, types, positions])  # (3, T): one question to the device, not six

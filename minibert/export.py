@@ -2,7 +2,7 @@
 
 The program takes input_ids, attention_mask and token_type_ids, each (B, S) int64, and gives the logits (B, S, V), zeros
 where the mask is 0. B may be any number and S any length that the model has positions for: it was recorded from the
-padded call (tracing.py).
+padded call (masked_lm.py).
 """
 
 import contextlib

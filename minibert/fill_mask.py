@@ -9,11 +9,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from minibert import checks
-from minibert.batching import BATCH_TOKENS, batches_by_length
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 from minibert.tokenizer import as_tokenizer, decode, encode, own_mask, own_token, require_id
 
+BATCH_TOKENS = 4096  # that are computed together, at most
 WINDOW = 1024  # texts that are sorted by length together
 
 
@@ -171,3 +171,19 @@ def target_ids(tokenizer: Tokenizer, targets: str | Sequence[str]) -> list[int]:
             token = pieces.ids[0]
         ids.append(token)
     return list(dict.fromkeys(ids))
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """The numbers of rows of these lengths, the short ones first, in groups of at most `batch_tokens` tokens. A row
+    that is longer than that is a group of its own.
+    """
+    group: list[int] = []
+    tokens = 0
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+        if group and tokens + lengths[number] > batch_tokens:
+            yield group
+            group, tokens = [], 0
+        group.append(number)
+        tokens += lengths[number]
+    if group:
+        yield group

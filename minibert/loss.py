@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minibert.checks import IGNORE as IGNORE
-from minibert.tracing import being_traced
+from minibert.checks import being_traced
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ Devlin, Chang, Lee, Toutanova: "BERT: Pre-training of Deep Bidirectional Transfo
 https://arxiv.org/abs/1706.03762. The reference code is https://github.com/google-research/bert, modeling.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -162,11 +162,13 @@ class MLMHead(nn.Module):
 class Bert(nn.Module):
     """The whole model. masked_lm.py adds what a user's program needs around it: padding, labels, loading, saving."""
 
-    def __init__(self, config: BertConfig) -> None:
+    layers: Sequence[EncoderLayer]
+
+    def __init__(self, config: BertConfig, layer: type[EncoderLayer] = EncoderLayer) -> None:
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layer(config) for _ in range(config.num_hidden_layers))  # type: ignore[assignment]
         self.head = MLMHead(config)
         self.apply(self._initialise)
 

@@ -30,7 +30,7 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from minibert import checks
-from minibert.batching import BATCH_TOKENS, batches_by_length
+from minibert.fill_mask import BATCH_TOKENS, batches_by_length
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 from minibert.tokenizer import as_tokenizer, count_ids, encode, own_mask, own_token, require_id, special_ids, words_of

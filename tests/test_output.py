@@ -35,7 +35,7 @@ def test_it_is_read_as_transformers_reads_its_own(pair):
         assert out.get("elephants", 5) == 5
         assert out["logits"] is out.logits
         torch.testing.assert_close(out[-1][given["attention_mask"] == 1], expected[-1][given["attention_mask"] == 1])
-        with pytest.raises(KeyError, match="only"):
+        with pytest.raises(KeyError):
             out["elephants"]
 
 

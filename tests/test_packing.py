@@ -16,8 +16,8 @@ from minibert import (
     masked_lm_loss,
     pseudo_log_likelihood,
 )
-from minibert.batching import batches_by_length
 from minibert.checks import require_positions
+from minibert.fill_mask import batches_by_length
 from minibert.inference.onednn import filled_up
 from minibert.tokenizer import from_vocabulary
 

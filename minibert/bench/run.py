@@ -28,7 +28,7 @@ from minibert.bench.report import (
 )
 from minibert.bench.settings import BenchSettings
 from minibert.bench.workloads import SHAPES, TRAINING_SHAPES, Workload, make_workload
-from minibert.devices import computing_device
+from minibert.checks import find_device
 from minibert.masked_lm import BertForMaskedLM
 from minibert.training.processes import keep_freed_memory
 
@@ -41,7 +41,7 @@ SETTLE = 0.01  # seconds between two contenders, in which the threads of the las
 
 def run(settings: BenchSettings) -> BenchReport:
     """Measure. Raises ValueError or OSError for a model or a shape that cannot be had."""
-    settings = replace(settings, device=str(computing_device(settings.device)))
+    settings = replace(settings, device=str(find_device(settings.device)))
     if settings.model is None:
         model = random_model(settings.layers)
     else:

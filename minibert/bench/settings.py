@@ -37,7 +37,7 @@ class BenchSettings:
 
     model: str | None = None  # a name for from_pretrained; None: BERT-base's sizes with random weights
     revision: str | None = None  # of the model, if it is on the hub
-    device: str = "auto"  # as `devices.find_device` has it
+    device: str = "auto"  # as `checks.find_device` has it
     layers: int = option(12, "layers of the random model; fewer for a quick look", metavar="N")
     dtype: tuple[str, ...] | None = option(
         None, f"some of {', '.join(PRECISIONS)} (default: all; nothing is trained in int8)", metavar="D,D"

@@ -32,7 +32,11 @@ def run_info(options: argparse.Namespace) -> None:
         tokenizer = None
     except ValueError as error:  # such as one for Japanese: the model can be used all the same
         tokenizer = TokenizerReport(options.model, (), (f"it cannot be read: {error}",))
-    parts = {"embeddings": model.embeddings, "encoder layers": model.layers, "masked-language-model head": model.head}
+    parts = {
+        "embeddings": model.embeddings,
+        "encoder layers": model.get_submodule("layers"),
+        "masked-language-model head": model.head,
+    }
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     counts["total"] = sum(p.numel() for p in model.parameters())
     if options.json:

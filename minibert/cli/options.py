@@ -31,9 +31,9 @@ def add_revision(parser: argparse.ArgumentParser, of: str) -> None:
 def load_model(options: argparse.Namespace, name: str | None = None) -> "BertForMaskedLM":
     """The model of --model and --revision, or the one named, on --device."""
     from minibert import BertForMaskedLM
-    from minibert.devices import computing_device
+    from minibert.checks import find_device
 
-    device = computing_device(options.device)
+    device = find_device(options.device)
     return BertForMaskedLM.from_pretrained(name or options.model, device=device, revision=options.revision)
 
 
@@ -58,7 +58,7 @@ def add_truncate(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device(parser: argparse._ActionsContainer, default: str = "auto") -> None:
-    """--device, for `devices.computing_device`."""
+    """--device, for `checks.find_device`."""
     parser.add_argument(
         "--device",
         default=default,

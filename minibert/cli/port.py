@@ -23,13 +23,13 @@ def run_parity(options: argparse.Namespace) -> int:
     import torch
 
     from minibert import BertForMaskedLM
-    from minibert.devices import computing_device
+    from minibert.checks import find_device
     from minibert.parity import golden
     from minibert.parity.check import check, collator_masks, reference_of
 
     if options.tokenizer is not None:
         return compare_tokenizer(options)
-    device, dtype = computing_device(options.device), getattr(torch, options.dtype)
+    device, dtype = find_device(options.device), getattr(torch, options.dtype)
     model = BertForMaskedLM.from_pretrained(options.model, dtype=dtype, device=device, revision=options.revision)
     if importlib.util.find_spec("transformers") is None:
         reference = golden.read(model)
@@ -69,13 +69,13 @@ def run_trace(options: argparse.Namespace) -> None:
     import torch
 
     from minibert import BertConfig, BertForMaskedLM, load_tokenizer
-    from minibert.devices import computing_device
+    from minibert.checks import find_device
     from minibert.parity.golden import transformers_model
     from minibert.trace.recorder import read_ids, tokenized, trace
     from minibert.trace.table import standard_inputs
 
     require_writable(options.out)
-    device, dtype = computing_device(options.device), getattr(torch, options.dtype)
+    device, dtype = find_device(options.device), getattr(torch, options.dtype)
     model: torch.nn.Module
     if options.backend == "transformers":
         model = transformers_model(options.model, dtype, device, revision=options.revision)

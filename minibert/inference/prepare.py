@@ -32,10 +32,9 @@ from minibert.inference.onednn import (
     prepack_layer,
 )
 from minibert.inference.ways import WAYS, fastest_way, has_int8_products, linear_layer, working_ways
-from minibert.masked_lm import BertForMaskedLM
+from minibert.masked_lm import BertForMaskedLM, Layer
 from minibert.model import ACTIVATIONS, Bert, EncoderLayer, FeedForward, MLMHead, SelfAttention
 from minibert.packing import PackedBatch
-from minibert.recomputing import RecomputedLayer
 
 COMPILED_ON = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
@@ -98,7 +97,7 @@ def _require_unchanged(model: BertForMaskedLM) -> None:
             return _same_function(part.activation, ACTIVATIONS[config.hidden_act])
         if isinstance(part, Bert):
             return (type(part).encode, type(part).predict) == (Bert.encode, Bert.predict)
-        return not isinstance(part, EncoderLayer) or type(part) in (EncoderLayer, RecomputedLayer)
+        return not isinstance(part, EncoderLayer) or type(part) in (EncoderLayer, Layer)
 
     for name, part in model.named_modules():
         if not as_configured(part):
@@ -178,7 +177,6 @@ class PreparedBert(BertForMaskedLM):
         """Replace the linear layers, and in int8 the word embeddings."""
         hidden_act, word = self.config.hidden_act, self.embeddings.word.weight
         for layer in self.layers:
-            assert isinstance(layer, EncoderLayer)
             prepack_layer(layer, linear, hidden_act)
             if linear is Int8Linear:
                 finish_layer(layer)
@@ -241,15 +239,13 @@ class PreparedBert(BertForMaskedLM):
         return filled_up(batch, missing) if missing else batch
 
 
-def before_attention(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def before_attention(layer: EncoderLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """query, key and value, each (T, H, K), of x (T, D)"""
-    assert isinstance(layer, EncoderLayer)
     return layer.attention.split_heads(x)
 
 
-def after_attention(layer: nn.Module, context: Tensor, x: Tensor) -> Tensor:
+def after_attention(layer: EncoderLayer, context: Tensor, x: Tensor) -> Tensor:
     """The rest of EncoderLayer, for any tokens: context (M, H, K) and what the layer read, x (M, D) → (M, D)"""
-    assert isinstance(layer, EncoderLayer)
     x = layer.attention_LayerNorm(layer.attention.output(context.flatten(-2)) + x)  # (M, D)
     return layer.feed_forward_LayerNorm(layer.feed_forward(x) + x)  # (M, D)
 

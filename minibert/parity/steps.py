@@ -109,7 +109,7 @@ class Steps:
         """
         yield self.embeddings, "embeddings."
         for number, layer in enumerate(self.model.layers):
-            yield partial(self.layer, f"layers.{number}.", cast(EncoderLayer, layer)), f"layers.{number}."
+            yield partial(self.layer, f"layers.{number}.", layer), f"layers.{number}."
         yield self.prediction, "head."
 
     def embeddings(self) -> Section:

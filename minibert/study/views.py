@@ -7,7 +7,6 @@ from torch import Tensor
 
 from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM
-from minibert.model import EncoderLayer
 from minibert.packing import PackedBatch
 from minibert.study.heads import Head, Maps, habits, maps, taken, written
 from minibert.study.measures import (
@@ -183,7 +182,7 @@ def layer_change(row: TracedText, number: int, model: BertForMaskedLM | None) ->
     x, out = row.read(before), row.read(f"layers.{number}.feed_forward_norm")
     mixing = None
     if model is not None and row.has(f"layers.{number}.value", f"layers.{number}.probabilities"):
-        layer = _layer(model, number)
+        layer = model.layers[number]
         context = read["attention_output"] - layer.attention.output.bias.float().cpu()
         gamma = layer.attention_LayerNorm.weight.float().cpu()
         probabilities = row.read(f"layers.{number}.probabilities")
@@ -198,14 +197,8 @@ def layer_change(row: TracedText, number: int, model: BertForMaskedLM | None) ->
 
 def _given(row: TracedText, number: int, model: BertForMaskedLM) -> Tensor:
     """f(x) of one layer, (H, S, D)."""
-    weight = _layer(model, number).attention.output.weight.float().cpu()
+    weight = model.layers[number].attention.output.weight.float().cpu()
     return written(row.read(f"layers.{number}.value"), weight)
-
-
-def _layer(model: BertForMaskedLM, number: int) -> EncoderLayer:
-    layer = model.layers[number]
-    assert isinstance(layer, EncoderLayer)
-    return layer
 
 
 def _device(model: BertForMaskedLM) -> torch.device:

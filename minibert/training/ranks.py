@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from minibert.devices import computing_device
+from minibert.checks import find_device
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ ALONE = Ranks()
 
 @contextmanager
 def join(device: str = "auto") -> Iterator[Ranks]:
-    """The ranks of this run, for as long as the block lasts. device: as `devices.find_device` has it. Raises
+    """The ranks of this run, for as long as the block lasts. device: as `checks.find_device` has it. Raises
     ValueError for a device that is not there.
     """
     size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    where = computing_device(device)
+    where = find_device(device)
     if size == 1:
         yield Ranks(device=str(where))
         return

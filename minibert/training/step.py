@@ -20,9 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minibert.loss import masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import example_generator
-from minibert.model import EncoderLayer
 from minibert.packing import PackedBatch
-from minibert.recomputing import RecomputedLayer, is_recomputing, set_recomputing
 from minibert.tokenizer import as_tokenizer
 from minibert.training.data import Example, Share, masked_rows
 from minibert.training.ranks import ALONE, Ranks
@@ -167,19 +165,16 @@ def wrapped_layers(
     """In this block the encoder layers are compiled, or keep only their input for the backward pass, as asked. On the
     CPU dropout takes a quicker form, unless the layers are compiled.
     """
-    before = is_recomputing(model.layers)
     with ExitStack() as around:
         if not compile and model.embeddings.word.weight.is_cpu:
             around.enter_context(quick_dropout(model))
-        if checkpoint_activations:
-            set_recomputing(model.layers, True)
-            around.callback(set_recomputing, model.layers, before)
+        if checkpoint_activations and not model.is_gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+            around.callback(model.gradient_checkpointing_disable)
         for layer in model.layers if compile else ():
-            assert isinstance(layer, EncoderLayer)
             # Attention stays outside: its loop over the lengths would make another graph of every batch.
             _swap(around, layer.attention, "forward", torch.compiler.disable(layer.attention.forward))
-            name = "once" if isinstance(layer, RecomputedLayer) else "forward"
-            _swap(around, layer, name, torch.compile(getattr(layer, name), dynamic=True))
+            _swap(around, layer, "once", torch.compile(layer.once, dynamic=True))
         yield
 
 

@@ -5,8 +5,8 @@ import argparse
 import pytest
 import torch
 
+from minibert.checks import find_device
 from minibert.cli import COMMANDS, build_parser, main
-from minibert.devices import find_device
 
 
 def parsers():

@@ -129,7 +129,7 @@ def test_a_checkpointed_model_is_copied_pickled_and_hooked_as_before(pair):
         assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-def test_checkpointing_of_another_kind_or_too_late_is_refused(pair):
+def test_checkpointing_of_another_kind_is_refused(pair):
     ours, _ = pair
     with pytest.raises(ValueError, match="use_reentrant"):
         ours.gradient_checkpointing_enable({"use_reentrant": True})
@@ -137,9 +137,6 @@ def test_checkpointing_of_another_kind_or_too_late_is_refused(pair):
     for call in (prepared.gradient_checkpointing_enable, lambda: prepared.resize_token_embeddings(3)):
         with pytest.raises(ValueError, match="the one it was made from"):
             call()
-    ours.layers[2].__class__ = type("FSDPEncoderLayer", (type(ours.layers[2]),), {})
-    with pytest.raises(ValueError, match="the layers are FSDPEncoderLayer now"):
-        ours.gradient_checkpointing_enable()
     assert not ours.is_gradient_checkpointing
 
 

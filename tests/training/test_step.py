@@ -12,7 +12,7 @@ from tiny import metrics, weights
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minibert import BertForMaskedLM
+from minibert import BertForMaskedLM, masked_lm
 from minibert.cli import build_parser
 from minibert.cli.runs import read_settings
 from minibert.training import Settings, run, step
@@ -246,21 +246,22 @@ def test_the_command_compiles_every_layer_if_asked(tiny, tmp_path, monkeypatch):
 
 
 def test_a_forward_of_the_callers_own_is_there_afterwards(model):
-    own = model.layers[0].forward
-    model.layers[0].forward = own
+    own = model.layers[0].once
+    model.layers[0].once = own
     with step.wrapped_layers(model, compile=True, checkpoint_activations=True):
         pass
-    assert vars(model.layers[0])["forward"] is own
-    assert "forward" not in vars(model.layers[1])
+    assert vars(model.layers[0])["once"] is own
+    assert "once" not in vars(model.layers[1])
+    assert not model.is_gradient_checkpointing
 
 
 @pytest.mark.parametrize("again", [True, False])
 def test_the_command_computes_layers_again_if_asked(again, tiny, tmp_path, monkeypatch):
     calls = []
-    real = step.set_recomputing
-    monkeypatch.setattr(step, "set_recomputing", lambda layers, on: calls.append(on) or real(layers, on))
+    real = masked_lm.computed_again
+    monkeypatch.setattr(masked_lm, "computed_again", lambda *x, **named: calls.append(x) or real(*x, **named))
     assert tiny.train(tmp_path / "out", "--steps", "1", *(["--checkpoint-activations"] if again else [])) == 0
-    assert (True in calls) == again
+    assert bool(calls) == again
 
 
 def test_without_dropout_a_run_does_not_depend_on_how_its_steps_are_cut_into_passes(tiny, tmp_path):
