@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
-from minibert.checkpoint.config_keys import SIZES, own_values
 from minibert.checkpoint.files import naming, read_json
 from minibert.checkpoint.hub import Source, locate, read_config
+from minibert.checkpoint.names import SIZES, own_values
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu", "silu")
 
@@ -70,7 +70,7 @@ class BertConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BertConfig":
         """The configuration in a parsed config.json. Keys that change nothing are skipped, and all but `SIZES` may be
-        missing. A key that makes it another model, or a missing size, is a ValueError. See checkpoint/config_keys.py.
+        missing. A key that makes it another model, or a missing size, is a ValueError. See checkpoint/names.py.
         """
         return cls(**own_values(values))
 

@@ -58,7 +58,7 @@ def load_tokenizer(
     name_or_path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
 ) -> Tokenizer:
     """The tokenizer of a checkpoint, named as for `BertForMaskedLM.from_pretrained`. Which files are read, and which
-    one holds where two differ, stands in checkpoint/tokenizer_files.py; `tokenizer.load_report` says what was found.
+    one holds where two differ, stands in checkpoints.md; `tokenizer.load_report` says what was found.
 
     `.encode(text).ids` gives the ids, [CLS] and [SEP] included. Nothing is truncated or padded, whatever the
     file says: ask for it with `encode(..., truncate=True)` here or the library's own `enable_truncation`.
@@ -70,11 +70,12 @@ def load_tokenizer(
     with naming(found.path()):
         try:
             tokenizer = _as_it_stands(found) if found.as_it_stands else _bert(found)
-        except Exception as error:  # the library raises nothing more special
-            said = "not a tokenizer file" if found.as_it_stands else "the tokenizer cannot be made"
-            raise ValueError(str(error) if isinstance(error, ValueError) else f"{said}: {error}") from error
-        except BaseException as error:
-            raise _as_value_error(error) from error
+        except ValueError:
+            raise
+        except BaseException as error:  # the library's are no more special, and its own faults are PanicExceptions
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"not a tokenizer file: the tokenizers library cannot use it: {error}") from error
     roles = {role: token.content for role, token in special_tokens(found.settings).items() if role in ROLES}
     report = TokenizerReport(
         name=source.name,
@@ -98,12 +99,10 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
     """
     inside = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(inside, Tokenizer):
-        what = (
-            f"{tokenizer!r}: load_tokenizer makes one of it"
-            if isinstance(tokenizer, str | os.PathLike)
-            else (f"a {type(tokenizer).__name__}: one that is computed in Python cannot be used here")
+        raise TypeError(
+            "a tokenizers.Tokenizer is needed (load_tokenizer makes one of a name), or a fast tokenizer of transformers "
+            f"(not one that is computed in Python), not {type(tokenizer).__name__} {str(tokenizer)[:60]!r}"
         )
-        raise TypeError(f"a tokenizers.Tokenizer is needed, or a fast tokenizer of transformers, not {what}")
     if inside is tokenizer and inside.truncation is None and inside.padding is None and not _undeclared(inside):
         return inside
     copy = Tokenizer.from_str(inside.to_str())
@@ -142,14 +141,13 @@ def _undeclared(tokenizer: Tokenizer) -> list[AddedToken]:
 def _bert(found: TokenizerFiles) -> Tokenizer:
     """BERT's tokenizer, from a vocabulary and settings."""
     vocabulary = found.vocabulary
-    if vocabulary is None:
-        assert found.whole is not None
+    if found.whole is not None:
         vocabulary = found.whole["model"].get("vocab")
         if not isinstance(vocabulary, dict) or not all(type(n) is int and 0 <= n < 2**32 for n in vocabulary.values()):
             raise ValueError("not a tokenizer file: its vocab must be an object of tokens and their ids")
         if len(set(vocabulary.values())) < len(vocabulary):
             raise ValueError("two tokens of the vocabulary have the same id")
-    return from_vocabulary(vocabulary, found.settings, found.added)
+    return from_vocabulary(vocabulary or {}, found.settings, found.added)
 
 
 def from_vocabulary(
@@ -176,8 +174,7 @@ def from_vocabulary(
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    _require_roles(tokenizer, roles, added or {})
-    _add_tokens(tokenizer, added or {}, list(roles.values()), extra_tokens(settings))
+    _add_tokens(tokenizer, added or {}, roles, extra_tokens(settings))
     cls, sep = content["cls"], content["sep"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
@@ -193,37 +190,32 @@ def from_vocabulary(
 
 def _as_it_stands(found: TokenizerFiles) -> Tokenizer:
     """The tokenizer in tokenizer.json, with the tokens that the other files add."""
-    assert found.whole is not None
     tokenizer = Tokenizer.from_file(str(found.path()))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    require_template(tokenizer, found.whole.get("post_processor"))
+    require_template(tokenizer, (found.whole or {}).get("post_processor"))
     missing = {number: token for number, token in found.added.items() if tokenizer.token_to_id(token.content) is None}
-    named = special_tokens(found.settings)
-    _require_roles(tokenizer, named, missing)
-    _add_tokens(tokenizer, missing, list(named.values()), extra_tokens(found.settings))
+    _add_tokens(tokenizer, missing, special_tokens(found.settings), extra_tokens(found.settings))
     if "split_special_tokens" in found.settings:
         tokenizer.encode_special_tokens = found.settings["split_special_tokens"]
     tokenizer.decode(tokenizer.encode("a", "b").ids)  # what the library does not find when it reads, it finds here
     return tokenizer
 
 
-def _require_roles(tokenizer: Tokenizer, named: Mapping[str, AddedToken], added: Mapping[int, AddedToken]) -> None:
-    """Raise ValueError if the mask token, or another one that BERT needs, is neither in the vocabulary nor added."""
-    more = {token.content for token in added.values()}
-    for role, token in named.items():
-        if role in ROLES and token.content not in more and tokenizer.token_to_id(token.content) is None:
-            size = tokenizer.get_vocab_size()
-            raise ValueError(f"the {role}_token {token.content!r} is not in the vocabulary of {size} tokens")
-
-
 def _add_tokens(
-    tokenizer: Tokenizer, added: Mapping[int, AddedToken], named: Sequence[AddedToken], extra: Sequence[str]
+    tokenizer: Tokenizer, added: Mapping[int, AddedToken], named: Mapping[str, AddedToken], extra: Sequence[str]
 ) -> None:
-    """Tokens that are never cut: those in `added` with their ids, then the special ones. A token that is in the
-    vocabulary keeps its id there; others get the next ones.
+    """Tokens that are never cut: those in `added` with their ids, then the special ones: `named` by their role, and the
+    extra ones. A token that is in the vocabulary keeps its id there; others get the next ones.
+
+    Raises ValueError if one of `added` gets another id, or if the mask token, or another one that BERT needs, is
+    neither in the vocabulary nor added.
     """
+    size = tokenizer.get_vocab_size()
     tokenizer.add_tokens([added[number] for number in sorted(added)])
+    for role, token in named.items():
+        if role in ROLES and tokenizer.token_to_id(token.content) is None:
+            raise ValueError(f"the {role}_token {token.content!r} is not in the vocabulary of {size} tokens")
     for number, token in added.items():
         if (got := tokenizer.token_to_id(token.content)) != number:
             raise ValueError(
@@ -231,15 +223,8 @@ def _add_tokens(
                 f"{tokenizer.get_vocab_size()} tokens with it, and added ones follow without a gap"
             )
     there = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    special = [*named, *(AddedToken(text, special=True) for text in extra)]
+    special = [*named.values(), *(AddedToken(text, special=True) for text in extra)]
     tokenizer.add_special_tokens([token for token in special if token.content not in there])
-
-
-def _as_value_error(error: BaseException) -> BaseException:
-    """The library's own faults arrive as PanicException, which no `except Exception` catches."""
-    if type(error).__name__ != "PanicException":
-        return error
-    return ValueError(f"not a tokenizer file: the tokenizers library cannot use it: {error}")
 
 
 # ------------------------------------------------------------------------------------------------------- special tokens
@@ -322,7 +307,8 @@ def as_files(tokenizer: Any, max_length: int) -> dict[str, str]:
     if isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         for key, part in zip(CASE, ("lowercase", "strip_accents", "handle_chinese_chars"), strict=True):
             settings.setdefault(key, getattr(tokenizer.normalizer, part))
-    if not _limited(settings.get("model_max_length")):
+    length = settings.get("model_max_length")
+    if not isinstance(length, int | float) or length > 1e20:  # transformers writes 10^30 for none
         settings["model_max_length"] = max_length
     for role in ROLES:
         if (token := own_token(tokenizer, f"[{role.upper()}]")) is not None:
@@ -348,11 +334,6 @@ def _added(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     added = sorted(tokenizer.get_added_tokens_decoder().items())
     return {str(number): {flag: getattr(token, flag) for flag in flags} for number, token in added}
-
-
-def _limited(length: Any) -> bool:
-    """Whether model_max_length says something: transformers writes 10^30 for none."""
-    return isinstance(length, int | float) and length < 1e20
 
 
 def _is_bert(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> bool:

@@ -141,9 +141,8 @@ def writable_place(path: str | os.PathLike[str]) -> Path:
     Raises OSError for what must not be replaced (a folder, a pipe, a device), and for a file in no folder.
     """
     given, place = Path(path), Path(os.path.realpath(path))
-    if not os.fspath(path).strip() or given.is_dir():
-        what = "is a folder" if os.fspath(path).strip() else "is empty"
-        raise IsADirectoryError(f"{os.fspath(path)!r} {what}: it needs the name of a file")
+    if given.is_dir():  # also the empty name
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder: the name of a file is needed")
     if place.is_symlink() or (given.exists() and not given.is_file()):
         raise OSError(f"{given} is a pipe, a device or a link to itself, and not replaced: choose another name")
     if not place.parent.is_dir():

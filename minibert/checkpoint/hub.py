@@ -5,7 +5,6 @@ Nothing here reads a tensor or needs torch: a tokenizer finds its file without t
 
 import os
 import re
-import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,16 +30,12 @@ SHORT_NAMES = {
 }
 # Names that end like this are those of files, and no reason to ask the network.
 FILES = re.compile(r".*\.(bin|json|safetensors|txt|pt|pth|ckpt|h5|onnx|msgpack|model|gz|zip|tar)")
-ASK_SECONDS = 5  # for the one question to the hub whether it is there
+ASK_SECONDS = 5  # for the one question to the hub whether it is there; hf_hub_download's own may take minutes
 # A hub repository can change its files at any time; this one is pinned to what minibert was tested with.
 PINNED_REVISION = {"google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594"}
 PINNED_SHA256 = {
-    ("86b5e0934494bd15c9632b12f734a8a67f723594", "model.safetensors"): (
-        "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3"
-    ),
-    ("86b5e0934494bd15c9632b12f734a8a67f723594", "vocab.txt"): (
-        "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"
-    ),
+    WEIGHTS: "68d45e234eb4a928074dfd868cead0219ab85354cc53d20e772753c6bb9169d3",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
 
 
@@ -53,7 +48,7 @@ class Source:
     repo_id: str = ""
     revision: str | None = None
     commit: str | None = None  # the one that the revision is
-    only_cached: str = ""  # why the hub is not asked; "" if it is
+    only_cached: str = ""  # if the hub is not asked: what to add to "there is no …", with the reason
 
     def file(self, filename: str) -> Path | None:
         """The path of one file, downloaded into the hub's ordinary cache if need be; None if the checkpoint has
@@ -62,14 +57,14 @@ class Source:
         if self.folder is not None:
             path = self.folder / filename
             return path if path.is_file() else None
-        if self.is_pinned and filename != CONFIG and (self.commit, filename) not in PINNED_SHA256:
+        if self.is_pinned and filename != CONFIG and filename not in PINNED_SHA256:
             return None  # what cannot be checked is not read; what can (the vocabulary) says the same
         return _download(self, filename)
 
     def require(self, filename: str) -> Path:
         path = self.file(filename)
         if path is None:
-            raise FileNotFoundError(f"{self.folder or self.name}: there is no {filename}{self.only_cache}")
+            raise FileNotFoundError(f"{self.folder or self.name}: there is no {filename}{self.only_cached}")
         return path
 
     @property
@@ -78,11 +73,6 @@ class Source:
         config.json, by its values.
         """
         return self.commit in PINNED_REVISION.values()
-
-    @property
-    def only_cache(self) -> str:
-        """What to add to "there is no …" if the hub is not asked; "" otherwise."""
-        return f" in the local cache, and {self.only_cached}" if self.only_cached else ""
 
 
 def locate(
@@ -129,23 +119,26 @@ def _on_hub(source: Source, revision: str | None, local_files_only: bool) -> Sou
     pinned = PINNED_REVISION.get(source.repo_id)
     wanted = replace(source, revision=revision or pinned)
     offline = "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
-    if offline:
-        why = f"because of {offline} the hub was not asked"
-        cached = _in_cache(wanted, revision, why)
-        return _warned(cached, wanted) if cached is not None else replace(wanted, only_cached=why)
-    if not revision and pinned and _cached_commit(wanted.repo_id, pinned):
+    if not offline and not revision and pinned and _cached_commit(wanted.repo_id, pinned):
         return replace(wanted, commit=pinned)
-    cached = _in_cache(wanted, revision, "the hub cannot be reached")
-    in_a_hurry = cached is not None and _cached_commit(cached.repo_id, cached.commit, (WEIGHTS, INDEX)) is not None
-    try:
-        return replace(wanted, commit=_ask_for_commit(wanted, again=not in_a_hurry))
-    except ConnectionError as error:
-        if cached is not None:
-            return _warned(cached, wanted)
-        raise ConnectionError(
-            f"{error}. Without a connection: give a folder, or a bundled name; or load it once where there is one, and "
-            "copy the cache (HF_HOME)"
-        ) from error
+    why = f"because of {offline} the hub was not asked" if offline else "the hub cannot be reached"
+    cached = _in_cache(wanted, revision, f" in the local cache, and {why}")
+    if not offline:
+        weights = cached and _cached_commit(cached.repo_id, cached.commit, (WEIGHTS, INDEX))
+        try:
+            return replace(wanted, commit=_ask_for_commit(wanted, again=not weights))
+        except ConnectionError as error:
+            if cached.commit is None:
+                raise ConnectionError(
+                    f"{error}. Without a connection: give a folder, or a bundled name; or load it once where there is "
+                    "one, and copy the cache (HF_HOME)"
+                ) from error
+    if pinned and not revision and cached.commit not in (pinned, None):
+        warnings.warn(
+            f"{cached.name}: the cache has commit {cached.commit}, which is read; minibert was tested with {pinned}",
+            stacklevel=2,
+        )
+    return cached
 
 
 def _ask_for_commit(source: Source, *, again: bool) -> str:
@@ -169,8 +162,6 @@ def _ask_for_commit(source: Source, *, again: bool) -> str:
     except errors.EntryNotFoundError as error:  # no config.json, perhaps a repository of tokenizers
         response = getattr(error, "response", None)
         commit = None if response is None else response.headers.get("X-Repo-Commit")
-    except errors.HFValidationError:  # no possible name of a repository
-        raise
     except Exception as error:  # also those of the HTTP library, which depends on huggingface_hub's version
         raise ConnectionError(
             f"{source.name}: {CONFIG} could not be asked for, the hub cannot be reached: {error}"
@@ -180,9 +171,9 @@ def _ask_for_commit(source: Source, *, again: bool) -> str:
     return str(commit)
 
 
-def _in_cache(source: Source, revision: str | None, why: str) -> Source | None:
-    """What the cache has: the wanted revision; or, if the user has named none, what is there under the short name too,
-    or at another commit than the pinned one.
+def _in_cache(source: Source, revision: str | None, why: str) -> Source:
+    """The source, read from the cache alone: the wanted revision; or, if the user has named none, what is there under
+    the short name too, or at another commit than the pinned one. Its commit is None if nothing is there.
     """
     names = [source.repo_id, *([source.name] if source.name in SHORT_NAMES else [])]
     revisions = [source.revision] if revision or not source.revision else [source.revision, None]
@@ -190,17 +181,7 @@ def _in_cache(source: Source, revision: str | None, why: str) -> Source | None:
         for repo_id in names:
             if commit := _cached_commit(repo_id, wanted):
                 return replace(source, repo_id=repo_id, revision=commit, commit=commit, only_cached=why)
-    return None
-
-
-def _warned(cached: Source, wanted: Source) -> Source:
-    if wanted.revision in PINNED_REVISION.values() and cached.commit != wanted.revision:
-        warnings.warn(
-            f"{cached.name}: the cache has commit {cached.commit}, which is read; minibert was tested with "
-            f"{wanted.revision}",
-            stacklevel=2,
-        )
-    return cached
+    return replace(source, only_cached=why)
 
 
 def _cached_commit(
@@ -245,7 +226,7 @@ def _download(source: Source, filename: str) -> Path | None:
     path = Path(known)
     if source.commit and path.parent.name != source.commit:
         raise ConnectionError(f"{source.name}: the hub has just got another commit of it: load it again")
-    expected = PINNED_SHA256.get((source.commit or "", filename))
+    expected = PINNED_SHA256.get(filename) if source.is_pinned else None
     if expected and (found := sha256(path)) != expected:
         said = f"{path}: SHA-256 is {found}, but {source.name} at {source.commit} has {expected}: "
         if source.only_cached:
@@ -256,7 +237,7 @@ def _download(source: Source, filename: str) -> Path | None:
     return path
 
 
-# ------------------------------------------------------------------------------------------------- the files of a model
+# -------------------------------------------------------------------------------------------------------- config.json
 
 
 def read_config(source: Source) -> tuple[Path, dict[str, Any]]:
@@ -281,69 +262,3 @@ def unfinished_config(folder: Path) -> dict[str, Any] | None:
     if not isinstance(config, dict) or following.get("weights_sha256") != sha256(folder / WEIGHTS):
         return None
     return config
-
-
-@dataclass(frozen=True)
-class WeightFiles:
-    """The safetensors files of a checkpoint."""
-
-    name: str  # of the checkpoint, as it was given
-    paths: tuple[Path, ...]
-    commit: str | None = None  # of a hub repository
-    index: Path | None = None  # if there are several: the file that says which tensor is in which
-
-    @property
-    def where(self) -> Path:
-        """What an error about all of them names: the one file, or their folder."""
-        return self.paths[0] if len(self.paths) == 1 else self.paths[0].parent
-
-
-def weight_files(source: Source) -> WeightFiles:
-    """Raises FileNotFoundError if there is none, ValueError for an index that is no index."""
-    single = source.file(WEIGHTS)
-    if single is not None:
-        return WeightFiles(source.name, (single,), source.commit)
-    index = source.file(INDEX)
-    if index is None:
-        raise FileNotFoundError(_no_weights(source))
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: there is no weight_map in it")
-    for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise ValueError(f"{index}: the shard {name!r} is not a plain file name: shards stand beside their index")
-    paths = tuple(source.require(name) for name in sorted(set(weight_map.values())))
-    return WeightFiles(source.name, paths, source.commit, index)
-
-
-def _no_weights(source: Source) -> str:
-    if source.folder is not None and not list(source.folder.glob("pytorch_model*.bin")):
-        return f"{source.folder / WEIGHTS}: there is no such file, and no {INDEX}"
-    if source.only_cache:
-        return f"{source.name}: there is no {WEIGHTS}{source.only_cache}"
-    return (
-        f"{source.name}: there is no {WEIGHTS}. A pytorch_model.bin is a pickle, which can run any program when "
-        "it is opened, so minibert does not open it. Convert it where you trust it, and then load "
-        f"{'the same folder' if source.folder else 'the folder converted'}: {conversion(source)}"
-    )
-
-
-def conversion(source: Source) -> str:
-    """A shell command that makes a model.safetensors of the pytorch_model.bin of a folder, beside it; or of a hub
-    repository, in a new folder `converted` with its configuration and its tokenizer.
-    """
-    folder = str(source.folder) if source.folder else "converted"
-    fetch = ""
-    if source.folder is None:
-        wanted = ["*.json", "*.txt", "pytorch_model*.bin"]
-        fetch = (
-            f"from huggingface_hub import snapshot_download as get; get({source.repo_id!r}, "
-            f"revision={source.commit!r}, local_dir='converted', allow_patterns={wanted}); "
-        )
-    program = (
-        f"{fetch}import glob, torch; from safetensors.torch import save_file; t = {{}}; d = {folder!r}; "
-        "[t.update(torch.load(f, map_location='cpu', weights_only=True)) "
-        "for f in glob.glob(glob.escape(d) + '/pytorch_model*.bin')]; "
-        f"save_file({{k: v.clone().contiguous() for k, v in t.items()}}, d + '/{WEIGHTS}', metadata={{'format': 'pt'}})"
-    )
-    return f"python -c {shlex.quote(program)}"

@@ -1,20 +1,129 @@
-"""Our names for the tensors of a checkpoint, and the hub's.
+"""The names in a checkpoint, and what they mean for the masked language model.
 
-The module of ours and the modules of theirs stand side by side in NAMES. Loading, saving and layer-by-layer parity read
-it. What else is found in BERT checkpoints, and what of it is no part of a masked language model, stands below it.
+First the keys of config.json: which of them BERT is made of, which would make another model of it, and which change
+nothing. Then the names of tensors: the module of ours and the modules of theirs stand side by side in NAMES. What else
+is found in BERT checkpoints, and is no part of a masked language model, stands below it.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a configuration is read without torch
+    from torch import Tensor
 
-# The name table: our module, and the module (or the three modules) of the hub's BERT checkpoints. N is a
-# layer's number. Loading, saving and layer-by-layer parity all read it.
+# ------------------------------------------------------------------------------------------------- keys of config.json
+
+# Without these nobody can say which model it is: the number of heads, for one, shows in no tensor's shape.
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+# The fields of BertConfig.
+OWN_KEYS = (
+    *SIZES,
+    *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings"),
+    *("type_vocab_size", "initializer_range", "layer_norm_eps", "pad_token_id"),
+)
+# Other names of an activation function, in transformers. gelu_fast differs from gelu_new by 1e-12.
+ACTIVATION_NAMES = {
+    "gelu_python": "gelu",
+    "swish": "silu",
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate", "gelu_fast"), "gelu_new"),
+}
+# Keys that would change what the model computes. Only the value given here is BERT as the paper has it.
+FIXED_KEYS: dict[str, Any] = {
+    "model_type": "bert",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "tie_word_embeddings": True,
+    "pruned_heads": {},
+}
+# Of these, null means the value above.
+NULL_IS_FIXED = FIXED_KEYS.keys() - {"model_type", "tie_word_embeddings"}
+
+
+def _any_of(patterns: str) -> re.Pattern[str]:
+    return re.compile("|".join(patterns.split()))
+
+
+# Keys of models that call themselves BERT and compute something else, often without a tensor that would show it: other
+# positions, other places of the normalisation, another feed-forward, not everybody attends to everybody, scales, layers
+# that are not each its own, more parts; and quantised weights. With a value that switches it off (null, false, 0,
+# nothing in it) they change nothing.
+OTHER_MODELS = _any_of(
+    """
+    rope_.* rotary_.* use_rotary.* .*alibi.* relative_attention.* max_relative_positions
+    pre_?norm norm_first normalize_before layer_norm_first use_pre_layer_norm use_rms_?norm norm_type
+    feed_forward_type use_glu.* .*swiglu.* hidden_mlp_type mlp_type
+    sliding_window attention_window attention_type num_random_blocks num_key_value_heads num_kv_heads
+    embed_scale scale_embedding embedding_multiplier residual_multiplier logits_scaling logit_scale .*softcapping
+    attention_scale softmax_scale qk_norm qk_layernorm
+    num_hidden_groups inner_group_num share_layers share_.*_layers layer_types mlp_layer_types per_layer_config
+    use_bottleneck true_hidden_size num_feedforward_networks pre_seq_len prefix_projection num_experts num_local_experts
+    moe_.* quantization_config compression_config
+    """
+)
+# Keys that real files carry and that change no number of the masked language model: bookkeeping, other tasks' heads,
+# the pooler, and text generation.
+HARMLESS_KEYS = _any_of(
+    """
+    architectures dtype torch_dtype transformers_version _name_or_path name_or_path _commit_hash language
+    model_max_length use_cache use_return_dict return_dict return_dict_in_generate output_.* torchscript use_bfloat16
+    tf_legacy_loss gradient_checkpointing chunk_size_feed_forward is_composition tie_encoder_decoder
+    cross_attention_hidden_size
+    _?attn_implementation(_autoset)? _?experts_implementation tokenizer_class prefix
+    classifier_dropout finetuning_task task_specific_params problem_type num_labels _num_labels id2label label2id
+    directionality pooler_.* summary_.* (sep|bos|eos|cls|mask|decoder_start|forced_bos|forced_eos)_token_id
+    max_length min_length do_sample early_stopping num_beams num_beam_groups .*_penalty temperature top_k top_p
+    typical_p .*no_repeat_ngram_size bad_words_ids num_return_sequences remove_invalid_values (begin_)?suppress_tokens
+    assistant_.* num_assistant_.* epsilon_cutoff eta_cutoff target_lookbehind
+    """
+)
+
+
+def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a parsed config.json, the keys in `OWN_KEYS`.
+
+    Raises ValueError, naming the key and its value, for a key that makes it another model, and for a missing size.
+    """
+    for key, wanted in FIXED_KEYS.items():  # first: another architecture is named before its keys
+        value = values.get(key, wanted)
+        if value != wanted and not (value is None and key in NULL_IS_FIXED):
+            raise ValueError(
+                f"{key} is {value!r}, and minibert computes only {wanted!r}: this checkpoint is another architecture"
+            )
+    for key, value in values.items():
+        if value and key not in OWN_KEYS and OTHER_MODELS.fullmatch(key):
+            raise ValueError(
+                f"{key} is {value!r}: a model with this key computes something else than BERT, or has quantised "
+                "weights. If you know that it changes nothing here, take it out of config.json"
+            )
+    own_code = values.get("auto_map")
+    if isinstance(own_code, dict) and (models := [key for key in own_code if key.startswith("AutoModel")]):
+        raise ValueError(f"auto_map has {models[0]!r}: the model is computed by code that comes with the checkpoint")
+    if missing := [key for key in SIZES if key not in values]:
+        raise ValueError(f"there is no {missing[0]}: without it nobody can say which model this is")
+    own = {key: values[key] for key in OWN_KEYS if key in values}
+    if isinstance(own.get("hidden_act"), str):
+        own["hidden_act"] = ACTIVATION_NAMES.get(own["hidden_act"], own["hidden_act"])
+    return own
+
+
+def other_keys(values: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The keys of a parsed config.json that are known to change nothing; and those that nobody's BERT reads, as far as
+    we know.
+    """
+    others = sorted(values.keys() - FIXED_KEYS.keys() - set(OWN_KEYS))
+    harmless = tuple(key for key in others if HARMLESS_KEYS.fullmatch(key))
+    return harmless, tuple(key for key in others if key not in harmless)
+
+
+# ----------------------------------------------------------------------------------------------------- names of tensors
+
+# Our module, and the module (or the three modules) of the hub's BERT checkpoints. N is a layer's number. Loading,
+# saving and layer-by-layer parity all read this table.
 NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embeddings.word", ("bert.embeddings.word_embeddings",)),
     ("embeddings.position", ("bert.embeddings.position_embeddings",)),
@@ -38,15 +147,15 @@ NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("head", ("cls.predictions",)),  # its bias; the decoder's weight is the word embedding
 )
 TABLE = dict(NAMES)
+# The other way: the hub's module → ours, and which part of our tensor it is.
+OURS = {hub: (ours, part) for ours, hubs in NAMES for part, hub in enumerate(hubs)}
 
 # Tensors that BERT checkpoints carry and a masked language model has no use for.
 IGNORED = (
     (re.compile(r"bert\.embeddings\.(position|token_type)_ids"), "a constant, which the model makes itself"),
     (re.compile(r"bert\.pooler\.dense\.(weight|bias)"), "the pooler serves sentence classification"),
     (re.compile(r"cls\.seq_relationship\.(weight|bias)"), "the next-sentence head"),
-    (re.compile(r"classifier\..+"), "another task's head: classification of texts, tokens or choices"),
-    (re.compile(r"qa_outputs\..+"), "another task's head: question answering"),
-    (re.compile(r"(crf|score)\..+"), "another task's head: tagging or scoring"),
+    (re.compile(r"(classifier|qa_outputs|crf|score)\..+"), "another task's head"),
 )
 # Second copies of a tensor that the model holds once.
 TIED = {
@@ -61,12 +170,12 @@ WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 BEGINS = re.compile(
     r"(?<![^.])((bert\.)?(embeddings\.\w+_embeddings\.|embeddings\.LayerNorm\.|encoder\.layer\.\d+\.)|cls\.predictions\.)"
 )
-ADAPTERS = re.compile(r"\.(lora_\w+|modules_to_save|ia3_\w+)\.|^prompt_encoder\.")
+ADAPTERS = re.compile(r"(?<![^.])(lora_\w+|modules_to_save|ia3_\w+|base_layer)\.|^prompt_encoder\.")
 
 
 def is_ours(name: str) -> bool:
     """Whether this is a tensor of the model, and of nothing that was put into it."""
-    return re.sub(r"\.\d+\.", ".N.", name.rpartition(".")[0]) in TABLE
+    return _numbered(name)[0] in TABLE
 
 
 def beginning(name: str) -> str:
@@ -79,10 +188,15 @@ def beginning(name: str) -> str:
 
 def hub_names(name: str) -> list[str]:
     """The name, or the three names, under which a checkpoint holds our tensor `name`."""
+    module, number, parameter = _numbered(name)
+    return [f"{hub.replace('.N.', number)}.{parameter}" for hub in TABLE[module]]
+
+
+def _numbered(name: str) -> tuple[str, str, str]:
+    """ "layers.7.attention.qkv.bias" → "layers.N.attention.qkv", ".7.", "bias"."""
     module, _, parameter = name.rpartition(".")
-    number = re.search(r"\.(\d+)\.", module)
-    template = re.sub(r"\.\d+\.", ".N.", module)
-    return [f"{hub.replace('.N.', number.group(0)) if number else hub}.{parameter}" for hub in TABLE[template]]
+    number = re.search(r"\.\d+\.", module)
+    return (module.replace(number[0], ".N.", 1), number[0], parameter) if number else (module, ".N.", parameter)
 
 
 @dataclass
@@ -102,11 +216,7 @@ def read_names(keys: Iterable[str]) -> Spelling:
     Raises ValueError if two of them stand for one tensor, and for adapters that are not merged into the weights.
     """
     keys = list(keys)
-    if adapters := [key for key in keys if ADAPTERS.search(key)]:
-        raise ValueError(
-            f"{several('tensor', adapters)} of an adapter, which changes the weights beside it. Merge it first, with "
-            "the library that wrote it (in PEFT: model.merge_and_unload().save_pretrained(…))"
-        )
+    _refuse_adapters(keys)
     result = Spelling(prefix=common_prefix(keys))
     bare = {key: _bare(key, result.prefix) for key in keys}
     names = {key: hub_spelling(name) for key, name in bare.items()}
@@ -125,6 +235,14 @@ def read_names(keys: Iterable[str]) -> Spelling:
         if name != bare[key]:
             result.renamed[key] = name
     return result
+
+
+def _refuse_adapters(keys: Iterable[str]) -> None:
+    if adapters := [key for key in keys if ADAPTERS.search(key)]:
+        raise ValueError(
+            f"{several('tensor', adapters)} of an adapter: merge it into the weights first (in PEFT: "
+            "model.merge_and_unload(), which gives the model to save), or save it alone, by its own library"
+        )
 
 
 def common_prefix(keys: Iterable[str]) -> str:
@@ -176,31 +294,25 @@ def some(names: Sequence[str], shown: int = 3) -> str:
 
 # --------------------------------------------------------------------- state dicts under our names, and under the hub's
 
-# The hub's module → ours, and which part of our tensor it is.
-OURS = {hub: (ours, part) for ours, hubs in NAMES for part, hub in enumerate(hubs)}
 
-
-def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_transformers(state: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """The state dict of a transformers BertForMaskedLM under our names, for `model.load_state_dict`. Other spellings of
-    its names, and what stands before all of them, are understood as in files (names.py). query, key and value become
-    one tensor; all others are the same tensors, not copies.
+    its names, and what stands before all of them, are understood as in files. query, key and value become one tensor;
+    all others are the same tensors, not copies.
 
     Raises ValueError for a tensor that the model does not have, and for a second copy of a tied tensor that differs.
     """
+    import torch
+
     spelling = read_names(state)
-    for copy, original in spelling.tied.items():
-        if not same_numbers(state[copy], state[spelling.spelled[original]]):
-            raise ValueError(f"{copy} and {spelling.spelled[original]} must be the same tensor, but they differ")
+    require_equal_copies(spelling, lambda name: state[name])
     parts: dict[str, dict[int, Tensor]] = {}
     for hub, key in spelling.spelled.items():
-        module, _, parameter = hub.rpartition(".")
-        number = re.search(r"\.(\d+)\.", module)
-        template = re.sub(r"\.\d+\.", ".N.", module, count=1)
-        if template not in OURS:
-            raise ValueError(f"{key} is no tensor of BERT's masked language model{nearest(template, OURS)}")
-        ours, part = OURS[template]
-        name = f"{ours.replace('.N.', number.group(0)) if number else ours}.{parameter}"
-        parts.setdefault(name, {})[part] = state[key]
+        module, number, parameter = _numbered(hub)
+        if module not in OURS:
+            raise ValueError(f"{key} is no tensor of BERT's masked language model{nearest(module, OURS)}")
+        ours, part = OURS[module]
+        parts.setdefault(f"{ours.replace('.N.', number)}.{parameter}", {})[part] = state[key]
     for name, found in parts.items():
         if missing := [hub for part, hub in enumerate(hub_names(name)) if part not in found]:
             raise ValueError(f"{several('tensor', missing)} missing: {name} is made of {len(hub_names(name))}")
@@ -210,14 +322,18 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def same_numbers(one: Tensor, other: Tensor) -> bool:
-    """Whether two copies of a tensor are equal. NaN is equal to NaN."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+def require_equal_copies(spelling: Spelling, tensor: "Callable[[str], Tensor]") -> None:
+    """Raise ValueError if a second copy of a tied tensor is not the same as the first. NaN is the same as NaN. tensor:
+    gives the one of a name in the file.
+    """
+    for copy, original in spelling.tied.items():
+        one, other = tensor(copy), tensor(spelling.spelled[original])
+        same = one.shape == other.shape and one.dtype == other.dtype
+        if not same or not (one.equal(other) or bool(((one == other) | (one.isnan() & other.isnan())).all())):
+            raise ValueError(f"{copy} and {spelling.spelled[original]} must be the same tensor, but they differ")
 
 
-def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_transformers(state: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """The opposite: contiguous tensors on the CPU, under the names of transformers. No two share memory."""
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -237,19 +353,14 @@ def refuse_transformers(state: Mapping[str, Any]) -> None:
         )
 
 
-def require_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def require_state(state: "Mapping[str, Tensor]", wanted: "Mapping[str, Tensor]") -> None:
     """Raise ValueError unless `state` has the tensors that are wanted, in their shapes, and no other."""
     refuse_transformers(state)
-    if adapters := [key for key in state if ADAPTERS.search(f".{key}") or ".base_layer." in key]:
-        raise ValueError(
-            f"{several('tensor', adapters)} of an adapter: merge it into the weights first (in PEFT: "
-            "model.merge_and_unload(), which gives the model to save), or save the adapter alone, by its own library"
-        )
-    if wrong := sorted(state.keys() ^ wanted.keys()):
-        what = "missing" if wrong[0] in wanted else "not the model's"
-        raise ValueError(
-            f"{several('tensor', [key for key in wrong if (key in wanted) == (what == 'missing')])} {what}"
-        )
+    _refuse_adapters(state)
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise ValueError(f"{several('tensor', missing)} missing")
+    if extra := sorted(state.keys() - wanted.keys()):
+        raise ValueError(f"{several('tensor', extra)} not the model's")
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}, and weights are floating-point numbers")

@@ -4,15 +4,16 @@ This module knows no layer. It is told which tensors of which shape are wanted, 
 or with an error that names the file and the tensor. It opens safetensors files and never a pickle.
 """
 
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,15 +21,24 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from minibert.checkpoint.config_keys import defaulted_keys, ignored_keys, unknown_keys
 from minibert.checkpoint.files import looks_like, naming, parse_json, read_json, sha256, stamp
-from minibert.checkpoint.hub import CONFIG, INDEX, NEXT, WEIGHTS, Source, WeightFiles, weight_files
-from minibert.checkpoint.names import HEAD, Spelling, hub_names, layers, nearest, read_names, same_numbers, several
+from minibert.checkpoint.hub import CONFIG, INDEX, NEXT, WEIGHTS, Source
+from minibert.checkpoint.names import (
+    HEAD,
+    OWN_KEYS,
+    Spelling,
+    hub_names,
+    layers,
+    nearest,
+    other_keys,
+    read_names,
+    require_equal_copies,
+    several,
+)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 STORED = {**DTYPES, **INTEGERS, "BOOL": torch.bool}
-Config = TypeVar("Config")
 TRIES = 100  # to open a model's files while another process saves there
 
 
@@ -65,24 +75,24 @@ class LoadReport:
 
 
 @dataclass(frozen=True)
-class FoundTensors(Generic[Config]):
-    """The configuration of a checkpoint and its open files, before any tensor is read."""
+class FoundTensors:
+    """A checkpoint whose files are open, before any tensor is read."""
 
-    files: WeightFiles
-    config: Config
-    config_values: Mapping[str, Any]  # all that is in config.json
+    source: Source
+    config: Any  # what `config_of` has made of config.json
+    config_values: Mapping[str, Any]  # all that is in it
+    files: list["SafetensorsFile"]
     entries: dict[str, "SafetensorsFile"]  # name → its file
     spelling: Spelling
 
     @property
-    def opened(self) -> list["SafetensorsFile"]:
-        return list(dict.fromkeys(self.entries.values()))
+    def where(self) -> Path:
+        """What an error about all of them names: the one file, or their folder."""
+        return self.files[0].path if len(self.files) == 1 else self.files[0].path.parent
 
 
 @contextmanager
-def opened(
-    source: Source, config_of: Callable[[Source], tuple[Config, dict[str, Any]]]
-) -> Iterator[FoundTensors[Config]]:
+def opened(source: Source, config_of: Callable[[Source], tuple[Any, dict[str, Any]]]) -> Iterator[FoundTensors]:
     """The files of one model, open: its configuration and weights were in the folder at one moment, whatever another
     process saves there. What is read later is read from them. config_of: gives the configuration, and all that is in
     its file. It is asked first, so no other architecture's weights are downloaded.
@@ -100,7 +110,7 @@ def opened(
                     raise
                 continue
             # Nothing has been put in the place of anything meanwhile, so all of it was there at once.
-            if before == _stamps(source) and all(stamp(file.path) == file.stamp for file in found.opened):
+            if before == _stamps(source) and all(stamp(file.path) == file.stamp for file in found.files):
                 yield found
                 return
     raise OSError(f"{source.name}: another process writes there all the time: try again")
@@ -110,17 +120,32 @@ def _stamps(source: Source) -> list[tuple[int, ...]]:
     return [stamp(source.folder / name) for name in (CONFIG, NEXT, WEIGHTS, INDEX)] if source.folder else []
 
 
-def find_tensors(
-    source: Source, config: Config, config_values: dict[str, Any], opening: ExitStack
-) -> FoundTensors[Config]:
+# ------------------------------------------------------------------------------------------- which tensors are in which
+
+
+def find_tensors(source: Source, config: Any, config_values: dict[str, Any], opening: ExitStack) -> FoundTensors:
     """Open the files (`opening` closes them), and read their heads, and what the names in them mean.
 
     Raises ValueError for a file that is not whole, for tensors that are twice there or not where the index says, and
-    for fewer layers than the configuration has.
+    for fewer layers than the configuration has; FileNotFoundError if there are no weights.
     """
-    files = weight_files(source)
-    entries = _read_headers(files, opening)
-    with naming(files.where):
+    paths, index = weight_files(source)
+    files = []
+    for path in paths:
+        files.append(SafetensorsFile(path))
+        opening.callback(files[-1].close)
+    entries: dict[str, SafetensorsFile] = {}
+    for file in files:
+        if twice := [key for key in file.header if key in entries]:
+            raise ValueError(f"{file.path}: {twice[0]} is also in {entries[twice[0]].path.name}")
+        entries.update(dict.fromkeys(file.header, file))
+    if index is not None:
+        weight_map = read_json(index)["weight_map"]
+        found = {key: file.path.name for key, file in entries.items()}
+        if wrong := [key for key in weight_map.keys() | found.keys() if weight_map.get(key) != found.get(key)]:
+            raise ValueError(f"{index}: {several('tensor', sorted(wrong))} not where the index says")
+    result = FoundTensors(source, config, config_values, files, entries, Spelling())
+    with naming(result.where):
         spelling = read_names(entries)
         # Before the model is made: a config.json may say a billion.
         count = layers(spelling.spelled)
@@ -131,11 +156,59 @@ def find_tensors(
             like = nearest("bert.encoder.layer.0.attention.self.query.weight", entries)
             first = ", ".join([*entries][:3]) or "nothing: it is empty"
             raise ValueError(f"no tensor in it is of a layer of BERT. The names in the file look like {first}{like}")
-    return FoundTensors(files, config, config_values, entries, spelling)
+    return replace(result, spelling=spelling)
+
+
+def weight_files(source: Source) -> tuple[list[Path], Path | None]:
+    """The safetensors files; and if there are several, the index that says which tensor is in which. Raises
+    FileNotFoundError if there is none, ValueError for an index that is no index.
+    """
+    single = source.file(WEIGHTS)
+    if single is not None:
+        return [single], None
+    index = source.file(INDEX)
+    if index is None:
+        raise FileNotFoundError(_no_weights(source))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: there is no weight_map in it")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{index}: the shard {name!r} is not a plain file name: shards stand beside their index")
+    return [source.require(name) for name in sorted(set(weight_map.values()))], index
+
+
+def _no_weights(source: Source) -> str:
+    """There is none; and if there may be a pickle: a shell command that makes a model.safetensors of it."""
+    if source.folder is not None and not list(source.folder.glob("pytorch_model*.bin")):
+        return f"{source.folder / WEIGHTS}: there is no such file, and no {INDEX}"
+    if source.only_cached:
+        return f"{source.name}: there is no {WEIGHTS}{source.only_cached}"
+    folder, fetch = str(source.folder or "converted"), ""
+    if source.folder is None:
+        fetch = (
+            f"from huggingface_hub import snapshot_download; snapshot_download({source.repo_id!r}, "
+            f"revision={source.commit!r}, local_dir='converted', "
+            "allow_patterns=['*.json', '*.txt', 'pytorch_model*.bin']); "
+        )
+    program = (
+        f"{fetch}import glob, torch; from safetensors.torch import save_file; t = {{}}; d = {folder!r}; "
+        "[t.update(torch.load(f, map_location='cpu', weights_only=True)) "
+        "for f in glob.glob(glob.escape(d) + '/pytorch_model*.bin')]; "
+        f"save_file({{k: v.clone().contiguous() for k, v in t.items()}}, d + '/{WEIGHTS}', metadata={{'format': 'pt'}})"
+    )
+    return (
+        f"{source.name}: there is no {WEIGHTS}. A pytorch_model.bin is a pickle, which can run any program when "
+        "it is opened, so minibert does not open it. Convert it where you trust it, and then load the folder "
+        f"{folder}: python -c {shlex.quote(program)}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- their contents
 
 
 def read_weights(
-    found: FoundTensors[Any],
+    found: FoundTensors,
     shapes: Mapping[str, torch.Size],
     *,
     dtype: torch.dtype | str | None = None,
@@ -147,48 +220,47 @@ def read_weights(
     Raises ValueError, naming file and tensor, unless the checkpoint holds these tensors, in these shapes, and
     nothing else but the leftovers in `names.IGNORED` and equal copies of tied tensors.
     """
-    files, entries, spelling, config_values = found.files, found.entries, found.spelling, found.config_values
+    entries, spelling, config_values = found.entries, found.spelling, found.config_values
     file_dtypes = Counter(file.header[name]["dtype"] for name, file in entries.items())
     dtype = as_dtype(dtype, config_values, file_dtypes)
+    with naming(found.where):
+        initialised = _require_the_wanted(shapes, spelling, config_values, init_missing_head)
+        _require_shapes(shapes, spelling.spelled, entries)
+        require_equal_copies(spelling, lambda name: entries[name].read(name))
+    state: dict[str, Tensor] = {}
+    for ours, shape in tqdm(shapes.items(), "loading", unit=" tensors", disable=None, delay=1, leave=False):
+        if ours in initialised:
+            state[ours] = _initial(ours, shape, dtype, device)
+        else:
+            state[ours] = torch.empty(shape, dtype=dtype, device=device)
+            parts = [spelling.spelled[hub] for hub in hub_names(ours)]  # one under the other
+            for name, part in zip(parts, state[ours].chunk(len(parts)), strict=True):
+                entries[name].fill(part, name)
+    for file in found.files:
+        file.require_unchanged()
+    harmless, unknown = other_keys(config_values)
     report = LoadReport(
-        name=files.name,
-        files=files.paths,
+        name=found.source.name,
+        files=tuple(file.path for file in found.files),
         file_dtypes=dict(file_dtypes),
         dtype=str(dtype).removeprefix("torch."),
-        loaded=(),
-        commit=files.commit,
+        loaded=tuple(sorted(spelling.spelled.values())),
+        commit=found.source.commit,
         prefix=spelling.prefix,
         renamed=spelling.renamed,
         tied=spelling.tied,
         ignored=spelling.ignored,
-        ignored_config_keys=tuple(ignored_keys(config_values)),
-        unknown_config_keys=tuple(unknown_keys(config_values)),
-        defaulted_config_keys=tuple(defaulted_keys(config_values)),
-        stamps=tuple(file.stamp for file in found.opened),
+        initialised=initialised,
+        non_finite=tuple(name for name, tensor in state.items() if _has_non_finite(tensor)),
+        ignored_config_keys=harmless,
+        unknown_config_keys=unknown,
+        defaulted_config_keys=tuple(key for key in OWN_KEYS if key not in config_values),
+        stamps=tuple(file.stamp for file in found.files),
     )
-    spelled = spelling.spelled
-    with naming(files.where):
-        report.initialised = _require_the_wanted(shapes, spelling, config_values, init_missing_head)
-        _require_shapes(shapes, spelled, entries)
-        _require_equal_copies(entries, spelling)
-    state: dict[str, Tensor] = {}
-    for ours, shape in tqdm(shapes.items(), "loading", unit=" tensors", disable=None, delay=1, leave=False):
-        if ours in report.initialised:
-            state[ours] = _initial(ours, shape, dtype, device)
-        else:
-            state[ours] = torch.empty(shape, dtype=dtype, device=device)
-            parts = [spelled[hub] for hub in hub_names(ours)]  # one under the other
-            for name, part in zip(parts, state[ours].chunk(len(parts)), strict=True):
-                entries[name].fill(part, name)
-    for file in found.opened:
-        file.require_unchanged()
-    report.loaded = tuple(sorted(spelled[hub] for ours in shapes for hub in hub_names(ours) if hub in spelled))
-    report.non_finite = tuple(name for name, tensor in state.items() if _has_non_finite(tensor))
     if report.non_finite:
-        warnings.warn(f"{files.where}: NaN or infinite weights in {', '.join(report.non_finite)}", stacklevel=3)
-    if report.unknown_config_keys:
-        said = ", ".join(map(repr, report.unknown_config_keys))
-        path = files.paths[0].parent / CONFIG
+        warnings.warn(f"{found.where}: NaN or infinite weights in {', '.join(report.non_finite)}", stacklevel=3)
+    if unknown:
+        path, said = found.files[0].path.parent / CONFIG, ", ".join(map(repr, unknown))
         warnings.warn(f"{path}: as far as minibert knows, no BERT reads {said}: without effect here", stacklevel=3)
     return state, report
 
@@ -200,10 +272,8 @@ def as_dtype(dtype: torch.dtype | str | None, config_values: Mapping[str, Any], 
     names = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
     if dtype == "auto":
         said = config_values.get("dtype") or config_values.get("torch_dtype")
-        floats = [name for name, _ in stored.most_common() if name in DTYPES]
-        if isinstance(said, str) and said.removeprefix("torch.") in names:
-            return names[said.removeprefix("torch.")]
-        return DTYPES[floats[0]] if floats else torch.float32
+        floats = [DTYPES[name] for name, _ in stored.most_common() if name in DTYPES]
+        return names.get(str(said).removeprefix("torch."), floats[0] if floats else torch.float32)
     found = torch.float32 if dtype is None else names.get(dtype) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
@@ -212,31 +282,8 @@ def as_dtype(dtype: torch.dtype | str | None, config_values: Mapping[str, Any], 
     return found
 
 
-def _read_headers(files: WeightFiles, opening: ExitStack) -> dict[str, "SafetensorsFile"]:
-    """Tensor name → its open file. Raises ValueError unless each tensor is in one file, and in that which the index
-    names.
-    """
-    entries: dict[str, SafetensorsFile] = {}
-    for path in files.paths:
-        file = SafetensorsFile(path)
-        opening.callback(file.close)
-        for key in file.header:
-            if key in entries:
-                raise ValueError(f"{path}: {key} is also in {entries[key].path.name}")
-            entries[key] = file
-    if files.index is not None:
-        weight_map = read_json(files.index)["weight_map"]
-        found = {key: file.path.name for key, file in entries.items()}
-        if wrong := [key for key in weight_map.keys() | found.keys() if weight_map.get(key) != found.get(key)]:
-            raise ValueError(f"{files.index}: {several('tensor', sorted(wrong))} not where the index says")
-    return entries
-
-
 def _require_the_wanted(
-    shapes: Mapping[str, torch.Size],
-    spelling: Spelling,
-    config_values: Mapping[str, Any],
-    init_missing_head: bool,
+    shapes: Mapping[str, torch.Size], spelling: Spelling, config_values: Mapping[str, Any], init_missing_head: bool
 ) -> tuple[str, ...]:
     """Raise ValueError for a tensor too few or too many. Returns our names of those of a missing head, if that is
     allowed.
@@ -245,22 +292,21 @@ def _require_the_wanted(
     wanted = {hub: ours for ours in shapes for hub in hub_names(ours)}
     absent = [hub for hub in wanted if hub not in spelled]
     extra = [spelled[hub] for hub in spelled if hub not in wanted]
-    has_head = any(hub.startswith(HEAD) for hub in spelled)
-    no_head = bool(absent) and not has_head and all(hub.startswith(HEAD) for hub in absent)
 
     def hint(names: list[str]) -> str:
-        layers = config_values.get("num_hidden_layers")
-        return f" (num_hidden_layers in {CONFIG} is {layers})" if any(".layer." in name for name in names) else ""
+        count = config_values["num_hidden_layers"]
+        return f" (num_hidden_layers in {CONFIG} is {count})" if any(".layer." in name for name in names) else ""
 
-    if no_head and not init_missing_head:
-        others = [name for name, reason in spelling.ignored.items() if reason.startswith("another task")]
-        what = f"an encoder with another task's head ({', '.join(others[:3])})" if others else "an encoder"
-        raise ValueError(
-            f"this is {what}, without the masked-language-model head ({len(absent)} tensors, {HEAD}*). "
-            "Name a checkpoint that has one, or start with an untrained one: `minibert train` does, and in Python "
-            "from_pretrained(…, init_missing_head=True)"
-        )
-    if absent and not no_head:
+    if absent and not any(hub.startswith(HEAD) for hub in spelled) and all(hub.startswith(HEAD) for hub in absent):
+        if not init_missing_head:
+            others = [name for name, reason in spelling.ignored.items() if reason.startswith("another task")]
+            beside = f", with another task's head ({', '.join(others[:3])})" if others else ""
+            raise ValueError(
+                f"this is an encoder without the masked-language-model head ({len(absent)} tensors, {HEAD}*){beside}. "
+                "Name a checkpoint that has one, or start with an untrained one: `minibert train` does, and in Python "
+                "from_pretrained(…, init_missing_head=True)"
+            )
+    elif absent:
         look = f". The names in the file look like {', '.join(extra[:3])}" if extra else ""
         raise ValueError(f"{several('tensor', absent)} missing{hint(absent)}{look}{nearest(absent[0], extra)}")
     if extra:
@@ -268,18 +314,8 @@ def _require_the_wanted(
     return tuple(sorted({wanted[hub] for hub in absent}))
 
 
-def _require_equal_copies(entries: Mapping[str, "SafetensorsFile"], spelling: Spelling) -> None:
-    """Raise ValueError if a second copy of a tied tensor is not the same as the first."""
-    for copy, original in spelling.tied.items():
-        first = spelling.spelled[original]
-        if not same_numbers(entries[copy].read(copy), entries[first].read(first)):
-            raise ValueError(f"{copy} and {first} must be the same tensor, but they differ")
-
-
 def _require_shapes(
-    shapes: Mapping[str, torch.Size],
-    spelled: Mapping[str, str],
-    entries: Mapping[str, "SafetensorsFile"],
+    shapes: Mapping[str, torch.Size], spelled: Mapping[str, str], entries: Mapping[str, "SafetensorsFile"]
 ) -> None:
     """Raise ValueError for a tensor of another shape, or of whole numbers, before there is memory for any."""
     for ours, shape in shapes.items():
@@ -301,12 +337,21 @@ def _has_non_finite(tensor: Tensor) -> bool:
     return not bool(tensor.sum(dtype=torch.float32).isfinite()) and not bool(tensor.isfinite().all())
 
 
-class SafetensorsFile:
-    """A safetensors file, opened once. What another process puts in its place later is not read.
+def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """An untrained head: the transformation is the identity, the scores are dot products with the word
+    embeddings.
+    """
+    if name == "head.dense.weight":
+        return torch.eye(shape[0], dtype=dtype, device=device)
+    return (torch.ones if name == "head.LayerNorm.weight" else torch.zeros)(shape, dtype=dtype, device=device)
 
-    Raises ValueError for a file that is not whole. The library makes the same checks but the one for a name that stands
-    there twice; here each has a sentence of its own. (The library also maps the file into memory: what has been read
-    then counts as memory of this process, and a file that is cut off meanwhile ends it.)
+
+class SafetensorsFile:
+    """A safetensors file, opened once. What another process puts in its place later is not read. Raises ValueError for
+    a file that is not whole.
+
+    The library itself maps the file into memory: what has been read then counts as memory of this process, and a file
+    that is cut off meanwhile ends it. So it only checks the file, and the tensors are read here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -335,21 +380,13 @@ class SafetensorsFile:
     def _read_header(self) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
         """Tensor name → its dtype, shape and place; the metadata; and where the tensors begin."""
         path, size = self.path, self.stamp[1]
-        start = self.file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) == 8 and 0 not in start and not looks_like(path):  # no header has 2^56 bytes
-            raise ValueError(f"{path}: not a safetensors file: it starts with {start!r}")
-        if len(start) < 8 or length > size - 8 or length > 100_000_000:
-            other = looks_like(path) or f"its header claims {length} bytes" if len(start) == 8 else "it is cut off"
-            raise ValueError(
-                f"{path}: not a whole safetensors file: of {size} bytes, {other if size else 'it is empty'}"
-            )
         try:
-            header = parse_json(self.file.read(length))
             with safe_open(path, framework="pt"):  # the library's own checks: offsets, sizes, the end of the file
-                pass
-        except (ValueError, SafetensorError) as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({size} bytes): {error}") from error
+                length = int.from_bytes(self.file.read(8), "little")
+            header = parse_json(self.file.read(length))  # and the one for a name that stands there twice
+        except (ValueError, OSError, SafetensorError) as error:
+            said = looks_like(path) or error
+            raise ValueError(f"{path}: not a whole safetensors file ({size} bytes): {said}") from error
         if stamp(path) != self.stamp:
             raise ValueError(f"{path}: another file was put in its place while it was opened: try again")
         return header, header.pop("__metadata__", {}), 8 + length
@@ -382,15 +419,6 @@ class SafetensorsFile:
         """Raise ValueError if the open file itself was written to since it was opened."""
         if stamp(self.file.fileno()) != self.stamp:
             raise ValueError(f"{self.path} was changed while it was read: try again")
-
-
-def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-    """An untrained head: the transformation is the identity, the scores are dot products with the word
-    embeddings.
-    """
-    if name == "head.dense.weight":
-        return torch.eye(shape[0], dtype=dtype, device=device)
-    return (torch.ones if name == "head.LayerNorm.weight" else torch.zeros)(shape, dtype=dtype, device=device)
 
 
 # ----------------------------------------------------------------- a model that has shapes, before its weights are read

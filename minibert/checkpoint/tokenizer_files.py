@@ -8,13 +8,7 @@
     config.json               the class, where tokenizer_config.json does not say it
 
 They are read as transformers reads them (version 5.23: models/auto/tokenization_auto.py chooses the class,
-tokenization_utils_base.py collects the settings). Where they contradict each other, it is this way:
-
-With BERT's class, which is also what a BERT without a class has, the pieces come from tokenizer.json or else from
-vocab.txt, and the treatment of case, accents and Chinese characters from tokenizer_config.json. With
-PreTrainedTokenizerFast, or any other class that comes with a tokenizer.json, that file stands as it is. It also does
-if there is no tokenizer_config.json: then it is the only one that says anything. (Here transformers puts the defaults
-of its class in the place of what the file says.)
+tokenization_utils_base.py collects the settings). minibert/checkpoints.md says which one holds where two differ.
 """
 
 from collections import Counter
@@ -58,27 +52,28 @@ class TokenizerFiles:
         """The file that holds the vocabulary."""
         return self.paths.get(TOKENIZER) or self.paths[VOCABULARY]
 
+    def read(self, source: Source, filename: str) -> dict[str, Any] | None:
+        """What is in a JSON file; None if there is none."""
+        path = source.file(filename)
+        if path is None:
+            return None
+        self.paths[filename] = path
+        return read_json(path)
+
 
 def read_tokenizer_files(source: Source) -> TokenizerFiles:
     """Raises FileNotFoundError if there is neither a tokenizer.json nor a vocab.txt; ValueError, naming the file, if
     one is not what it should be, or if the class is a tokenizer that minibert does not have.
     """
     found = TokenizerFiles(source.name)
-    if path := source.file(TOKENIZER):
-        found.paths[TOKENIZER] = path
-        try:
-            found.whole = read_json(path)
-        except ValueError as error:
-            raise ValueError(str(error).replace("not a proper JSON file", "not a tokenizer file", 1)) from error
-    elif path := source.file(VOCABULARY):
+    found.whole = found.read(source, TOKENIZER)
+    if found.whole is None and (path := source.file(VOCABULARY)):
         found.paths[VOCABULARY] = path
         found.vocabulary = read_vocabulary(path)
-    if path := source.file(SETTINGS):
-        found.paths[SETTINGS] = path
-        found.settings = read_json(path)
+    found.settings = found.read(source, SETTINGS) or {}
     _choose(source, found)
     if not found.paths.keys() & {TOKENIZER, VOCABULARY}:
-        raise FileNotFoundError(f"{source.name}: there is neither a {TOKENIZER} nor a {VOCABULARY}{source.only_cache}")
+        raise FileNotFoundError(f"{source.name}: there is neither a {TOKENIZER} nor a {VOCABULARY}{source.only_cached}")
     _collect_tokens(source, found)
     return found
 
@@ -122,8 +117,11 @@ def _choose(source: Source, found: TokenizerFiles) -> None:
             f"{said_in}: its tokenizer is {name}, which cuts words in another way than BERT's. minibert does not have "
             "it, and BERT's own would give other ids. Tokenize with transformers, and give the ids to the model"
         )
-    word_pieces = found.whole is not None and _model(found).get("type") in (None, "WordPiece")
-    found.as_it_stands = found.whole is not None and (not known or not word_pieces or SETTINGS not in found.paths)
+    if found.whole is not None:
+        if not isinstance(model := found.whole.get("model"), dict):
+            raise ValueError(f"{found.path()}: not a tokenizer file: there is no model in it")
+        word_pieces = model.get("type") in (None, "WordPiece")
+        found.as_it_stands = not known or not word_pieces or SETTINGS not in found.paths
 
 
 def is_berts(name: str | None) -> bool:
@@ -131,36 +129,29 @@ def is_berts(name: str | None) -> bool:
     return name is None or name.removesuffix("Fast") in BERT_CLASSES
 
 
-def _model(found: TokenizerFiles) -> dict[str, Any]:
-    model = (found.whole or {}).get("model")
-    if not isinstance(model, dict):
-        raise ValueError(f"{found.path()}: not a tokenizer file: there is no model in it")
-    return model
-
-
 def _collect_tokens(source: Source, found: TokenizerFiles) -> None:
     """Tokens that were added to the vocabulary, and the names of the special ones, from all files that have some."""
     said, listed = found.settings, found.settings.get("added_tokens_decoder")
-    if listed is None and (path := source.file(SPECIAL_TOKENS)):  # older than added_tokens_decoder
-        found.paths[SPECIAL_TOKENS] = path
-        found.settings = {**found.settings, **{k: v for k, v in read_json(path).items() if v is not None}}
-    for key in [f"{role}_token" for role in NAMED if found.settings.get(f"{role}_token") is not None]:
-        with naming(_origin(found, key)):
-            added_token(found.settings[key])
-    if isinstance(listed, dict):
-        with naming(found.paths[SETTINGS]):
-            for number, token in listed.items():
-                found.added[_id(number)] = added_token(token)
-    elif listed is not None:
-        raise ValueError(f"{found.paths[SETTINGS]}: added_tokens_decoder must map ids to tokens, not {listed!r}")
-    elif path := source.file(ADDED_TOKENS):
-        found.paths[ADDED_TOKENS] = path
+    if listed is None:  # older than added_tokens_decoder
+        over = {key: value for key, value in (found.read(source, SPECIAL_TOKENS) or {}).items() if value is not None}
+        found.settings = {**said, **over}
+        for path, values in ((found.paths.get(SETTINGS), said), (found.paths.get(SPECIAL_TOKENS), over)):
+            if path is not None:
+                with naming(path):
+                    special_tokens(values)
         # As in transformers, where additional_special_tokens of special_tokens_map.json come too late for this.
         extra = {**found.settings, "additional_special_tokens": said.get("additional_special_tokens")}
         special = {token.content for token in special_tokens(found.settings).values()} | set(extra_tokens(extra))
-        with naming(path):
-            for token, number in read_json(path).items():
+        for token, number in (found.read(source, ADDED_TOKENS) or {}).items():
+            with naming(found.paths[ADDED_TOKENS]):
                 found.added[_id(number)] = AddedToken(token, normalized=token not in special, special=token in special)
+    else:
+        with naming(found.paths[SETTINGS]):
+            special_tokens(said)
+            if not isinstance(listed, dict):
+                raise ValueError(f"added_tokens_decoder must map ids to tokens, not {listed!r}")
+            for number, token in listed.items():
+                found.added[_id(number)] = added_token(token)
     if found.whole is not None:
         with naming(found.path()):
             for entry in _list(found.whole.get("added_tokens")):
@@ -168,12 +159,6 @@ def _collect_tokens(source: Source, found: TokenizerFiles) -> None:
                     raise ValueError(f"not a tokenizer file: the added token {entry!r} is no object")
                 if str(entry.get("content")) not in {token.content for token in found.added.values()}:
                     found.added.setdefault(_id(entry.get("id")), added_token(entry))
-
-
-def _origin(found: TokenizerFiles, key: str) -> Path:
-    """The file that a setting came from."""
-    path = found.paths.get(SPECIAL_TOKENS)
-    return path if path and key in read_json(path) else found.paths[SETTINGS]
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, AddedToken]:

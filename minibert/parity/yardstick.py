@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minibert.checkpoint.config_keys import SIZES
+from minibert.checkpoint.names import SIZES
 from minibert.checkpoint.reading import shapes_only
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.steps import Steps

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minibert.attention import use_kernel
-from minibert.checkpoint.config_keys import FIXED_KEYS
 from minibert.checkpoint.files import read_json
-from minibert.checkpoint.names import WRAPPERS, hub_names
+from minibert.checkpoint.names import FIXED_KEYS, WRAPPERS, hub_names
 from minibert.config import BertConfig
 from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM

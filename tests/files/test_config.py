@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from minibert import BertConfig, BertForMaskedLM
-from minibert.checkpoint import config_keys
+from minibert.checkpoint import names as config_keys
 
 SIZES = dict(
     vocab_size=99,
@@ -48,9 +48,9 @@ def kind(key):
         return "own"
     if key in config_keys.FIXED_KEYS:
         return "one value only"
-    if key in config_keys.HARMLESS_KEYS:
+    if config_keys.HARMLESS_KEYS.fullmatch(key):
         return "harmless"
-    return "another model" if config_keys.other_model(key) else "unknown"
+    return "another model" if config_keys.OTHER_MODELS.fullmatch(key) else "unknown"
 
 
 def test_own_keys_are_the_fields():

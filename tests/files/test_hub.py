@@ -278,7 +278,7 @@ def test_bert_base_uncased_is_pinned(hub, cache, pinned, files, monkeypatch, tmp
     blobs = [path.read_bytes() for path in cache.glob("models--*/blobs/*")]
     assert blobs == [files["config.json"]]
 
-    monkeypatch.setitem(minihub.PINNED_SHA256, (pinned, WEIGHTS), hashlib.sha256(files[WEIGHTS]).hexdigest())
+    monkeypatch.setitem(minihub.PINNED_SHA256, WEIGHTS, hashlib.sha256(files[WEIGHTS]).hexdigest())
     for name in ("bert-base-uncased", BERT):
         assert_is(BertForMaskedLM.from_pretrained(name), files, tmp_path / "expected")
     gets = [filename for command, _, _, filename in hub.asked if command == "GET"]
@@ -286,7 +286,7 @@ def test_bert_base_uncased_is_pinned(hub, cache, pinned, files, monkeypatch, tmp
 
 
 def test_wrong_bytes_and_then_the_right_ones(hub, cache, pinned, files, monkeypatch, tmp_path):
-    monkeypatch.setitem(minihub.PINNED_SHA256, (pinned, WEIGHTS), hashlib.sha256(files[WEIGHTS]).hexdigest())
+    monkeypatch.setitem(minihub.PINNED_SHA256, WEIGHTS, hashlib.sha256(files[WEIGHTS]).hexdigest())
     wrong = bytearray(files[WEIGHTS])
     wrong[-1] ^= 1
     hub.repos[BERT][pinned][WEIGHTS] = bytes(wrong)
@@ -298,7 +298,7 @@ def test_wrong_bytes_and_then_the_right_ones(hub, cache, pinned, files, monkeypa
 
 
 def test_cached_bytes_that_rot_are_found(hub, cache, pinned, files, monkeypatch, tmp_path):
-    monkeypatch.setitem(minihub.PINNED_SHA256, (pinned, WEIGHTS), hashlib.sha256(files[WEIGHTS]).hexdigest())
+    monkeypatch.setitem(minihub.PINNED_SHA256, WEIGHTS, hashlib.sha256(files[WEIGHTS]).hexdigest())
     BertForMaskedLM.from_pretrained("bert-base-uncased")
     blob = cached(cache, WEIGHTS)[0].resolve()
     blob.write_bytes(files[WEIGHTS][:-1] + b"\xff")
@@ -315,7 +315,7 @@ def test_of_the_pinned_commit_nothing_is_read_unchecked(hub, cache, pinned, file
     with pytest.raises(ValueError, match=r"vocab\.txt: SHA-256"):
         load_tokenizer("bert-base-uncased")
     assert cached(cache, "vocab.txt") == []
-    monkeypatch.setitem(minihub.PINNED_SHA256, (pinned, "vocab.txt"), hashlib.sha256(files["vocab.txt"]).hexdigest())
+    monkeypatch.setitem(minihub.PINNED_SHA256, "vocab.txt", hashlib.sha256(files["vocab.txt"]).hexdigest())
     assert load_tokenizer("bert-base-uncased").encode("Paris").ids == [2, 5, 3]
     assert load_tokenizer(BERT, revision=pinned).encode("Paris").ids == [2, 5, 3]
     monkeypatch.setattr("minibert.config.PINNED", BertConfig())

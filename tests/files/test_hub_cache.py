@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def test_the_pinned_commit_under_the_short_name_is_checked(alone, cache, files, 
     with pytest.raises(ValueError, match=r"SHA-256 is .*68d45e23.*cache has changed"):
         BertForMaskedLM.from_pretrained("bert-base-uncased")
     assert cached(cache, WEIGHTS), "a file that cannot be downloaded again is not deleted"
-    monkeypatch.setitem(minihub.PINNED_SHA256, (pinned, WEIGHTS), hashlib.sha256(files[WEIGHTS]).hexdigest())
+    monkeypatch.setitem(minihub.PINNED_SHA256, WEIGHTS, hashlib.sha256(files[WEIGHTS]).hexdigest())
     model = BertForMaskedLM.from_pretrained("bert-base-uncased")
     assert_is(model, files, tmp_path / "expected")
     assert model.load_report.commit == pinned
@@ -152,7 +153,8 @@ def test_the_command_that_converts_a_repository(hub, files, tmp_path):
 
 
 def run_advice(error, folder, **environment):
-    command = str(error)[str(error).index("python -c") :].replace("python", shlex.quote(sys.executable), 1)
+    command = re.search(r": (python -c.*)", str(error))[1]
+    command = command.replace("python -c", f"{shlex.quote(sys.executable)} -c", 1)
     done = subprocess.run(
         command, shell=True, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
     )

@@ -86,9 +86,9 @@ def test_a_tokenizer_of_transformers_is_taken_everywhere(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("minibert-uncased", "not 'minibert-uncased': load_tokenizer makes one"),
+        ("minibert-uncased", r"load_tokenizer makes one.*minibert-uncased"),
         (None, "not a NoneType"),
-        (BertConfig(), "not a BertConfig: one that is computed in Python"),
+        (BertConfig(), r"computed in Python.*BertConfig"),
     ],
 )
 def test_what_is_no_tokenizer_is_refused(given, said):
