@@ -100,7 +100,7 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
     inside = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(inside, Tokenizer):
         raise TypeError(
-            "a tokenizers.Tokenizer is needed (load_tokenizer makes one of a name), or a fast tokenizer of transformers "
+            "a tokenizers.Tokenizer is needed (load_tokenizer makes one of a name), or a fast one of transformers "
             f"(not one that is computed in Python), not {type(tokenizer).__name__} {str(tokenizer)[:60]!r}"
         )
     if inside is tokenizer and inside.truncation is None and inside.padding is None and not _undeclared(inside):

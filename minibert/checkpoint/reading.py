@@ -379,14 +379,14 @@ class SafetensorsFile:
 
     def _read_header(self) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
         """Tensor name → its dtype, shape and place; the metadata; and where the tensors begin."""
-        path, size = self.path, self.stamp[1]
+        path, start = self.path, self.file.read(8)
+        length = int.from_bytes(start, "little")
         try:
             with safe_open(path, framework="pt"):  # the library's own checks: offsets, sizes, the end of the file
-                length = int.from_bytes(self.file.read(8), "little")
-            header = parse_json(self.file.read(length))  # and the one for a name that stands there twice
+                header = parse_json(self.file.read(length))  # and the one for a name that stands there twice
         except (ValueError, OSError, SafetensorError) as error:
-            said = looks_like(path) or error
-            raise ValueError(f"{path}: not a whole safetensors file ({size} bytes): {said}") from error
+            what = f"{path}: not a whole safetensors file ({self.stamp[1]} bytes, it starts with {start!r})"
+            raise ValueError(f"{what}: {looks_like(path) or error}") from error
         if stamp(path) != self.stamp:
             raise ValueError(f"{path}: another file was put in its place while it was opened: try again")
         return header, header.pop("__metadata__", {}), 8 + length

@@ -87,7 +87,7 @@ def test_a_tokenizer_of_transformers_is_taken_everywhere(tmp_path):
     ("given", "said"),
     [
         ("minibert-uncased", r"load_tokenizer makes one.*minibert-uncased"),
-        (None, "not a NoneType"),
+        (None, "not NoneType"),
         (BertConfig(), r"computed in Python.*BertConfig"),
     ],
 )

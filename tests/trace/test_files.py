@@ -92,8 +92,8 @@ def test_a_file_that_is_cut_off(hostile, cut):
 @pytest.mark.parametrize(
     ("start", "words"),
     [
-        (b'{"input_ids": [[1, 2, 3]], "text": "not a trace"}', "not a safetensors file: it starts with"),
-        ((2**60).to_bytes(8, "little") + b"{}", "its header claims 1152921504606846976 bytes"),
+        (b'{"input_ids": [[1, 2, 3]], "text": "not a trace"}', "not a whole safetensors file"),
+        ((2**60).to_bytes(8, "little") + b"{}", "not a whole safetensors file"),
         ((100).to_bytes(8, "little") + b"\xff" * 200, "not a whole safetensors file"),
     ],
 )
