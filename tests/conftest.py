@@ -77,7 +77,7 @@ def exact_products():
     """int8 and bfloat16 are tested on any CPU: the products behind them are exact ones, of ordinary operations."""
     from exact import use_exact_products
 
-    from minibert.inference.ways import fastest_way, working_ways
+    from minibert.inference.prepare import fastest_way, working_ways
 
     with pytest.MonkeyPatch.context() as patch:
         use_exact_products(patch)

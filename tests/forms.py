@@ -5,7 +5,7 @@ import torch
 from needs import lacking
 
 from minibert.inference import onednn
-from minibert.inference.ways import working_ways
+from minibert.inference.prepare import working_ways
 
 FORMS = {
     "product": (torch.float32, "product"),

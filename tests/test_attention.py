@@ -10,7 +10,7 @@ from twins import CONFIGS, make_batch, twins
 from minibert import BertConfig, BertForMaskedLM, PackedBatch
 from minibert import attention as module
 from minibert.attention import attention, choose_kernel, formula, use_kernel
-from minibert.inference.prepare import attention_at
+from minibert.inference.prepared import attention_at
 from minibert.training.step import QuickDropout, quick_dropout
 
 UNEVEN, UNIFORM = (5, 1, 9, 3), (6, 6, 6)

@@ -22,7 +22,7 @@ from minibert.bench.workloads import Workload
 from minibert.config import BertConfig
 from minibert.inference import PreparedBert, prepare_for_inference
 from minibert.inference.onednn import has_bfloat16
-from minibert.inference.ways import has_int8_products
+from minibert.inference.prepare import has_int8_products
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from minibert.bench.settings import PEERS, BenchSettings
 from minibert.inference.int8 import to_int8
 from minibert.inference.onednn import multiply_int8, order_int8
-from minibert.inference.ways import WAYS, has_int8_products, working_ways
+from minibert.inference.prepare import WAYS, has_int8_products, working_ways
 
 ORDER = ("int8", "bfloat16", "float32")
 

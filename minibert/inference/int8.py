@@ -24,8 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from minibert.inference.onednn import FUSED, Activation, PrepackedLinear, has_bfloat16, multiply_int8, order_int8
-from minibert.model import EncoderLayer
+from minibert.inference.onednn import FUSED, Activation, PrepackedLinear, multiply_int8, order_int8
 
 LARGEST = 127
 # The activation functions in place, so that no second tensor of their size is made and read.
@@ -68,15 +67,6 @@ class Int8Linear(PrepackedLinear):
         if self.activation in IN_PLACE:
             IN_PLACE[self.activation](y)
         return y.to(self.result)
-
-
-def finish_layer(layer: EncoderLayer) -> None:
-    """Tell the linear layers of an encoder layer, which are Int8Linear, what is around them."""
-    attention_reads, feed_forward_ends = layer.attention.qkv, layer.feed_forward.output
-    assert isinstance(attention_reads, Int8Linear)
-    assert isinstance(feed_forward_ends, Int8Linear)
-    attention_reads.result = torch.bfloat16 if has_bfloat16() else torch.float32
-    feed_forward_ends.spare = True
 
 
 class Int8Embedding(nn.Module):

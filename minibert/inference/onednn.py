@@ -5,20 +5,22 @@ short batches on others. In bfloat16 it uses oneDNN, but orders the weights anew
 once, and the activation is computed while its input is still in the cache.
 
 oneDNN has two ways to compute a linear layer: as a matrix product, and as a 1×1 convolution. Which is the fastest, or
-whether torch's own is, depends on the CPU (ways.py). Products of 8-bit numbers are in int8.py.
+whether torch's own is, depends on the CPU (prepare.py). Products of 8-bit numbers are in int8.py.
 
 torch has no public way to call oneDNN like this. All private operators are in the first part of this file. Each was
 seen in torch 2.13. If another version lacks one, or it computes something else, `working_ways` leaves the way out.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from minibert.attention import has_amx
-from minibert.model import EncoderLayer, MLMHead
+from minibert.model import MLMHead
 from minibert.packing import PackedBatch
 
 # -------------------------------------------------------------------------------------------------- private operators
@@ -110,6 +112,15 @@ def describe_order(ordered: Tensor) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------------------------------- linear layers
 
 
+def refuse(what: str) -> Callable[..., Any]:
+    """A method that a prepared model has not, since it would have no effect or half of one."""
+
+    def refusal(*_: object, **__: object) -> NoReturn:
+        raise ValueError(f"a model prepared for inference {what} the one it was made from")
+
+    return refusal
+
+
 BADLY_SHARED = (768, 3072)  # outputs and inputs of a product; and of how many tokens
 BADLY_SHARED_TOKENS = range(500, 1281)
 PIECE = 384  # tokens
@@ -119,9 +130,12 @@ class PrepackedLinear(nn.Module):
     """nn.Linear and an activation function in one call, as a matrix product. It holds copies of weight and bias.
 
     With AMX, oneDNN shares the second product of BERT-base's feed-forward badly among several threads, in bfloat16 and
-    for some numbers of tokens (2 cores of an Intel Xeon: 650 GFLOP/s for 384 tokens, 300 for 1024). It is computed in
-    pieces. Products of other sizes gain nothing by that, or lose.
+    for some numbers of tokens. It is computed in pieces. Products of other sizes gain nothing by that, or lose.
     """
+
+    _apply = refuse("stays as it is and where it is: move or convert")
+    state_dict = refuse("has no list of its tensors: ask")
+    __reduce_ex__ = refuse("can be neither copied nor pickled: copy or save")
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: Activation = NONE) -> None:
         super().__init__()
@@ -183,7 +197,7 @@ def _best_height(outputs: int, inputs: int, tokens: int, threads: int) -> int:
     """High images are faster, but leave more to fill up. The factor 1 + 4 / height is a fit to what was measured."""
     for height in sorted(HEIGHTS, key=lambda height: (tokens + -tokens % height) * (1 + 4 / height)):
         images = -(-tokens // height)
-        if images > threads:  # then all that matters seems to be how evenly the threads can share them; a test looks
+        if images > threads:  # then only how evenly the threads share them changes the order that is wanted
             images = threads + images % threads
         if _order_fits(outputs, inputs, images, height):
             return height
@@ -198,8 +212,7 @@ def _order_fits(outputs: int, inputs: int, images: int, height: int) -> bool:
 
 @cache
 def _wanted_order(outputs: int, inputs: int, images: int, height: int) -> tuple[int, ...]:
-    # oneDNN tells the order only by ordering a matrix. For a whole vocabulary that takes 50 ms; 4096 words are ordered
-    # in the same way.
+    # oneDNN tells the order only by ordering a matrix. The first 4096 words of a vocabulary are ordered like all.
     return describe_order(order_for_images(torch.empty(min(outputs, 4096), inputs), images, height))
 
 
@@ -219,23 +232,6 @@ def filled_up(batch: PackedBatch, missing: int) -> PackedBatch:
         padded_shape=(1, tokens),
         padded_index=torch.arange(tokens, device=batch.padded_index.device),
     )
-
-
-# ------------------------------------------------------------------------------------------- the parts of a whole model
-
-
-def prepack_layer(layer: EncoderLayer, linear: type[PrepackedLinear], hidden_act: str) -> None:
-    """Replace the four linear layers of an encoder layer."""
-    attention, feed_forward = layer.attention, layer.feed_forward
-    for module, name, activation in (
-        (attention, "qkv", NONE),
-        (attention, "output", NONE),
-        (feed_forward, "intermediate", FUSED[hidden_act]),
-        (feed_forward, "output", NONE),
-    ):
-        plain = getattr(module, name)
-        setattr(module, name, linear(plain.weight, plain.bias, activation))
-    feed_forward.activation = nn.Identity()  # `intermediate` computes it now
 
 
 class PrepackedHead(nn.Module):

@@ -1,48 +1,27 @@
-"""`prepare_for_inference`: a model with the same two calls and the same answers, up to rounding, and faster.
+"""`prepare_for_inference`: a loaded model as a PreparedBert, and the way in which its linear layers are computed."""
 
-Everywhere, `predict` runs the last layer for the asked positions only: no later layer reads the others.
-
-On the CPU, linear layers are computed by oneDNN on weights that were ordered for it beforehand (onednn.py), in int8 on
-weights of 8 bits (int8.py).
-
-On CUDA, the weights are bfloat16, so attention.py chooses flash attention on the packed tokens. What is done for each
-token alone is compiled by the first call, once for all lengths. Attention stays outside, since it needs the lengths on
-the host. Small batches are replayed as CUDA graphs (cuda_graphs.py).
-"""
-
-from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any, NoReturn
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, partial
+from math import inf
+from time import perf_counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert import checks
-from minibert.attention import attention, forced_kernel, one_sequence
-from minibert.checkpoint.reading import shapes_only
-from minibert.inference.cuda_graphs import Graphs, can_compile, has_flash_attention
-from minibert.inference.fixed import PREPARED, fix
-from minibert.inference.int8 import Int8Embedding, Int8Linear, finish_layer
-from minibert.inference.onednn import (
-    ConvolvedLinear,
-    PrepackedHead,
-    PrepackedLinear,
-    filled_up,
-    has_bfloat16,
-    prepack_layer,
-)
-from minibert.inference.ways import WAYS, fastest_way, has_int8_products, linear_layer, working_ways
+from minibert.inference.int8 import Int8Linear
+from minibert.inference.onednn import FUSED, ConvolvedLinear, PrepackedLinear, has_bfloat16, has_int8
+from minibert.inference.prepared import PreparedBert
 from minibert.masked_lm import BertForMaskedLM, Layer
 from minibert.model import ACTIVATIONS, Bert, EncoderLayer, FeedForward, MLMHead, SelfAttention
-from minibert.packing import PackedBatch
 
-COMPILED_ON = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
 
 
 def prepare_for_inference(
     model: BertForMaskedLM, dtype: torch.dtype | None = None, *, linear: str = "auto"
-) -> "PreparedBert":
+) -> PreparedBert:
     """The fastest form of `model` for inference on its device. It holds a copy of every tensor: what happens to `model`
     afterwards does not reach it, and `model` itself stays as it is. A model that is prepared already is returned.
 
@@ -70,7 +49,8 @@ def prepare_for_inference(
         dtype = torch.bfloat16 if device.type == "cuda" else model.embeddings.word.weight.dtype
     _require_dtype(dtype, device)
     with torch.inference_mode(False):  # tensors that are made in inference mode could not be used outside it
-        return PreparedBert(model, dtype, _choose_way(linear, dtype, device))
+        way = _choose_way(linear, dtype, device)
+        return PreparedBert(model, dtype, way, linear_layer(way, dtype))
 
 
 def _require_dtype(dtype: torch.dtype, device: torch.device) -> None:
@@ -113,7 +93,7 @@ def _same_function(one: object, other: object) -> bool:
     return one is other
 
 
-def _as_it_is(model: "PreparedBert", dtype: torch.dtype | None, linear: str) -> "PreparedBert":
+def _as_it_is(model: PreparedBert, dtype: torch.dtype | None, linear: str) -> PreparedBert:
     had = model.embeddings.word.weight.dtype
     if dtype not in (None, had) or linear not in ("auto", model.linear):
         raise ValueError(
@@ -121,6 +101,19 @@ def _as_it_is(model: "PreparedBert", dtype: torch.dtype | None, linear: str) -> 
             f"linear={linear!r}, prepare the one it was made from"
         )
     return model
+
+
+# ---------------------------------------------------------------------------------- how linear layers are computed
+
+WAYS: dict[str, type[PrepackedLinear] | None] = {
+    "torch": None,
+    "product": PrepackedLinear,
+    "convolution": ConvolvedLinear,
+}
+POSSIBLE = {torch.float32: tuple(WAYS), torch.bfloat16: ("torch", "product"), torch.int8: ("product",)}
+# Of results of order 1. float32: the sums are added up in another order. bfloat16: a rounding or two to 2^-8. int8: the
+# roundings of 768 pairs add up to 0.015, and the largest of 200,000 of these sums to five times that.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.int8: 0.15}
 
 
 def _choose_way(linear: str, dtype: torch.dtype, device: torch.device) -> str:
@@ -137,130 +130,72 @@ def _choose_way(linear: str, dtype: torch.dtype, device: torch.device) -> str:
     return fastest_way(dtype) if linear == "auto" else linear
 
 
-class PreparedBert(BertForMaskedLM):
-    """What `prepare_for_inference` returns. It answers, and that is all: it cannot be trained, saved, moved, copied or
-    changed. The model it was made from can.
+def linear_layer(way: str, dtype: torch.dtype) -> type[PrepackedLinear] | None:
+    """The class that computes a linear layer in this way; None is torch's own."""
+    return Int8Linear if dtype == torch.int8 else WAYS[way]
 
-    linear: the way in which its linear layers are computed.
+
+@cache
+def working_ways(dtype: torch.dtype) -> tuple[str, ...]:
+    """Those of WAYS that this torch and this CPU have for `dtype`, and that give what nn.Linear gives."""
+    return tuple(_trials(dtype))
+
+
+def has_int8_products() -> bool:
+    """Whether this CPU and this torch multiply 8-bit numbers, and rightly."""
+    return has_int8() and bool(working_ways(torch.int8))
+
+
+@cache
+def fastest_way(dtype: torch.dtype) -> str:
+    """The fastest of them for a linear layer of BERT-base's size with GELU, with few tokens and with many. It is
+    measured once in a process, in a fifth of a second. Where two are almost equal, the choice may differ from one
+    process to the next.
+
+    "torch" must win by a tenth: this layer fits into the cache and a whole model does not, and there the ordered
+    weights gain more (on an AMD EPYC with AVX-512, 16 tokens: 1.6 times as fast here, 2.5 times in a whole model).
     """
-
-    def __init__(self, model: BertForMaskedLM, dtype: torch.dtype, linear: str) -> None:
-        with shapes_only():
-            super().__init__(model.config)
-        self.linear = linear
-        packed = linear_layer(linear, dtype)
-        # Its own copy of every tensor. A matrix that is put into oneDNN's order, or rounded, is copied by that.
-        copied = {f"{name}.weight" for name, part in self.named_modules() if packed and isinstance(part, nn.Linear)}
-        if dtype == torch.int8:
-            copied.add("embeddings.word.weight")
-        full = torch.float32 if dtype == torch.int8 else dtype
-        own = {  # tensors that were made in inference mode could not be used outside it, so they are copied too
-            name: x.detach().to(full, copy=x.is_inference() or name not in copied)
-            for name, x in model.state_dict().items()
-        }
-        self.load_state_dict(own, assign=True)
-        self.requires_grad_(False).eval()
-        self.load_report = model.load_report
-        self._before, self._after = before_attention, after_attention
-        self._graphs: Graphs | None = None
-        if packed:
-            self._pack(packed)
-        word = self.embeddings.word.weight
-        if word.device.type in COMPILED_ON and can_compile():
-            self._before = torch.compile(before_attention, dynamic=True)
-            self._after = torch.compile(after_attention, dynamic=True)
-        if word.is_cuda and has_flash_attention(word, model.config.head_size):
-            self._graphs = Graphs(word.device)
-        fix(self)
-
-    def _pack(self, linear: type[PrepackedLinear]) -> None:
-        """Replace the linear layers, and in int8 the word embeddings."""
-        hidden_act, word = self.config.hidden_act, self.embeddings.word.weight
-        for layer in self.layers:
-            prepack_layer(layer, linear, hidden_act)
-            if linear is Int8Linear:
-                finish_layer(layer)
-        if linear is Int8Linear:
-            self.embeddings.word = Int8Embedding(word)  # type: ignore[assignment]
-        lookup = self.embeddings.word.weight
-        self.head = PrepackedHead(self.head, linear, word, lookup, hidden_act)  # type: ignore[assignment]
-
-    @classmethod
-    def from_pretrained(cls, *arguments: Any, **settings: Any) -> NoReturn:
-        raise ValueError("load the weights with BertForMaskedLM.from_pretrained, and prepare that")
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        if self.dtype == torch.int8:
-            raise ValueError(f"{PREPARED} in int8 has its words as whole numbers: call model.embeddings.word(ids)")
-        return super().get_input_embeddings()
-
-    def attention_maps(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, Tensor]:
-        maps = super().attention_maps(batch, layers)
-        return {number: x.float() if self.dtype == torch.int8 else x for number, x in maps.items()}
-
-    def _padded_maps(self, states: Sequence[Tensor], batch: PackedBatch) -> Iterator[Tensor]:
-        for x in super()._padded_maps(states, batch):
-            yield x.float() if self.dtype == torch.int8 else x  # attention in int8 is computed in bfloat16
-
-    def encode(self, batch: PackedBatch) -> Tensor:
-        """As in BertForMaskedLM: (T, D)."""
-        checks.require_embeddings(batch.largest, self.config)
-        filled = self._fill_up(batch)
-        x = self.embeddings(filled)  # (T, D)
-        for layer in self.layers:
-            x = self._after(layer, attention(*self._before(layer, x), filled), x)  # (T, D)
-        return x if filled is batch else x[: batch.num_tokens]
-
-    def predict(self, batch: PackedBatch, positions: Tensor) -> Tensor:
-        """As in BertForMaskedLM: (M, V); the last layer runs for these positions only."""
-        checks.require_positions(positions, batch.num_tokens)
-        checks.require_embeddings(batch.largest, self.config)
-        if self._graphs is not None and len(positions):
-            logits = self._graphs(self._predict, batch, positions, self.config.max_position_embeddings)
-            if logits is not None:
-                return logits
-        return self._predict(batch, positions)
-
-    def _predict(self, batch: PackedBatch, positions: Tensor) -> Tensor:
-        batch = self._fill_up(batch)
-        x = self.embeddings(batch)  # (T, D)
-        *layers, last = self.layers
-        for layer in layers:
-            x = self._after(layer, attention(*self._before(layer, x), batch), x)  # (T, D)
-        context = attention_at(*self._before(last, x), batch, positions)  # (M, H, K)
-        return self.head(self._after(last, context, x[positions]), self.embeddings.word.weight)  # (M, V)
-
-    def _fill_up(self, batch: PackedBatch) -> PackedBatch:
-        """Convolutions need certain numbers of tokens. Here the batch is filled up once for the first of them, which
-        mostly suits all. If it does not suit another one, that one fills up its own input.
-        """
-        qkv = self.layers[0].get_submodule("attention.qkv")
-        missing = qkv.missing(batch.num_tokens) if isinstance(qkv, ConvolvedLinear) else 0
-        return filled_up(batch, missing) if missing else batch
+    if len(working_ways(dtype)) == 1:
+        return working_ways(dtype)[0]
+    trials = _trials(dtype)
+    _, _, *inputs = _sample(dtype)
+    fastest = {(way, size): inf for way in trials for size in range(len(inputs))}
+    with torch.inference_mode():
+        for _ in range(20):  # in turn, so that whatever else the machine does disturbs all alike
+            for way, size in fastest:
+                began = perf_counter()
+                trials[way](inputs[size])
+                fastest[way, size] = min(fastest[way, size], perf_counter() - began)
+    handicap = {"torch": 1.1**2}
+    return min(trials, key=lambda way: fastest[way, 0] * fastest[way, 1] * handicap.get(way, 1.0))
 
 
-def before_attention(layer: EncoderLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """query, key and value, each (T, H, K), of x (T, D)"""
-    return layer.attention.split_heads(x)
+def _trials(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The working ways, each as a function that computes one and the same layer."""
+    weight, bias, few, many = _sample(dtype)
+
+    def plain(x: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, weight, bias))
+
+    trials: dict[str, Callable[[Tensor], Tensor]] = {}
+    for way in POSSIBLE.get(dtype, ("torch",)):
+        linear = linear_layer(way, dtype)
+        if linear is None:
+            trials[way] = plain
+            continue
+        with suppress(AttributeError, RuntimeError, NotImplementedError), torch.inference_mode():  # no such operator
+            packed = linear(weight, bias, FUSED["gelu"])
+            near = TOLERANCE[dtype]
+            if all(torch.allclose(packed(x), plain(x), rtol=near, atol=near) for x in (few, many)):
+                trials[way] = packed
+    return trials
 
 
-def after_attention(layer: EncoderLayer, context: Tensor, x: Tensor) -> Tensor:
-    """The rest of EncoderLayer, for any tokens: context (M, H, K) and what the layer read, x (M, D) → (M, D)"""
-    x = layer.attention_LayerNorm(layer.attention.output(context.flatten(-2)) + x)  # (M, D)
-    return layer.feed_forward_LayerNorm(layer.feed_forward(x) + x)  # (M, D)
+def _sample(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight and bias of a layer, few tokens and many. The results are of order 1."""
+    generator = torch.Generator().manual_seed(0)
 
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(torch.float32 if dtype == torch.int8 else dtype)
 
-def attention_at(query: Tensor, key: Tensor, value: Tensor, batch: PackedBatch, positions: Tensor) -> Tensor:
-    """The context of the tokens at `positions` (M,) only: (M, H, K). Without dropout."""
-    if not query.is_cpu or forced_kernel() is not None or not 0 < len(positions) < len(query):
-        return attention(query, key, value, batch)[positions]
-    starts = batch.cu_seqlens
-    sequence = torch.searchsorted(starts, positions, right=True) - 1  # (M,)
-    order = sequence.argsort(stable=True)
-    asked = sequence.bincount(minlength=batch.num_sequences).tolist()
-    queries = query[positions[order]].transpose(0, 1).split(asked, dim=1)
-    keys, values = (x.transpose(0, 1).split(batch.lengths, dim=1) for x in (key, value))
-    contexts = [
-        one_sequence(q, k, v).transpose(0, 1) for q, k, v in zip(queries, keys, values, strict=True) if q.shape[1]
-    ]
-    return torch.cat(contexts)[order.argsort()]  # (M, H, K)
+    return normal(1536, 768) / 768**0.5, normal(1536), normal(16, 768), normal(128, 768)

@@ -247,7 +247,7 @@ def test_a_dtype_goes_with_targets_and_several_masks(capsys, dtype):
 @pytest.mark.parametrize("command", ["fill-mask", "score"])
 def test_a_dtype_that_the_processor_has_not_is_one_line(command, fails, folder, monkeypatch):
     monkeypatch.setattr("minibert.inference.prepare.has_bfloat16", lambda: False)
-    monkeypatch.setattr("minibert.inference.ways.has_int8", lambda: False)
+    monkeypatch.setattr("minibert.inference.prepare.has_int8", lambda: False)
     for dtype, said in (("bfloat16", "no instructions for bfloat16"), ("int8", "cannot multiply 8-bit numbers")):
         assert said in fails(command, "the [MASK]", "--dtype", dtype, "--model", str(folder))
     assert "'float16'" in fails(command, "the [MASK]", "--dtype", "float16", "--model", str(folder))

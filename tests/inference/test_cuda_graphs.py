@@ -13,7 +13,8 @@ import minibert.attention
 import minibert.checks
 from minibert import BertConfig, BertForMaskedLM, PackedBatch
 from minibert.attention import attention, use_kernel
-from minibert.inference import cuda_graphs, prepare, prepare_for_inference
+from minibert.inference import cuda_graphs, prepare_for_inference
+from minibert.inference import prepared as prepare
 from minibert.inference.cuda_graphs import CapturedPredict, Graphs, _round_up
 
 

@@ -13,7 +13,7 @@ from minibert.attention import use_kernel
 from minibert.inference import int8, onednn
 from minibert.inference.int8 import Int8Linear
 from minibert.inference.onednn import FUSED, NONE
-from minibert.inference.ways import working_ways
+from minibert.inference.prepare import working_ways
 
 REFERENCE = {
     NONE: lambda y: y,

@@ -13,7 +13,8 @@ from torch import nn
 from twins import CONFIGS, MASKS, SIZES, make_batch, twins
 
 from minibert import BertConfig, BertForMaskedLM, load_tokenizer
-from minibert.inference import onednn, prepare_for_inference, ways
+from minibert.inference import onednn, prepare_for_inference
+from minibert.inference import prepare as ways
 from minibert.inference.onednn import FUSED, NONE, ConvolvedLinear, PrepackedLinear
 from minibert.training.step import evaluate
 from minibert.training.tokens import Lines, TokenFile

@@ -8,7 +8,7 @@ from measure import quality
 
 from minibert import BertForMaskedLM, load_tokenizer
 from minibert.bench import contenders
-from minibert.inference.ways import working_ways
+from minibert.inference.prepare import working_ways
 from minibert.training.step import evaluate
 
 
