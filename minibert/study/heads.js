@@ -82,10 +82,12 @@ function paint(context, values, side, pixels, ramp) {
 // Each part of the view is made once. It has its element, and a function that brings it up to date.
 
 function buildSwitch(maps) {
-  const titles = ["where it looks: α", "what it takes: α·‖v W_O‖"];
+  const titles = ["where it looks: α", "what it takes: α·‖v·W_O‖"];
   const buttons = titles.map((title, taken) =>
-    make("button", { onclick: () => choose({ taken: Boolean(taken) }), disabled: taken && !maps.canTake }, title));
-  const element = make("div", { class: "choices", role: "group", "aria-label": "What the maps show" }, ...buttons);
+    make("button", { onclick: () => choose({ taken: Boolean(taken) }) }, title));
+  const element = maps.canTake
+    ? make("div", { class: "choices", role: "group", "aria-label": "What the maps show" }, ...buttons)
+    : make("p", { class: "note" }, `The maps show where a head looks. What it takes is not here: ${data.left_out.takes}.`);
   const redraw = () => buttons.forEach((button, taken) =>
     button.setAttribute("aria-pressed", String(Boolean(taken) === state.taken)));
   return { element, redraw };
@@ -129,43 +131,61 @@ function buildLarge(maps) {
   const title = make("h3", { id: "head-title" });
   const end = make("span");
   const scale = make("p", { class: "legend" }, make("span", {}, "0 "), make("i", { class: "scale" }), end);
+  const told = make("p", { class: "told", id: "reads", "aria-live": "polite" });
+  const under = make("p", { class: "note", id: "under" });
+  const element = make("div", {}, title, canvas, scale, told, under);
   let drawn = null;
+  function place(event) { // the row and the column of the map under the mouse, as tokens
+    const at = (pixel, side) => Math.floor((pixel / side * drawn.side - drawn.edge) / drawn.step);
+    const [row, column] = [at(event.offsetY, canvas.clientHeight), at(event.offsetX, canvas.clientWidth)];
+    if (row < 0 || row >= maps.side) return null;
+    return [row, column].map((cell) => Math.floor((cell + 0.5) * size / maps.side));
+  }
   canvas.addEventListener("click", (event) => {
-    const y = event.offsetY / canvas.clientHeight * canvas.height / ratio();
-    const row = Math.floor((y - drawn.edge) / drawn.step);
-    if (row >= 0 && row < maps.side) chooseToken(Math.floor((row + 0.5) * size / maps.side));
+    const found = place(event);
+    if (found) chooseToken(found[0]);
   });
+  canvas.addEventListener("mousemove", (event) => {
+    const found = place(event);
+    point(found ? found[0] : null);
+    const row = found && maps.row(state.layer, state.head, found[0], state.taken);
+    const [reads, read] = found || [];
+    under.textContent = row && row[read] >= 0
+      ? `${reading.pieces[reads]} (token ${reads}) ${state.taken ? "takes from" : "reads"} ${reading.pieces[read]} (token ${read}): ${percent(row[read])}`
+      : "";
+  });
+  canvas.addEventListener("mouseleave", () => { under.textContent = ""; point(null); });
   function redraw(ramp) {
-    drawn = drawLarge(canvas, maps, ramp);
+    drawn = drawLarge(canvas, maps, ramp, element.clientWidth || 460);
     const head = heads()[state.layer * model.heads + state.head];
     title.textContent = `Layer ${head.layer}, head ${head.head}: ${habitOf(head)}`;
     end.textContent = ` ${percent(drawn.most)} of ${state.taken ? "what is taken" : "the weight"}, shaded by its root`;
+    document.getElementById("place").textContent =
+      `head ${head.head} of layer ${head.layer} is layers[${head.layer - 1}], and index ${head.head - 1} where a shape says H.`;
+    tellRow(told, maps.row(state.layer, state.head, shownToken(), state.taken));
   }
-  return { element: make("div", {}, title, canvas, scale), redraw };
+  return { element, redraw };
 }
 
-// The tokens, shaded by how much the chosen one reads of each, and the five most in words.
-function buildStrip(maps) {
-  const strip = make("div", { class: "strip", role: "group", "aria-label": "The reading token" });
-  const chips = reading.pieces.map((text, place) => make("button", {
-    class: `piece${joined(place) ? " inside" : ""}`, "data-token": place, onclick: () => chooseToken(place),
-  }, make("bdi", {}, text)));
-  strip.append(...chips);
-  walkable(strip, 1, chooseToken);
-  const told = make("p", { class: "told", id: "reads", "aria-live": "polite" });
-  const shades = Array.from({ length: 11 }, (_, step) => `heat${step}`);
+// One head number through all layers: what the chosen token reads there most.
+function buildThrough(maps) {
+  const element = make("div", { id: "through" });
   function redraw() {
-    const row = maps.row(state.layer, state.head, state.token, state.taken);
-    const most = row ? row.reduce((one, other) => Math.max(one, other), 1e-9) : 1;
-    roving(chips, state.token);
-    chips.forEach((chip, place) => {
-      chip.classList.remove(...shades);
-      if (row) chip.classList.add(heat(row[place] / most));
-    });
-    tellRow(told, row);
+    const rows = [];
+    for (let layer = 0; layer < model.layers; layer++) {
+      const row = maps.row(layer, state.head, shownToken(), state.taken);
+      if (!row) break;
+      const most = row.indexOf(Math.max(...row));
+      rows.push(make("tr", { class: layer === state.layer ? "chosen" : "" },
+        make("td", {}, make("button", { "aria-pressed": String(layer === state.layer), onclick: () => choose({ layer }) }, `layer ${layer + 1}`)),
+        make("td", {}, piece(most)), cell(measured(row[most], "asked", percent(row[most])), "bars kept")));
+    }
+    element.replaceChildren(...(rows.length ? [
+      make("h3", {}, `Head ${state.head + 1} in every layer: what `, piece(shownToken()), ` ${state.taken ? "takes from" : "reads"} most`),
+      table([["", ""], ["token", ""], ["of the row", ""]], rows),
+      make("p", { class: "note" }, "The layers number their heads each for itself: one number in two layers is two heads.")] : []));
   }
-  const title = make("h3", {}, "The token that reads (choose one), and how much it reads of each");
-  return { element: make("div", {}, title, strip, told), redraw };
+  return { element, redraw };
 }
 
 function buildHabits() {
@@ -180,17 +200,17 @@ function aboutTheMaps(maps) {
   return `This text has ${size} tokens: each map shows the maxima of blocks, ${maps.side} × ${maps.side}. ${rows}.`;
 }
 
-// Put the view together. Returns what brings it up to date.
+// Put the view together. Returns what brings it up to date; while the mouse only points, the small maps stay.
 function buildAttention(maps) {
-  const [choice, sheet, large, strip, habits] = [buildSwitch, buildSheet, buildLarge, buildStrip, buildHabits]
+  const [choice, sheet, large, through, habits] = [buildSwitch, buildSheet, buildLarge, buildThrough, buildHabits]
     .map((build) => build(maps));
   body("attention").replaceChildren(choice.element, make("div", { class: "attention" },
     make("div", {}, sheet.element, make("p", { class: "note told" }, aboutTheMaps(maps)),
       make("h3", {}, "What the heads do: layer.head, and the share that goes there"), habits.element),
-    large.element), strip.element);
-  return () => {
+    large.element, through.element));
+  return (pointing = false) => {
     const ramp = colours();
-    for (const part of [choice, sheet, large, strip, habits]) part.redraw(ramp);
+    for (const part of pointing ? [large, through] : [choice, sheet, large, through, habits]) part.redraw(ramp);
   };
 }
 
@@ -200,13 +220,18 @@ const ratio = () => Math.max(1, window.devicePixelRatio || 1);
 const habitOf = (head) => head.name ? `${percent(head.habits[head.name])} on ${head.name}` : `spread over ${head.spread.toFixed(1)} tokens`;
 
 // The chosen head, with its tokens where they can be read.
-function drawLarge(canvas, maps, ramp) {
-  const named = maps.full && size <= 40;
-  const edge = named ? Math.min(96, 12 + 7 * Math.max(...reading.pieces.map((text) => Math.min(11, text.length)))) : 4;
-  const step = Math.max(4, Math.floor(460 / maps.side));
+function drawLarge(canvas, maps, ramp, width) {
+  const room = clamp(width, 200, 560);
+  const context = canvas.getContext("2d");
+  const font = (step) => `${Math.min(13, step - 1)}px ui-monospace, Menlo, Consolas, monospace`;
+  context.font = font(14);
+  const letters = Math.ceil(Math.max(...reading.pieces.map((text) => context.measureText(text).width))) + 12;
+  const named = maps.full && letters < room / 2 && (room - letters - 4) / maps.side >= 10;
+  const edge = named ? letters : 4;
+  const step = Math.max(named ? 10 : 1, (named ? Math.floor : Number)((room - edge - 4) / maps.side));
   const side = edge + step * maps.side + 4;
   canvas.width = canvas.height = side * ratio();
-  const context = canvas.getContext("2d");
+  canvas.style.width = canvas.style.height = `${side}px`;
   const style = getComputedStyle(document.documentElement);
   const values = maps.map(state.layer, state.head, state.taken);
   const shown = document.createElement("canvas");
@@ -215,28 +240,27 @@ function drawLarge(canvas, maps, ramp) {
   context.scale(ratio(), ratio());
   context.imageSmoothingEnabled = false;
   context.drawImage(shown, edge, edge, step * maps.side, step * maps.side);
-  const row = Math.floor((state.token + 0.5) * maps.side / size);
+  const row = Math.floor((shownToken() + 0.5) * maps.side / size);
   context.strokeStyle = style.getPropertyValue("--accent");
   context.lineWidth = 2;
   context.strokeRect(edge, edge + step * row, step * maps.side, step);
   if (named) {
-    context.font = `${Math.min(13, step - 1)}px ui-monospace, Menlo, Consolas, monospace`;
+    context.font = font(step);
     context.textBaseline = "middle";
     reading.pieces.forEach((text, place) => {
-      const label = text.length > 11 ? `${text.slice(0, 10)}…` : text;
-      context.fillStyle = style.getPropertyValue(place === state.token ? "--accent" : "--ink");
+      context.fillStyle = style.getPropertyValue(place === shownToken() ? "--accent" : "--ink");
       context.textAlign = "right";
-      context.fillText(label, edge - 6, edge + step * (place + 0.5));
+      context.fillText(text, edge - 6, edge + step * (place + 0.5));
       context.save();
       context.translate(edge + step * (place + 0.5), edge - 6);
       context.rotate(-Math.PI / 2);
       context.textAlign = "left";
-      context.fillText(label, 0, 0);
+      context.fillText(text, 0, 0);
       context.restore();
     });
   }
   canvas.setAttribute("aria-label", `The map of layer ${state.layer + 1}, head ${state.head + 1}`);
-  return { edge, step, most };
+  return { edge, step, side, most };
 }
 
 function tellRow(told, row) {
@@ -246,7 +270,7 @@ function tellRow(told, row) {
   }
   const best = [...row.keys()].sort((a, b) => row[b] - row[a]).slice(0, 5);
   const parts = best.flatMap((place, number) => [number ? ", " : " ", piece(place), ` ${percent(row[place])}`]);
-  told.replaceChildren(piece(state.token), ` (token ${state.token}) ${state.taken ? "takes from" : "reads"}`, ...parts);
+  told.replaceChildren(piece(shownToken()), ` (token ${shownToken()}) ${state.taken ? "takes from" : "reads"}`, ...parts);
 }
 
 function drawHabits(list, heads) {
@@ -255,13 +279,13 @@ function drawHabits(list, heads) {
     const found = heads.filter((head) => head.name === name).sort((a, b) => b.habits[name] - a.habits[name]);
     if (!found.length) return [];
     const links = found.slice(0, 8).map((head) => make("button", {
-      class: head.layer === state.layer + 1 && head.head === state.head + 1 ? "chosen" : "",
+      "aria-pressed": String(head.layer === state.layer + 1 && head.head === state.head + 1),
       onclick: () => choose({ layer: head.layer - 1, head: head.head - 1 }),
     }, `${head.layer}.${head.head} (${percent(head.habits[name])})`));
     if (found.length > 8) links.push(make("span", { class: "note" }, `and ${found.length - 8} more`));
     return [make("dt", {}, `${found.length} on ${name}`), make("dd", {}, ...links)];
   });
   const spread = heads.filter((head) => !head.name).length;
-  if (spread) rows.push(make("dt", {}, `${spread} spread`), make("dd", {}, make("span", { class: "note" }, "no habit has 40 % or more")));
+  if (spread) rows.push(make("dt", {}, `${spread} spread`), make("dd", {}, make("span", { class: "note" }, "nothing has 40 % or more")));
   list.replaceChildren(...rows);
 }

@@ -9,17 +9,29 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from html import escape
 from importlib.resources import files
+from inspect import getsourcelines
 from os import PathLike
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
+from minibert.attention import equation_1
 from minibert.checkpoint.files import whole_file, writable_place
+from minibert.model import Embeddings, EncoderLayer, MLMHead, SelfAttention
 from minibert.study.text import plain
 
 OURS = '<meta name="generator" content="minibert study">'  # how a page of ours is told from other files
 HEAD = 1000  # characters in which OURS stands
+CODE: dict[str, Callable[..., Any]] = {  # what the page shows of the program
+    "embeddings": Embeddings.forward,
+    "attention": equation_1,
+    "output": SelfAttention.forward,
+    "layer": EncoderLayer.forward,
+    "head": MLMHead.forward,
+}
 
 
 def to_html(data: dict[str, Any]) -> str:
@@ -33,6 +45,8 @@ def to_html(data: dict[str, Any]) -> str:
     words = [answer["best"][0]["token"] for answer in clean["answers"]] or ["…"] * (len(filling) - 1)
     filled = "".join(text + word for text, word in zip(filling, [*words, ""], strict=True))
     parts = {
+        **{f"see_{name}": f'<a href="#code-{name}">{_place(function)}</a>' for name, function in CODE.items()},
+        "code": "".join(_listing(name, function) for name, function in CODE.items()),
         "title": escape(f"BERT reads: {filled[:100]}"),
         "style": style,
         "style_hash": _hash(style),
@@ -67,6 +81,17 @@ def in_a_notebook(html: str) -> str:
     return (
         f'<iframe srcdoc="{escape(html)}" sandbox="allow-scripts" width="100%" height="900" frameborder="0"></iframe>'
     )
+
+
+def _place(function: Callable[..., Any]) -> str:
+    return f"{function.__module__.split('.')[-1]}.py, line {getsourcelines(function)[1]}"
+
+
+def _listing(name: str, function: Callable[..., Any]) -> str:
+    """A function as it stands in its file, under its place."""
+    lines = "".join(getsourcelines(function)[0])
+    title = f"{_place(function)}: {function.__qualname__}"
+    return f'<div id="code-{name}"><h3>{title}</h3><pre>{escape(dedent(lines))}</pre></div>'
 
 
 def _hash(text: str) -> str:

@@ -6,9 +6,10 @@ from math import exp
 from textwrap import wrap
 
 from minibert.study.heads import with_habit
-from minibert.study.measures import Answer, Facts, Guesses, Influence, Step
+from minibert.study.measures import Answer, Facts, Guesses, Influence
 
 PREVIOUS = "the previous token"
+UNSURE = 0.2  # a best word with less than this is nothing to be sure of
 
 
 def percent(share: float) -> str:
@@ -61,38 +62,42 @@ def says(facts: Facts) -> dict[str, list[str]]:
 
 
 def _say_answer(facts: Facts, answer: Answer) -> str:
-    best = answer.best[0]
-    said = f"The model gives “{best.token}” a probability of {percent(best.probability)}"
-    if len(answer.best) > 1 and answer.best[1].probability > 0:
-        times = best.probability / answer.best[1].probability
-        said += f", {times:,.1f} times that of “{answer.best[1].token}”"
+    best, others = answer.best[0], answer.best[1:]
+    said = f"“{best.token}” is the likeliest word, with a probability of {percent(best.probability)}"
+    if best.probability < UNSURE:
+        said = f"The model is sure of no word here. The likeliest is “{best.token}”, with {percent(best.probability)}"
+    if others:
+        said += f"; next comes “{others[0].token}”, with {percent(others[0].probability)}"
+    if best.token.startswith("##"):
+        said += ". A piece that begins with ## goes on with the word before it"
     if len(facts.answers) > 1:
-        said += f". Each of the {len(facts.answers)} masks is guessed by itself, with the others still hidden"
+        said = f"At token {answer.position}: {said[0].lower()}{said[1:]}. "
+        said += "Each mask is guessed without knowing what stands at the others"
     return f"{said}."
 
 
 def _say_reading(facts: Facts) -> str:
     word, reading = facts.shares["word"], facts.reading
     lowest = min(range(len(word)), key=lambda place: word[place])
-    mean = sum(word) / len(word)
     return (
-        f"Look for tokens whose word says little: it gives {percent(word[lowest])} of the sum at "
-        f"“{reading.pieces[lowest]}” (token {lowest}), and {percent(mean)} on average."
+        "What BERT first knows of a token comes from its word, its position and its segment. On average the word makes "
+        f"{percent(sum(word) / len(word))} of the sum. It makes the least at “{reading.pieces[lowest]}” "
+        f"(token {lowest}): {percent(word[lowest])}."
     )
 
 
-def _before(steps: list[Step], name: str) -> Step | None:
-    number = [step.after for step in steps].index(name)
-    return steps[number - 1] if number else None
-
-
 def _say_guesses(one: Guesses) -> str:
-    before = _before(one.steps, one.first)
-    if before is None:
+    names = [step.after for step in one.steps]
+    number = names.index(one.first)
+    if number == 0:
         return f"“{one.answer.token}” is the best guess from the embeddings on: no layer changes it."
+    before = one.steps[number - 1]
+    said = f"From {one.first} on, “{one.answer.token}” is the best guess"
+    if number == len(names) - 1:
+        said = f"Only the last step, {one.first}, makes “{one.answer.token}” the best guess"
     return (
-        f"“{one.answer.token}” is the best guess after {one.first}, and stays it to the end. One step earlier it is "
-        f"number {before.answer.rank:,}, with {percent(before.answer.probability)}, and “{before.best[0].token}” leads."
+        f"{said}. One step earlier it has rank {before.answer.rank:,} and a probability of "
+        f"{percent(before.answer.probability)}, and “{before.best[0].token}” is the best."
     )
 
 
@@ -103,66 +108,79 @@ def _say_influence(facts: Facts, number: int) -> str:
     def brings(one: Influence) -> float:
         return one.alone[number].nats
 
+    answer = facts.guesses[number].answer.token
     hidden, alone = min(facts.influence, key=hides), max(facts.influence, key=brings)
-    said = f"Hiding {quoted(facts, hidden.places)} costs “{facts.guesses[number].answer.token}” the most"
-    said += f" ({signed(hides(hidden))} nats: its probability is multiplied by {exp(hides(hidden)):.2f})"
+    said = f"“{answer}” needs {quoted(facts, hidden.places)} the most: with it hidden, the probability falls to "
+    said += f"{percent(exp(hides(hidden)))} of what it was ({signed(hides(hidden))} nats)"
     if hides(hidden) >= 0:
-        said = f"Hiding no single word makes “{facts.guesses[number].answer.token}” less probable"
+        said = f"No word is needed for “{answer}”: whichever is hidden, it becomes no less probable"
     if brings(alone) <= 0:
-        return f"{said}; no word alone makes it more probable than no word at all."
-    return f"{said}; {quoted(facts, alone.places)} alone brings the most ({signed(brings(alone))} over no word at all)."
+        return f"{said}. No word alone makes it more probable than it is without any word."
+    times = exp(brings(alone))
+    return (
+        f"{said}. Alone, {quoted(facts, alone.places)} helps the most: it makes the answer "
+        f"{f'{times:.1f}' if times < 10 else f'{times:,.0f}'} times as probable as no word at all "
+        f"({signed(brings(alone))} nats)."
+    )
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _heads_that(count: int, verb: str) -> str:
+    return f"{count} head {verb}s" if count == 1 else f"{count} heads {verb}"
 
 
 def _say_heads(facts: Facts) -> str:
     previous = with_habit(facts.looks, PREVIOUS)
+    said = f"None of the {len(facts.looks)} heads looks mainly at the previous token."
     if previous:
-        best, looks = previous[0], "head looks" if len(previous) == 1 else "heads look"
+        best, one = previous[0], len(previous) == 1
         said = (
-            f"{len(previous)} of {len(facts.looks)} {looks} at the previous token, layer {best.layer} head {best.head} "
+            f"Of {len(facts.looks)} heads, {len(previous)} {'looks' if one else 'look'} mainly at the previous token. "
+            f"{'It' if one else 'The clearest'} is head {best.head} of layer {best.layer}: "
+            f"{percent(best.habits[PREVIOUS])} of its weight goes there, a diagonal just below the middle of its map."
         )
-        said += f"the most ({percent(best.habits[PREVIOUS])} of its weight): a diagonal just below the middle"
-    else:
-        said = f"None of the {len(facts.looks)} heads looks mainly at the previous token"
+    ordinary = facts.reading.added.count(False)
+    if ordinary < 3:
+        said += f" But with {ordinary} token{'s' * (ordinary > 1)} in the text, there is little else to look at."
     common = Counter(head.name for head in facts.looks if head.name).most_common(1)
-    if common and common[0][0] != PREVIOUS:
-        name, count = common[0]
-        said += f". {_count(count, 'head')} rest on {name}"
-        if facts.takes:
-            said += f"; counted by what they really take, {len(with_habit(facts.takes, name))}"
-    return f"{said}."
+    if not common or common[0][0] == PREVIOUS:
+        return said
+    name, count = common[0]
+    said += f" {_heads_that(count, 'rest')} mainly on {name}"
+    if not facts.takes:
+        return f"{said}."
+    takes = len(with_habit(facts.takes, name))
+    but = f", but it has little to give: only {takes or 'none'}" if 2 * takes < count else f"; {takes}"
+    return f"{said}{but} of all heads really {'takes' if takes < 2 else 'take'} mainly from there."
 
 
 def _say_changes(facts: Facts, place: int | None) -> str:
     def of(values: list[float]) -> float:
         return values[place] if place is not None else sum(values) / len(values)
 
-    where = "on average" if place is None else f"at {facts.reading.pieces[place]}"
+    where = "On average" if place is None else f"At “{facts.reading.pieces[place]}” (token {place})"
     if all(layer.mixing is not None for layer in facts.changes):
         values = [of(layer.mixing or []) for layer in facts.changes]
-        said = "Other tokens count the most in layer {layer}: {share} of what attention leaves {where} comes from them"
+        said = "attention brings in the most from other tokens in layer {layer}: {share} of what it leaves"
     else:
         values = [of(layer.attention) for layer in facts.changes]
-        said = "Attention adds the most in layer {layer}: {value:.2f} times the length of what it reads {where}"
+        said = "attention adds the most in layer {layer}: a vector {value:.2f} times as long as the one it reads"
     most = max(range(len(values)), key=lambda number: values[number])
     turns = [of(layer.cosine) for layer in facts.changes]
     turn = min(range(len(turns)), key=lambda number: turns[number])
-    first = said.format(layer=most + 1, share=percent(values[most]), value=values[most], where=where)
-    return f"{first}. Layer {turn + 1} turns the vector the furthest (cosine {turns[turn]:.2f})."
+    said = said.format(layer=most + 1, share=percent(values[most]), value=values[most])
+    return f"{where}, {said}. The vector turns the furthest in layer {turn + 1}, with a cosine of {turns[turn]:.2f}."
 
 
 def _say_cost(facts: Facts) -> str:
     total = sum(part.multiply_adds for part in facts.cost)
     dear = max(facts.cost, key=lambda part: part.multiply_adds)
     large = max(facts.cost, key=lambda part: part.parameters)
-    all_of_them = facts.model.parameters
+    parameters = facts.model.parameters
     return (
-        f"{len(facts.reading.ids)} tokens cost {total / 1e6:,.1f} million multiply-adds, "
-        f"{percent(dear.multiply_adds / total)} of them in “{dear.name}”. Of {all_of_them / 1e6:,.1f} million "
-        f"parameters {percent(large.parameters / all_of_them)} are in “{large.name}”."
+        f"To read these {len(facts.reading.ids)} tokens takes {total / 1e6:,.1f} million multiply-adds, and "
+        f"{percent(dear.multiply_adds / total)} of them are in the step “{dear.name}”. The model has "
+        f"{parameters / 1e6:,.1f} million parameters, and {percent(large.parameters / parameters)} of them are in "
+        f"“{large.name}”."
     )
 
 
@@ -227,7 +245,7 @@ def _guesses(facts: Facts) -> Iterator[str]:
             for word, followed in zip(facts.targets, step.targets, strict=True):
                 yield f"    {word:<19} {followed.rank:>7,} {percent(followed.probability):>9}"
     if facts.guesses:
-        yield "  The head was trained on the last layer only: how it reads an earlier one is a view, not a measurement."
+        yield "  This is the logit lens: the head has learned to read the last layer only, and is asked about each."
 
 
 def _influence(facts: Facts) -> Iterator[str]:
@@ -250,7 +268,8 @@ def _heads(facts: Facts) -> Iterator[str]:
                 listed = ", ".join(f"{head.layer}.{head.head} ({percent(head.habits[name])})" for head in found[:5])
                 yield f"  {title}: {len(found):>3} on {name}: {listed}{', …' * (len(found) > 5)}"
     if facts.looks:
-        yield "  (layer.head, and the share that goes there, mean over the text's ordinary tokens)"
+        yield "  (layer.head, and the share that goes there, mean over the text's ordinary tokens; both count from 1:"
+        yield "  1.3 is head 3 of layer 1, which is layers[0], and index 2 of its heads)"
 
 
 def _changes(facts: Facts) -> Iterator[str]:

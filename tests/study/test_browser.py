@@ -3,11 +3,14 @@
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from studied import PAIR, TEXT, browser, inputs, pair_of_models, tokenizer
 
+import minibert
+from minibert import BertForMaskedLM, load_tokenizer
 from minibert.study import study, study_trace
 from minibert.study.heads import taken, unpack, written
 from minibert.study.text import percent, signed
@@ -27,6 +30,16 @@ def found():
 def page(found, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
     found.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def long_page(tmp_path_factory):
+    """Of the bundled model, whose words are as long as words are, with one mask and more tokens than fit its views."""
+    path = tmp_path_factory.mktemp("page") / "long.html"
+    model, words = BertForMaskedLM.from_pretrained("minibert-uncased"), load_tokenizer("minibert-uncased")
+    text = "The [MASK] of Czechoslovakia walked incomprehensibly " + "through an uncharacteristically cold country " * 7
+    study(model, words, text, targets=["transportation", "a"], top_k=6).save(path)
     return path
 
 
@@ -55,6 +68,15 @@ def texts(driver, selector):
     return [element.get_attribute("textContent") for element in find(driver, selector)]
 
 
+def click(driver, element):
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)  # not under the tokens
+    element.click()
+
+
+def unbroken(said):
+    return said.replace(" %", "\u00a0%")  # a number and its sign stay on one line
+
+
 def test_it_opens_from_the_disk_and_asks_for_nothing(driver, page):
     driver.get_log("browser"), driver.get_log("performance")
     open_page(driver, page)
@@ -69,16 +91,21 @@ def test_the_numbers_on_the_page_are_those_of_the_json(driver, page, found):
     open_page(driver, page)
     best = data["answers"][0]["best"]
     assert texts(driver, ".five .piece") == [guess["token"] for guess in best]
-    assert texts(driver, ".five .probability") == [percent(guess["probability"]) for guess in best]
+    assert texts(driver, ".five .value") == [percent(guess["probability"]) for guess in best]
     assert texts(driver, "#reading tbody tr .piece") == data["reading"]["pieces"]
+    widths = [re.search(r"([\d.]+)%", bar.get_attribute("style"))[1] for bar in find(driver, ".five svg")]
+    assert list(map(float, widths)) == pytest.approx([100 * guess["probability"] for guess in best], abs=0.01)
     words = texts(driver, "#reading tbody tr td:last-child")
     assert words == [percent(share) for share in data["shares"]["word"]]
     for row, step in zip(find(driver, "#guesses tbody tr"), data["guesses"][0]["steps"], strict=True):
         cells = [cell.get_attribute("textContent") for cell in row.find_elements("css selector", "td")]
         assert cells[:2] == [step["after"], f"{step['answer']['rank']:,}"]
         assert cells[3] == percent(step["answer"]["probability"])
-        assert cells[4:9] == [guess["token"] for guess in step["best"]]
-        assert cells[9:] == [f"{step['targets'][0]['rank']:,}", percent(step["targets"][0]["probability"])]
+        assert [word.text for word in row.find_elements("css selector", ".best .piece")] == [
+            guess["token"] for guess in step["best"]
+        ]
+        followed = step["targets"][0]
+        assert cells[5:] == [f"tea {followed['rank']:,} ({percent(followed['probability'])}) "]
     for row, word in zip(find(driver, "#influence tbody tr"), data["influence"], strict=True):
         cells = [cell.get_attribute("textContent") for cell in row.find_elements("css selector", "td")]
         assert [cells[1], cells[4]] == [signed(word["hidden"][0]["nats"]), signed(word["alone"][0]["nats"])]
@@ -87,7 +114,7 @@ def test_the_numbers_on_the_page_are_those_of_the_json(driver, page, found):
     for row, part in zip(find(driver, "#cost tbody tr"), data["cost"], strict=False):
         assert part["shapes"] in row.text
     for view, said in data["says"].items():
-        assert texts(driver, f"[data-says={view}]") == [said[0]]
+        assert texts(driver, f"[data-says={view}]") == [unbroken(said[0])]
 
 
 def test_a_click_on_a_head_and_on_a_token(driver, page, found):
@@ -101,24 +128,72 @@ def test_a_click_on_a_head_and_on_a_token(driver, page, found):
     assert find(driver, ".strip .chosen")[0].get_attribute("data-token") == "4"
     assert "(token 4) reads" in find(driver, "#reads")[0].text
     assert "(token 4) first" in find(driver, "#changes .legend")[0].text
-    find(driver, "#reading tbody tr")[9].click()
+    click(driver, find(driver, "#reading tbody tr")[9])
     assert find(driver, ".strip .chosen")[0].get_attribute("data-token") == "9"
 
 
 def test_the_words_under_the_map_are_the_weights(driver, page, found):
     """The root keeps a weight to 0.004, so to half a percent."""
-    data = found.to_dict()
-    size = len(data["reading"]["pieces"])
-    weights = unpack(data["maps"]["weights"]).view(3, 4, size, size)
+    pieces, size = found.reading.pieces, len(found.reading.pieces)
+    weights = unpack(found.maps.weights).view(3, 4, size, size)
     open_page(driver, page)
     find(driver, "[data-head='3.2']")[0].click()
     find(driver, ".strip [data-token='5']")[0].click()
     row = weights[2, 1, 5] / weights[2, 1, 5].sum()
     best = row.argsort(descending=True, stable=True)[:5].tolist()
     told = find(driver, "#reads")[0].text
-    assert told.endswith(
-        ", ".join(f"{data['reading']['pieces'][place]} {percent(row[place].item())}" for place in best)
-    )
+    assert told.endswith(", ".join(f"{pieces[place]} {percent(row[place].item())}" for place in best))
+    assert "head 2 of layer 3 is layers[2], and index 1" in find(driver, "#place")[0].text
+    through = [weights[layer, 1, 5].argmax().item() for layer in range(3)]  # the same head number in every layer
+    assert texts(driver, "#through tbody .piece") == [pieces[place] for place in through]
+    find(driver, "#through button")[0].click()
+    assert find(driver, "#head-title")[0].text.startswith("Layer 1, head 2")
+
+
+def test_a_token_under_the_mouse_is_seen_everywhere(driver, page, found):
+    from selenium.webdriver import ActionChains
+
+    open_page(driver, page)
+    ActionChains(driver).move_to_element(find(driver, ".strip [data-token='4']")[0]).perform()
+    pointed = find(driver, "#reading .pointed, #influence .pointed, .strip .pointed")
+    assert len(pointed) == 3
+    assert all("4" in element.get_attribute("data-token").split() for element in pointed)
+    assert "(token 4) first" in find(driver, "#changes .legend")[0].text
+    assert "(token 4) reads" in find(driver, "#reads")[0].text
+    ActionChains(driver).move_to_element(find(driver, "#sentence")[0]).perform()  # away: the chosen one is back
+    assert f"(token {found.reading.masks[0]}) reads" in find(driver, "#reads")[0].text
+    canvas = find(driver, ".large")[0]
+    ActionChains(driver).move_to_element_with_offset(canvas, canvas.size["width"] // 2 - 8, 0).perform()
+    assert re.search(r"\(token \d+\) reads .* \(token \d+\): .* %", find(driver, "#under")[0].text)
+
+
+def test_no_button_does_nothing(driver, page, long_page):
+    """Each that is not pressed already changes what is shown."""
+    script = """
+        const look = () => document.body.innerHTML + document.querySelector('.large').toDataURL();
+        const all = () => [...document.querySelectorAll('button')];
+        return all().map((_, place) => {
+            const button = all()[place];
+            if (!button || button.getAttribute('aria-pressed') === 'true') return null;
+            const [before, what] = [look(), button.outerHTML];
+            button.click();
+            return look() === before ? what : null;
+        }).filter(Boolean)"""
+    for path in (page, long_page):
+        open_page(driver, path)
+        assert len(find(driver, "button")) > 30
+        assert driver.execute_script(script) == []
+
+
+def test_a_link_leads_to_the_line_that_computes_it(driver, page):
+    open_page(driver, page)
+    for link in find(driver, "#guesses a, #attention a, #changes a"):
+        click(driver, link)
+        name, number = re.fullmatch(r"(\w+\.py), line (\d+)", link.get_attribute("textContent")).groups()
+        title, code = find(driver, "div:target h3")[0].text, texts(driver, "div:target pre")[0]
+        assert title.startswith(f"{name}, line {number}: ")
+        lines = (Path(minibert.__file__).parent / name).read_text(encoding="utf-8").splitlines()
+        assert lines[int(number) - 1].strip() == code.splitlines()[0]
 
 
 def test_the_switch_shows_what_is_taken(driver, page, found):
@@ -151,7 +226,7 @@ def test_another_mask_changes_every_view_about_it(driver, page, found):
     find(driver, "#masks button")[1].click()
     one, data = found.guesses[1], found.to_dict()
     assert texts(driver, ".five .piece")[0] == one.answer.token
-    assert texts(driver, "[data-says=guesses]") == [data["says"]["guesses"][1]]
+    assert texts(driver, "[data-says=guesses]") == [unbroken(data["says"]["guesses"][1])]
     assert find(driver, ".strip .chosen")[0].get_attribute("data-token") == str(one.position)
     first = texts(driver, "#influence tbody td:nth-child(2)")[0]
     assert first == signed(data["influence"][0]["hidden"][1]["nats"])
@@ -184,18 +259,59 @@ def test_a_walk_by_keyboard(driver, page):
     assert "strip" in reached
 
 
-@pytest.mark.parametrize("width", [320, 800, 1440])
+# What is wider than its view; a scroll that nothing shows; a text outside of its chart; and the texts whose contrast
+# (WCAG 2.2, 1.4.3) with the ground that is painted under them is less than 4.5. A canvas knows all colours.
+MEASURE = """
+const seen = (e) => e.checkVisibility() && e.getClientRects().length;
+const all = [...document.querySelectorAll('body *')].filter(seen);
+const wrong = [];
+const tell = (why, e) => wrong.push(`${why}: ${e.outerHTML.slice(0, 120)}`);
+for (const e of all) {
+    const [style, box] = [getComputedStyle(e), e.getBoundingClientRect()];
+    const view = e.parentElement.closest('.scroll, h1, .strip, svg') || document.documentElement;
+    if (box.right > view.getBoundingClientRect().right + 1) tell('wider than its view', e);
+    if (e.localName === 'text' && box.left < view.getBoundingClientRect().left - 1) tell('outside its chart', e);
+    const over = e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1;
+    if (!over || style.display === 'inline' || `${style.overflowX}${style.overflowY}` === 'visiblevisible') continue;
+    const hint = e.nextElementSibling;
+    if (!(hint && hint.matches('.more') && seen(hint))) tell('cut off, and nothing shows it', e);
+}
+const canvas = Object.assign(document.createElement('canvas'), {width: 1, height: 1});
+const context = canvas.getContext('2d', {willReadFrequently: true});
+const painted = (colours) => {
+    for (const colour of colours) { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); }
+    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
+};
+const light = (rgb) => rgb.map((x) => x / 255).map((x) => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+    .reduce((sum, x, place) => sum + x * [.2126, .7152, .0722][place], 0);
+const known = {};
+for (const e of all.filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))) {
+    const grounds = [];
+    for (let at = e; at; at = at.parentElement) grounds.unshift(getComputedStyle(at).backgroundColor);
+    const ink = getComputedStyle(e)[e.localName === 'text' ? 'fill' : 'color'];
+    const key = [...grounds, ink].join();
+    if (!(key in known)) {
+        const [under, over] = [painted(['white', ...grounds]), painted([ink])].map(light);
+        known[key] = (Math.max(under, over) + .05) / (Math.min(under, over) + .05);
+    }
+    if (known[key] < 4.5) tell(`contrast ${known[key].toFixed(2)}`, e);
+}
+return wrong;
+"""
+
+
+@pytest.mark.parametrize("width", [390, 800, 1400])
 @pytest.mark.parametrize("dark", [False, True])
-def test_nothing_overflows(page, width, dark):
+def test_all_can_be_seen(page, long_page, width, dark):
+    """Nothing is cut off, and every text stands out from its ground: shaded, chosen and pointed at as well."""
     with browser(width, dark=dark) as driver:
-        open_page(driver, page)
-        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
-        outside = driver.execute_script(
-            "const out = (e) => e.getClientRects().length && e.getBoundingClientRect().right > innerWidth + 1;"
-            "const all = [...document.querySelectorAll('body *')].filter((e) => !e.closest('.scroll'));"
-            "return all.filter(out).map((e) => e.outerHTML.slice(0, 80))"
-        )
-        assert outside == []
+        for path in (page, long_page):
+            open_page(driver, path)
+            assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+            driver.execute_script("point(1)")
+            time.sleep(0.1)  # the hints below the views are drawn with the next frame
+            wrong = driver.execute_script(MEASURE)
+            assert not wrong, "\n".join(wrong)
         paper = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, paper[4:-1].split(","))) < 200) == dark
         least = driver.execute_script(  # the colour of next to no weight, in the first small map
@@ -252,7 +368,8 @@ def test_a_trace_alone_is_a_page(driver, tmp_path):
     open_page(driver, tmp_path / "page.html")
     assert driver.get_log("browser") == []
     assert texts(driver, "#reading tbody tr .piece") == ["#2", "#5", "#6", "#4", "#3"]
-    assert find(driver, "#attention .choices button")[1].get_attribute("disabled")
+    assert not find(driver, "#attention .choices button")
+    assert "needs the weights" in find(driver, "#attention .body > .note")[0].text
 
 
 def test_without_decompression_the_rest_is_shown(driver, page):
@@ -273,7 +390,8 @@ def test_a_view_is_printed_on_one_page(driver, page):
         kinds = driver.execute_script(
             "return [...document.querySelectorAll('section')].map(e => getComputedStyle(e).breakInside)"
         )
-        assert kinds == ["avoid"] * 6
+        assert kinds == ["avoid"] * 7
+        assert not find(driver, "#tokens")[0].is_displayed()
         assert (
             driver.execute_script("return getComputedStyle(document.querySelector('.scroll.high')).maxHeight") == "none"
         )

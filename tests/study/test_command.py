@@ -23,8 +23,8 @@ def test_the_text_view_answers_the_newcomer(capsys):
     assert main(["study", "Paris is the [MASK] of France.", "--targets", "city"]) == 0
     text = capsys.readouterr().out
     flat = " ".join(text.split())
-    assert "“capital” is the best guess after layer 4 attention, and stays it to the end" in flat
-    assert "“of” alone brings the most" in flat
+    assert "From layer 4 attention on, “capital” is the best guess." in flat
+    assert "Alone, “of” helps the most" in flat
     assert "by weight:   3 on the previous token: 1.3 (100 %)" in text
     for title in ("The answer", *(f"{number} · " for number in range(1, 7))):
         assert f"\n{title}" in f"\n{text}"

@@ -71,9 +71,10 @@ def test_the_same_text_gives_the_same_bytes(model, page):
 def test_nothing_can_be_fetched(page):
     frame = page.replace(Elements(page).texts["application/json"], "")
     known = frame.replace('"http://www.w3.org/2000/svg"', "")  # the name of SVG, which nobody opens
+    known = known.replace('href="#', "")  # a place in this page
     assert not FETCHES.findall(known)
     tags = {tag for tag, _ in Elements(page).found}
-    assert not tags & {"link", "img", "iframe", "object", "embed", "form", "a", "base", "video", "audio"}
+    assert not tags & {"link", "img", "iframe", "object", "embed", "form", "base", "video", "audio"}
 
 
 def test_only_this_script_and_this_style_may_run(page):
