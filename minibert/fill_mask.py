@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from minibert import checks
+from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 from minibert.tokenizer import as_tokenizer, decode, encode, own_mask, own_token, require_id
@@ -36,10 +37,7 @@ class FillMask:
         self.tokenizer = tokenizer
         self.mask_id = require_id(tokenizer, "[MASK]")
         self._mask, self._padding = own_token(tokenizer, "[MASK]") or "", own_token(tokenizer, "[PAD]")
-        words = sorted(tokenizer.get_vocab().values())
-        checks.require_vocabulary(words[-1] + 1, model.config)
-        # A model may have more rows, to fill up its vocabulary: they are no words, and no answers.
-        self._words = None if len(words) == model.config.vocab_size else torch.tensor(words)
+        self._words = known_words(tokenizer, model.config)
 
     def __call__(
         self,
@@ -92,8 +90,7 @@ class FillMask:
             raise ValueError(f"texts must be several texts, not {texts[:60]!r} alone: put it into a list")
         top_k = self.top_k if top_k is None else top_k
         targets = self.targets if targets is None else targets
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}")
+        require_top_k(top_k)
         wanted = self._words if targets is None else torch.tensor(target_ids(self.tokenizer, targets))
         remaining = iter(texts)
         while window := [self._encode(text, truncate) for text in islice(remaining, WINDOW)]:
@@ -116,17 +113,11 @@ class FillMask:
         return ids
 
     @torch.inference_mode()
-    def _answer_batch(self, rows: list[list[int]], top_k: int, target_ids: Tensor | None) -> list[list[Any]]:
+    def _answer_batch(self, rows: list[list[int]], top_k: int, wanted: Tensor | None) -> list[list[Any]]:
         checks.require_no_dropout(self.model)
         batch = PackedBatch.from_lists(rows, device=self.model.embeddings.word.weight.device)
         positions = (batch.input_ids == self.mask_id).nonzero().flatten()  # (M,)
-        probabilities = self.model.predict(batch, positions).float().softmax(-1)  # (M, V)
-        if target_ids is not None:
-            probabilities = probabilities[:, target_ids.to(probabilities.device)]  # (M, number of targets)
-        scores, chosen = (x.cpu() for x in probabilities.topk(min(top_k, probabilities.shape[-1])))  # both (M, top_k)
-        if target_ids is not None:
-            chosen = target_ids[chosen]
-
+        scores, chosen = best_words(self.model.predict(batch, positions), top_k, wanted)  # both (M, top_k)
         answers, number = [], 0
         for row in rows:
             places = [place for place, token in enumerate(row) if token == self.mask_id]
@@ -148,6 +139,33 @@ class FillMask:
             # As transformers has it: no [PAD]; with several masks the others stay visible, and so do [CLS] and [SEP].
             "sequence": decode(self.tokenizer, filled, skip_special_tokens=single),
         }
+
+
+def require_top_k(top_k: int, most: int | None = None) -> None:
+    """Raise ValueError if this many best words cannot be given."""
+    if top_k < 1 or (most is not None and top_k > most):
+        raise ValueError(f"top_k must be {'at least 1' if most is None else f'1 to {most}'}, not {top_k}")
+
+
+def known_words(tokenizer: Tokenizer, config: BertConfig) -> Tensor | None:
+    """The ids that are words; None if all of the model's are. A model may have more rows than its tokenizer has words,
+    to fill up its vocabulary: they are no answers. Raises ValueError if the tokenizer has ids that the model has not.
+    """
+    words = sorted(tokenizer.get_vocab().values())
+    checks.require_vocabulary(words[-1] + 1, config)
+    return None if len(words) == config.vocab_size else torch.tensor(words)
+
+
+def best_words(logits: Tensor, top_k: int, among: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The likeliest words of each row of logits (M, V), best first: their probabilities and their ids, both (M, top_k)
+    and on the host. among: the ids that may be answers, or None for all. A probability is over the whole vocabulary,
+    computed in float32; where fewer than top_k ids may be answers, all of them are given.
+    """
+    probabilities = logits.float().softmax(-1)  # (M, V)
+    if among is not None:
+        probabilities = probabilities[:, among.to(probabilities.device)]  # (M, number of ids)
+    scores, chosen = (x.cpu() for x in probabilities.topk(min(top_k, probabilities.shape[-1])))  # both (M, top_k)
+    return scores, chosen if among is None else among[chosen]
 
 
 def target_ids(tokenizer: Tokenizer, targets: str | Sequence[str]) -> list[int]:

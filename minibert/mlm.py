@@ -15,6 +15,7 @@ from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from minibert import checks
+from minibert.fill_mask import best_words, known_words, require_top_k
 from minibert.loss import IGNORE, masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import MaskedTokens, Outcome, mask_tokens
@@ -27,7 +28,7 @@ LISTED = 60  # tokens of a text that an error message lists, at most
 
 
 @dataclass(frozen=True)
-class Guess:
+class Prediction:
     """A token of the vocabulary, and the probability that the model gives to it."""
 
     token_str: str
@@ -42,10 +43,10 @@ class ScoredToken:
     token: str  # what the text has there; the mask token, if the text itself has a mask there
     outcome: str  # "mask", "random", "kept", "not chosen", "not eligible"; "in the text" for a mask of the text's own
     seen: str  # what the model saw there
-    predictions: list[Guess]  # the likeliest tokens, the best one first
+    predictions: list[Prediction]  # the likeliest tokens, the best one first
     probability_of_token: float | None  # of `token`; None for a mask of the text's own, where nobody says what is true
     loss: float | None  # −log of that probability, in nats
-    layers: list[Guess] | None  # if asked for: the best guess after the embeddings, and after each layer
+    layers: list[Prediction] | None  # if asked for: the best guess after the embeddings, and after each layer
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,17 @@ def mask_and_guess(
       [MASK]; [CLS] and [SEP] may be chosen too); or "whole-word" (as "bert", all pieces of a word together).
 
     score: the loss is over the chosen tokens ("masked", as in BERT) or over all of them ("all"). truncate: cut a text
-    that is too long for the model. layers: also the best guess after each layer, as if it were the last one. top_k:
-    how many guesses to give for each token.
+    that is too long. layers: also the best guess after each layer (the logit lens). top_k: guesses for each token.
 
     Raises ValueError for a text that is empty or too long, options out of range or at odds, and a model in training.
     """
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, not {score!r}")
-    if top_k < 1:
-        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    require_top_k(top_k)
     checks.require_model(model)
     checks.require_no_dropout(model)
     tokenizer = as_tokenizer(tokenizer)
+    words = known_words(tokenizer, model.config)
     encoding = _encode(model, tokenizer, text, truncate)
     ids = torch.tensor(encoding.ids)  # (S,)
     own = ids == require_id(tokenizer, "[MASK]")  # (S,)
@@ -116,7 +116,7 @@ def mask_and_guess(
     batch = PackedBatch.from_lists(masked.input_ids.tolist(), device=model.embeddings.word.weight.device)
     guess = model.layer_guesses if layers else model.predict
     logits = guess(batch, places.to(batch.input_ids.device)).cpu()  # (N + 1, M, V), or only the last (M, V)
-    rows = _scored(places.tolist(), encoding, masked, own, logits, tokenizer, top_k)
+    rows = _scored(places.tolist(), encoding, masked, own, logits, tokenizer, words, top_k)
     known = ~own[places]  # (M,): where the text says which token is the true one
     loss = masked_lm_loss((logits[-1] if layers else logits)[known], ids[places][known])
     return MaskedText(
@@ -128,7 +128,6 @@ def mask_and_guess(
 
 
 def _encode(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, truncate: bool) -> Encoding:
-    checks.require_vocabulary(count_ids(tokenizer), model.config)
     encoding = encode(tokenizer, text, model.config.max_position_embeddings, truncate=truncate)
     if len(encoding.ids) <= tokenizer.num_special_tokens_to_add(False):
         raise ValueError(f"there is no token to mask in {text!r}: give a text with at least one word")
@@ -201,42 +200,38 @@ def _scored(
     own: Tensor,
     logits: Tensor,
     tokenizer: Tokenizer,
+    words: Tensor | None,
     top_k: int,
 ) -> list[ScoredToken]:
     """own (S,): where the text has a mask. logits: of the M places, (M, V); or of each layer, (N + 1, M, V)."""
-    after = [_guesses(x, tokenizer, 1) for x in logits] if logits.dim() == 3 else None
+    after = [_predictions(tokenizer, x, 1, words) for x in logits] if logits.dim() == 3 else None
     logits = logits[-1] if after else logits  # (M, V)
-    guesses = _guesses(logits, tokenizer, top_k)
-    probabilities = logits.float().softmax(-1)  # (M, V)
+    predictions, probabilities = _predictions(tokenizer, logits, top_k, words), logits.float().softmax(-1)
     rows = []
     for row, place in enumerate(places):
-        asked_by_text, true = bool(own[place]), encoding.ids[place]
-        loss = masked_lm_loss(logits[row : row + 1], torch.tensor([true])).sum.item()
+        true = None if own[place] else encoding.ids[place]
+        loss = None if true is None else masked_lm_loss(logits[row : row + 1], torch.tensor([true])).sum.item()
         rows.append(
             ScoredToken(
                 position=place,
                 token=encoding.tokens[place],
-                outcome="in the text" if asked_by_text else _word(masked.outcome[0, place]),
+                outcome="in the text" if true is None else _word(masked.outcome[0, place]),
                 seen=tokenizer.id_to_token(int(masked.input_ids[0, place])) or "",
-                predictions=guesses[row],
-                probability_of_token=None if asked_by_text else probabilities[row, true].item(),
-                loss=None if asked_by_text else loss,
+                predictions=predictions[row],
+                probability_of_token=None if true is None else probabilities[row, true].item(),
+                loss=loss,
                 layers=None if after is None else [of_layer[row][0] for of_layer in after],
             )
         )
     return rows
 
 
-def _guesses(logits: Tensor, tokenizer: Tokenizer, top_k: int) -> list[list[Guess]]:
-    """The likeliest tokens for each row of (M, V), the best one first. An id that is no token of the tokenizer, and
-    only fills up the vocabulary, is no answer.
-    """
-    probabilities = logits.float().softmax(-1)  # (M, V)
-    known = torch.tensor(sorted(tokenizer.get_vocab().values()))  # ids
-    scores, chosen = probabilities[:, known].topk(min(top_k, len(known)))  # both (M, top_k)
+def _predictions(tokenizer: Tokenizer, logits: Tensor, top_k: int, words: Tensor | None) -> list[list[Prediction]]:
+    """The likeliest words for each row of logits (M, V)."""
+    rows = zip(*(x.tolist() for x in best_words(logits, top_k, words)), strict=True)
     return [
-        [Guess(tokenizer.id_to_token(token) or "", score) for token, score in zip(tokens, of_tokens, strict=True)]
-        for tokens, of_tokens in zip(known[chosen].tolist(), scores.tolist(), strict=True)
+        [Prediction(tokenizer.id_to_token(token) or "", score) for score, token in zip(scores, ids, strict=True)]
+        for scores, ids in rows
     ]
 
 

@@ -15,7 +15,6 @@ guessed from left to right. Kauf and Ivanova: "A Better Way to Do Masked Languag
 https://arxiv.org/abs/2305.10588.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,7 +101,7 @@ def pseudo_log_likelihood(
     Special tokens are never scored. One that is written in a text, such as [MASK], is seen as what it is and counts as
     no token; a warning says so. A word that the vocabulary does not have is scored as what it became, [UNK].
 
-    For many texts, score with `prepare_for_inference(model)`. Raises ValueError for a text that is too long, a model in
+    `prepare_for_inference(model)` is faster for many texts. Raises ValueError for a text that is too long, a model in
     training mode, and arguments that do not fit.
     """
     if isinstance(texts, str):
@@ -139,6 +138,8 @@ class EncodedText:
 
 
 class Scorer:
+    """The arguments of `pseudo_log_likelihood`, and what is found out once for all texts."""
+
     def __init__(
         self, model: BertForMaskedLM, tokenizer: Tokenizer, within_word: str, given: str | None, truncate: bool
     ) -> None:
@@ -183,10 +184,9 @@ class Scorer:
         if len(scored) < len(asked) and not self.warned:
             self.warned = True  # once is enough, for a corpus may have millions
             special = next(encoding.tokens[place] for place in asked if encoding.ids[place] in self.unscored)
-            warnings.warn(
+            checks.warn(
                 f"{_shown(text)} has {special} in it: the model sees it as that, and it is not scored nor counted as a "
-                "token, here and in the other texts",
-                stacklevel=4,  # whoever asks for the next score
+                "token, here and in the other texts"
             )
         words = words_of(self.tokenizer, encoding, first, second)
         ends = list(range(1, len(words) + 1))
@@ -194,13 +194,8 @@ class Scorer:
             for place in range(len(words) - 2, -1, -1):
                 if words[place] == words[place + 1]:
                     ends[place] = ends[place + 1]
-        return EncodedText(
-            text=text,
-            encoding=encoding,
-            ids=torch.tensor(encoding.ids),
-            types=torch.tensor(encoding.type_ids),
-            masked=torch.tensor([(place, ends[place]) for place in scored]).view(-1, 2),
-        )
+        masked = torch.tensor([(place, ends[place]) for place in scored]).view(-1, 2)
+        return EncodedText(text, encoding, torch.tensor(encoding.ids), torch.tensor(encoding.type_ids), masked)
 
     @torch.inference_mode()
     def score_copies(self, window: list[EncodedText], chosen: list[tuple[int, int]]) -> list[float]:
@@ -301,8 +296,7 @@ def _in_pairs(scores: Iterator[Score]) -> Iterator[Pair]:
         yield Pair(good, bad)
 
 
-@dataclass(frozen=True)
-class WinRate:
+class WinRate(NamedTuple):
     """How often the good one of a pair wins. A tie is no win."""
 
     wins: int
@@ -311,7 +305,7 @@ class WinRate:
 
     @property
     def pairs(self) -> int:
-        return self.wins + self.ties + self.losses
+        return sum(self)
 
     @property
     def share(self) -> float:
@@ -320,12 +314,9 @@ class WinRate:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's interval at 95 %: where the share would lie for more pairs of this kind. Unlike the usual p ± 2σ it
-        stays between 0 and 1, and is of use for few pairs and for 100 %.
-
-        Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
+        stays between 0 and 1 (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
         """
-        z = NormalDist().inv_cdf(0.975)
-        n, p = self.pairs, self.share
+        z, n, p = NormalDist().inv_cdf(0.975), self.pairs, self.share
         middle = p + z * z / (2 * n)
         half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)

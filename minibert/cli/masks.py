@@ -3,26 +3,15 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from minibert.cli.options import (
-    add_device,
-    add_inference_dtype,
-    add_json,
-    add_model,
-    add_truncate,
-    load_model,
-    one_text,
-    prepare,
-    read_texts,
-    whole_numbers,
-)
+from minibert.cli.options import add, load, one_text, prepare, read_texts
 from minibert.cli.printing import percent, print_json_list, progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
     from minibert.mlm import MaskedText, ScoredToken
 
 WORTH_PREPARING = 64  # texts: with fewer, putting the weights in order takes longer than it saves
@@ -32,15 +21,8 @@ def fill_mask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "texts", nargs="+", metavar="TEXT", help='such as "The capital of France is [MASK]."; - reads lines'
     )
-    parser.add_argument(
-        "--top-k", type=int, default=5, metavar="K", help="answers for each [MASK] (default: %(default)s)"
-    )
-    parser.add_argument("--targets", metavar="W,W", help="only these words compete")
-    add_truncate(parser)
-    add_inference_dtype(parser)
-    add_device(parser)
-    add_model(parser)
-    add_json(parser)
+    add(parser, "--targets", help="only these words compete")
+    add(parser, "--top-k", "--truncate", "--dtype", "--device", "--model", "--revision", "--json")
 
 
 def run_fill_mask(options: argparse.Namespace) -> None:
@@ -54,22 +36,20 @@ def run_fill_mask(options: argparse.Namespace) -> None:
         print_answer(text, found)
 
 
-def answer(options: argparse.Namespace, texts: "Iterator[list[str]]") -> "Iterator[tuple[str, list[Any]]]":
+def answer(options: argparse.Namespace, texts: Iterator[list[str]]) -> Iterator[tuple[str, list[Any]]]:
     """Each text and its answer, while later ones are still to be read."""
-    from minibert import FillMask, load_tokenizer
+    from minibert import FillMask
 
     if (first := next(texts, None)) is None:
         raise ValueError("there was no line on standard input")
-    model = load_model(options)
-    fill = FillMask(model, load_tokenizer(options.model, revision=options.revision))
-    targets = None if options.targets is None else [word.strip() for word in options.targets.split(",")]
+    model, tokenizer = load(options)
+    fill = FillMask(model, tokenizer, top_k=options.top_k, targets=options.targets)
     count, prepared = 0, False
     for together in chain([first], texts):
         count += len(together)
         if not prepared and (options.dtype is not None or count >= WORTH_PREPARING):
-            fill, prepared = FillMask(prepare(model, options.dtype, many=True), fill.tokenizer), True
-        found = fill.stream(together, top_k=options.top_k, targets=targets, truncate=options.truncate)
-        yield from zip(together, found, strict=True)
+            fill.model, prepared = prepare(model, options.dtype, many=True), True
+        yield from zip(together, fill.stream(together, truncate=options.truncate), strict=True)
 
 
 def print_answer(text: str, answer: list[Any]) -> None:
@@ -105,24 +85,19 @@ def mlm_arguments(parser: argparse.ArgumentParser) -> None:
         default="masked",
         help="what the loss is over: the chosen tokens, as in BERT, or all of them (default: %(default)s)",
     )
-    parser.add_argument("--layers", action="store_true", help="show the best guess after each layer too")
-    add_truncate(parser)
-    add_device(parser)
-    add_model(parser)
-    add_json(parser)
+    parser.add_argument(
+        "--layers", action="store_true", help="show the best guess after each layer too, as the logit lens reads it"
+    )
+    add(parser, "--truncate", "--device", "--model", "--revision", "--json")
 
 
 def run_mlm(options: argparse.Namespace) -> None:
-    from dataclasses import asdict
-
-    from minibert import load_tokenizer
     from minibert.mlm import mask_and_guess
 
     text = one_text(options.text)
-    positions = None if options.positions is None else whole_numbers("--positions", options.positions)
+    positions = None if options.positions is None else whole_numbers(options.positions)
     result = mask_and_guess(
-        load_model(options),
-        load_tokenizer(options.model, revision=options.revision),
+        *load(options),
         text,
         positions=positions,
         probability=options.probability,
@@ -143,30 +118,39 @@ def run_mlm(options: argparse.Namespace) -> None:
     print(summary(result))
 
 
+def whole_numbers(text: str) -> list[int]:
+    """ "9,18" as [9, 18]."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers) < 0:
+        raise ValueError(f"--positions takes whole numbers from 0, with commas between, not {text!r}")
+    return numbers
+
+
 def print_table(result: "MaskedText") -> None:
     seen = dict(enumerate(result.tokens)) | {row.position: row.seen for row in result.scored}
     print(f"{len(result.ids)} tokens; what the model saw:")
     print(" ".join(seen.values()))
     print()
-    print(
-        f"{'position':>8}  {'token':<15} {'outcome':<12} {'its guess':<15} {'certain':>8} {'the token':>10} {'loss':>7}"
-    )
+    print(f"{'position':>8}  {'token':<15} {'outcome':<12} {'its guess':<15} {'probability':>11}  true token    loss")
     for row in result.scored:
         best = row.predictions[0]
         truth = "–" if row.probability_of_token is None else f"{row.probability_of_token:.1%}"
         loss = "–" if row.loss is None else f"{row.loss:.3f}"
         print(
             f"{row.position:>8}  {row.token:<15} {row.outcome:<12} {best.token_str:<15} "
-            f"{best.score:>8.1%} {truth:>10} {loss:>7}"
+            f"{best.score:>11.1%} {truth:>11} {loss:>7}"
         )
 
 
 def print_layers(row: "ScoredToken") -> None:
     """The best guess at one position after the embeddings and after each layer."""
     print()
-    print(f"position {row.position}, seen as {row.seen}: the guess after")
+    print(f"position {row.position}, seen as {row.seen}: the best guess after")
     for number, guess in enumerate(row.layers or []):
-        print(f"  {f'layer {number}' if number else 'the embeddings':<15} {guess.token_str:<15} {guess.score:>8.1%}")
+        print(f"  {f'layer {number}' if number else 'embeddings':<15} {guess.token_str:<15} {guess.score:>8.1%}")
 
 
 def summary(result: "MaskedText") -> str:
@@ -174,5 +158,5 @@ def summary(result: "MaskedText") -> str:
     if result.count:
         return f"loss {result.loss:.4f} over {result.count} tokens ({result.score}), {right} guessed right"
     if result.scored:
-        return "no loss: it needs the true word, so give the text without [MASK], and --positions"
+        return "no loss: the text does not say which word is true. Write that word, and mask it with --positions"
     return "no token was chosen: try another --seed, or a higher --probability"

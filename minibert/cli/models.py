@@ -2,28 +2,26 @@
 
 import argparse
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from minibert.cli.options import add_json, add_model
+from minibert.cli.options import add, load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from minibert.checkpoint.reading import LoadReport
     from minibert.tokenizer import TokenizerReport
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    add_json(parser)
+    add(parser, "--model", "--revision", "--json")
 
 
 def run_info(options: argparse.Namespace) -> None:
-    from minibert import BertForMaskedLM, load_tokenizer
+    from minibert import load_tokenizer
     from minibert.tokenizer import TokenizerReport
 
-    model = BertForMaskedLM.from_pretrained(options.model, revision=options.revision)
+    model = load_model(options)
     report = model.load_report
     assert report is not None
     try:
@@ -40,35 +38,32 @@ def run_info(options: argparse.Namespace) -> None:
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     counts["total"] = sum(p.numel() for p in model.parameters())
     if options.json:
-        result = {
-            "config": asdict(model.config),
-            "parameters": counts,
-            "load_report": report_values(report),
-            "tokenizer": None if tokenizer is None else tokenizer_values(tokenizer),
+        values: dict[str, Any] = {"config": asdict(model.config), "parameters": counts}
+        values["load_report"] = {
+            **{field.name: getattr(report, field.name) for field in fields(report) if field.repr},
+            "files": [str(path) for path in report.files],
+            "sha256": report.sha256,
         }
-        print(json.dumps(result, indent=2))
+        values["tokenizer"] = tokenizer and {
+            "files": [str(path) for path in tokenizer.files],
+            "notes": list(tokenizer.notes),
+            "roles": dict(tokenizer.roles),
+        }
+        print(json.dumps(values, indent=2))
         return
-    print("configuration")
-    for key, value in asdict(model.config).items():
-        print(f"  {key:<30} {value}")
-    print("parameters (the decoder is the word embedding matrix, and is counted once)")
-    for name, number in counts.items():
-        print(f"  {name:<30} {number:>12,}")
-    print("load report")
-    for line in report_lines(report):
-        print(f"  {line}")
-    print("tokenizer")
-    for line in ["there is none"] if tokenizer is None else tokenizer_lines(tokenizer):
-        print(f"  {line}")
+    sections: dict[str, Iterable[str]] = {
+        "configuration": (f"{key:<30} {value}" for key, value in asdict(model.config).items()),
+        "parameters (the decoder is the word embedding matrix, and is counted once)": (
+            f"{name:<30} {number:>12,}" for name, number in counts.items()
+        ),
+        "load report": report_lines(report),
+        "tokenizer": ["there is none"] if tokenizer is None else tokenizer_lines(tokenizer),
+    }
+    for title, lines in sections.items():
+        print(title, *lines, sep="\n  ")
 
 
-def report_values(report: "LoadReport") -> dict[str, Any]:
-    """Every field of the report, and the SHA-256 of each file."""
-    values = {field.name: getattr(report, field.name) for field in fields(report) if field.repr}
-    return {**values, "files": [str(path) for path in report.files], "sha256": report.sha256}
-
-
-def report_lines(report: "LoadReport") -> "Iterator[str]":
+def report_lines(report: "LoadReport") -> Iterator[str]:
     for path in report.files:
         yield f"{path}"
         yield f"SHA-256 {report.sha256[path.name]}"
@@ -92,11 +87,7 @@ def report_lines(report: "LoadReport") -> "Iterator[str]":
             yield f"{title}: {', '.join(listed)}"
 
 
-def tokenizer_values(report: "TokenizerReport") -> dict[str, Any]:
-    return {"files": [str(path) for path in report.files], "notes": list(report.notes), "roles": dict(report.roles)}
-
-
-def tokenizer_lines(report: "TokenizerReport") -> "Iterator[str]":
+def tokenizer_lines(report: "TokenizerReport") -> Iterator[str]:
     yield from (str(path) for path in report.files)
     yield from report.notes
     if report.roles:
@@ -107,15 +98,13 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="the file to write: its name ends in .onnx or .pt2"
     )
-    add_model(parser)
-    add_json(parser)
+    add(parser, "--model", "--revision", "--json")
 
 
 def run_export(options: argparse.Namespace) -> None:
-    from minibert import BertForMaskedLM
     from minibert.export import export
 
-    result = export(BertForMaskedLM.from_pretrained(options.model, revision=options.revision), options.out)
+    result = export(load_model(options), options.out)
     if options.json:
         print(json.dumps({**asdict(result), "path": str(result.path)}))
         return

@@ -30,7 +30,10 @@ def print_json_list(values: Iterable[Any]) -> None:
 PATIENCE = 2.0  # seconds
 
 
-class Printable(Protocol):
+class Report(Protocol):
+    @property
+    def ok(self) -> bool: ...
+
     def lines(self) -> Iterable[str]: ...
 
     def markdown(self) -> Iterable[str]: ...
@@ -38,12 +41,13 @@ class Printable(Protocol):
     def to_dict(self) -> dict[str, object]: ...
 
 
-def print_report(report: Printable, form: str) -> None:
-    """form: of `--format`."""
+def shown(report: Report, form: str) -> int:
+    """Print a report as `--format` says. The exit status: 1 if what was compared is not right."""
     if form == "json":
         print(as_json(report.to_dict()))
     else:
         print("\n".join(report.markdown() if form == "markdown" else report.lines()))
+    return 0 if report.ok else 1
 
 
 def progress(faults: Iterable[Any], what: str) -> Iterable[Any]:

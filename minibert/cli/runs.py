@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, get_args
 
-from minibert.cli.options import add_device, add_json, add_revision, names
+from minibert.cli.options import add, names, require_model_of_revision
 
 if TYPE_CHECKING:
     from minibert.training.step import Figures
@@ -27,7 +27,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="the model to start from; or a config.json, to start from random weights",
     )
-    add_revision(parser, "--init")
+    add(parser, "--revision", help="a branch, tag or commit of --init, if that is a hub id")
     parser.add_argument("--tokenizer", metavar="MODEL", help="the model whose tokenizer is used (default: --init)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the run is saved")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
@@ -35,7 +35,7 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(learnt, Settings, only=set(Settings.__dataclass_fields__) - set(FREE))
     computed = parser.add_argument_group("how it is computed (these may change)")
     add_settings(computed, Settings, only=FREE)
-    add_device(computed)
+    add(computed, "--device")
     computed.add_argument("--tokens", metavar="FOLDER", help="the folder for token files (default: OUT/tokens)")
 
 
@@ -81,10 +81,8 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="a folder, a bundled name, bert-base-uncased, or a hub id")
     which.add_argument("--random", action="store_true", help="BERT-base's sizes with random weights (the default)")
-    add_revision(parser, "--model")
-    add_device(parser)
+    add(parser, "--revision", "--device", "--json")
     add_settings(parser, BenchSettings)
-    add_json(parser)
 
 
 def run_bench(options: argparse.Namespace) -> None:
@@ -94,13 +92,12 @@ def run_bench(options: argparse.Namespace) -> None:
     from minibert.training.processes import keep_freed_memory
 
     keep_freed_memory()
+    require_model_of_revision(options)
     settings = read_settings(options, BenchSettings)
     if settings.model is not None and settings.layers != BenchSettings.layers:
         raise ValueError(
             f"--layers {settings.layers} is for the random model, and --model names one: give one of the two"
         )
-    if settings.revision is not None and settings.model is None:
-        raise ValueError(f"--revision {settings.revision} is of a hub model, and no --model was given")
     report = run(settings)
     print(report.to_json() if options.json else table(report))
 

@@ -1,4 +1,4 @@
-"""`minibert score`."""
+"""`minibert score`: how likely sentences are, or which of two is likelier."""
 
 import argparse
 import json
@@ -11,18 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minibert.checkpoint.files import read_lines
-from minibert.cli.options import (
-    add_device,
-    add_inference_dtype,
-    add_json,
-    add_model,
-    add_truncate,
-    load_model,
-    one_text,
-    prepare,
-    read_texts,
-    standard_input,
-)
+from minibert.cli.options import add, load, one_text, prepare, read_texts, standard_input
 from minibert.cli.printing import print_json_list, progress
 
 if TYPE_CHECKING:
@@ -46,15 +35,11 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
         help="l2r: of a word in pieces, those to the right are masked too; original: one token at a time "
         "(default: %(default)s)",
     )
-    add_truncate(parser)
-    add_inference_dtype(parser)
-    add_device(parser)
-    add_model(parser)
-    add_json(parser)
+    add(parser, "--truncate", "--dtype", "--device", "--model", "--revision", "--json")
 
 
 def run_score(options: argparse.Namespace) -> None:
-    from minibert import load_tokenizer, pseudo_log_likelihood
+    from minibert import pseudo_log_likelihood
     from minibert.score import score_pairs
 
     if options.pairs is not None and options.texts:
@@ -66,12 +51,10 @@ def run_score(options: argparse.Namespace) -> None:
         if "-" in (*options.texts, options.pairs):
             raise ValueError("there was no line on standard input")
         raise ValueError("there is nothing to score: give texts, - for the lines of standard input, or --pairs FILE")
-    model = load_model(options)
-    tokenizer = load_tokenizer(options.model, revision=options.revision)
-    model = prepare(model, options.dtype, many=len(first) >= WORTH_PREPARING)
+    model, tokenizer = load(options)
     score: Any = pseudo_log_likelihood if options.pairs is None else score_pairs
     answers = score(
-        model,
+        prepare(model, options.dtype, many=len(first) >= WORTH_PREPARING),
         tokenizer,
         chain(first, texts),
         within_word=options.within_word,
@@ -85,7 +68,7 @@ def run_score(options: argparse.Namespace) -> None:
     elif options.json:
         print_json_list(map(as_values, answers))
     else:
-        print_table(answers)
+        print_scores(answers)
 
 
 def read_pairs(name: str) -> Iterator[tuple[str, str]]:
@@ -98,7 +81,8 @@ def read_pairs(name: str) -> Iterator[tuple[str, str]]:
             columns = line.split("\t")
             if len(columns) != 2:
                 raise ValueError(
-                    f"{where}, line {number}: {len(columns)} columns, and a good and a bad sentence with a tab are due"
+                    f"{where}, line {number}: there should be a good and a bad sentence with a tab between them, and "
+                    f"there are {len(columns)} columns"
                 )
             yield columns[0], columns[1]
 
@@ -111,8 +95,15 @@ def as_values(score: "Score") -> dict[str, Any]:
     return {"text": score.text, "pll": score.pll, "pseudo_perplexity": score.pseudo_perplexity, "tokens": tokens}
 
 
-def print_table(scores: "Iterable[Score]") -> None:
+def print_scores(scores: "Iterable[Score]") -> None:
     """The likeliest text first, those without a token last; under several, the figures of all together."""
+    from minibert.score import pseudo_perplexity
+
+    def figures(pll: float, tokens: int) -> str:
+        if not tokens:
+            return f"{'–':>12} {'–':>10} {'–':>18}"
+        return f"{pll:>12.3f} {pll / tokens:>10.3f} {pseudo_perplexity(pll, tokens):>18.2f}"
+
     rows = [(score.pll, len(score.tokens), str(score.text)) for score in scores]
     print(f"{'PLL':>12} {'per token':>10} {'pseudo-perplexity':>18}")
     for pll, tokens, text in sorted(rows, key=lambda row: (row[1] == 0, -row[0])):
@@ -120,14 +111,6 @@ def print_table(scores: "Iterable[Score]") -> None:
     if len(rows) > 1:
         pll, tokens = sum(row[0] for row in rows), sum(row[1] for row in rows)
         print(f"{figures(pll, tokens)}  all {len(rows)} texts, {tokens} tokens")
-
-
-def figures(pll: float, tokens: int) -> str:
-    from minibert.score import pseudo_perplexity
-
-    if not tokens:
-        return f"{'–':>12} {'–':>10} {'–':>18}"
-    return f"{pll:>12.3f} {pll / tokens:>10.3f} {pseudo_perplexity(pll, tokens):>18.2f}"
 
 
 def print_pairs(pairs: "Iterable[Pair]", as_json: bool) -> None:
@@ -154,5 +137,4 @@ def print_pairs(pairs: "Iterable[Pair]", as_json: bool) -> None:
         return
     print(f"the good one wins {rate.wins} of {rate.pairs}: {rate.share:.1%}, 95 % interval {low:.1%} to {high:.1%}")
     if rate.ties:
-        ties = "1 tie, which counts" if rate.ties == 1 else f"{rate.ties} ties, which count"
-        print(f"{ties} as not won (less than 0.0001 nats apart)")
+        print(f"{rate.ties} tied (less than 0.0001 nats apart), which counts as not won")

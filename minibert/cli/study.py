@@ -1,20 +1,11 @@
-"""`minibert study`."""
+"""`minibert study`: what happens to a text, printed or as a page."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minibert.cli.options import (
-    DEFAULT_MODEL,
-    add_device,
-    add_json,
-    add_model,
-    add_truncate,
-    load_model,
-    names,
-    one_text,
-)
+from minibert.cli.options import DEFAULT_MODEL, add, load, one_text, require_model_of_revision
 from minibert.cli.printing import as_json
 
 if TYPE_CHECKING:
@@ -30,31 +21,29 @@ def study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row", type=int, metavar="N", help="which text of the trace, counted from 0")
     parser.add_argument("--out", metavar="FILE", help="write a page, one HTML file, instead of printing")
     parser.add_argument("--force", action="store_true", help="replace a file that is not such a page")
-    parser.add_argument(
-        "--top-k", type=int, default=5, metavar="K", help="best words at each step (default: %(default)s)"
-    )
-    parser.add_argument("--targets", metavar="W,W", help="follow these words too")
-    add_truncate(parser)
-    add_device(parser)
-    add_model(parser, default=None)
-    add_json(parser)
+    add(parser, "--targets", help="follow these words too")
+    add(parser, "--top-k", "--truncate", "--device", "--revision", "--json")
+    add(parser, "--model", default=None, help=f"as for the other commands (default: {DEFAULT_MODEL}, of a trace none)")
 
 
 def run_study(options: argparse.Namespace) -> None:
     from minibert.study.page import require_writable
 
-    if (options.text is None) == (options.trace is None):
+    traced = options.trace is not None
+    if (options.text is None) != traced:
         raise ValueError("give a text, or --trace with a file: one of the two")
+    if traced:
+        require_model_of_revision(options)
     of_texts = {"--pair": options.pair, "--truncate": options.truncate or None}
-    others = of_texts if options.trace else {"--row": options.row}
+    others = of_texts if traced else {"--row": options.row}
     for name, value in others.items():
         if value is not None:
-            raise ValueError(f"{name} belongs to {'a text' if options.trace else '--trace'}: leave it out")
+            raise ValueError(f"{name} belongs to {'a text' if traced else '--trace'}: leave it out")
     if options.out is not None:
         require_writable(options.out, force=options.force)
     elif options.force:
         raise ValueError("--force belongs to --out: leave it out")
-    found = study_of_trace(options) if options.trace else study_of_text(options)
+    found = study_of_trace(options) if traced else study_of_text(options)
     if options.out is not None:
         found.save(options.out, force=options.force)
         print(f"{options.out}: open it in a browser", file=sys.stderr if options.json else sys.stdout)
@@ -65,18 +54,15 @@ def run_study(options: argparse.Namespace) -> None:
 
 
 def study_of_text(options: argparse.Namespace) -> "Study":
-    from minibert import load_tokenizer
     from minibert.study import study
 
-    name = options.model or DEFAULT_MODEL
-    model = load_model(options, name)
+    options.model = name = options.model or DEFAULT_MODEL
     return study(
-        model,
-        load_tokenizer(name, revision=options.revision),
+        *load(options),
         one_text(options.text),
         None if options.pair is None else one_text(options.pair),
         options.top_k,
-        None if options.targets is None else names(options.targets),
+        options.targets,
         truncate=options.truncate,
         progress=sys.stderr.isatty(),
         name=Path(name).resolve().name if Path(name).is_dir() else name,  # a page that is sent tells no folder
@@ -84,7 +70,6 @@ def study_of_text(options: argparse.Namespace) -> "Study":
 
 
 def study_of_trace(options: argparse.Namespace) -> "Study":
-    from minibert import load_tokenizer
     from minibert.study import study_trace
     from minibert.trace.tracefile import TraceFile
 
@@ -92,9 +77,5 @@ def study_of_trace(options: argparse.Namespace) -> "Study":
     rows = recorded.shapes().get("input_ids", (1,))[0]
     if options.row is None and rows > 1:
         raise ValueError(f"{options.trace} has {rows} texts: say which with --row, 0 to {rows - 1}")
-    model = tokenizer = None
-    if options.model is not None:
-        model = load_model(options)
-        tokenizer = load_tokenizer(options.model, revision=options.revision)
-    targets = None if options.targets is None else names(options.targets)
-    return study_trace(recorded, options.row or 0, model, tokenizer, options.top_k, targets)
+    model, tokenizer = (None, None) if options.model is None else load(options)
+    return study_trace(recorded, options.row or 0, model, tokenizer, options.top_k, options.targets)

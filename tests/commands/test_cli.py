@@ -67,7 +67,7 @@ def test_info_of_a_model_with_a_tokenizer_that_minibert_does_not_have(folder, tm
         (["fill-mask", ""], r"no \[MASK\] in ''"),
         (["fill-mask", "line\none"], r"no \[MASK\]"),
         (["fill-mask", "the [MASK]", "--targets", "paris,unbelievable"], "became un ##believ ##able"),
-        (["fill-mask", "the [MASK]", "--targets", ""], "became nothing"),
+        (["fill-mask", "the [MASK]", "--targets", ","], "a word or a list of words"),
         (["fill-mask", "the [MASK]", "--top-k", "0"], "top_k must be at least 1"),
         (["fill-mask", f"[MASK] {LONG}"], f"123 tokens long and the model takes {LONGEST}"),
         (["fill-mask", "caf\udce9 [MASK]"], "not UTF-8"),

@@ -182,7 +182,7 @@ def test_layers_shows_the_best_guess_after_each(run, hub_model):
         assert row["layers"][-1] == row["predictions"][0]
     lines = run("mlm", TEXT, "--positions", "2,5", "--layers").splitlines()
     assert [line.split()[:2] for line in lines if line.startswith("  layer 2")] == [["layer", "2"]] * 2
-    assert "position 5, seen as [MASK]: the guess after" in lines
+    assert "position 5, seen as [MASK]: the best guess after" in lines
 
 
 def test_ids_without_a_word_are_no_answer(folder, tmp_path):
