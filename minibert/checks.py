@@ -25,103 +25,84 @@ TAKEN = {
 }
 # What transformers' tokenizers give, and what no model reads.
 FROM_TOKENIZERS = ("special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
-# Arguments that transformers has and we do not, and what to use instead. Each may be given as None.
-DECODERS = "that is for decoders, and BERT is an encoder"
-SAFE = "the only files are safetensors, each read and written whole"
-SMALLER = "prepare_for_inference makes it smaller and faster, with torch.int8 on a CPU, with torch.bfloat16 on a GPU"
-INSTEAD = {
+NOWHERE = (
+    "the device meta holds no numbers: choose auto, cpu, cuda or mps, outside of init_empty_weights(). An empty model "
+    "is BertForMaskedLM(config)"
+)
+RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")  # what of the configuration may be set while loading
+# Arguments and attributes of transformers that are not here, and what to use instead.
+_INSTEAD = {
     "inputs_embeds": "give input_ids, and put the vectors (B, S, D) there by a forward hook: "
     "model.embeddings.word.register_forward_hook(lambda *_: vectors)",
-    "masked_lm_labels": "it is called labels now",
-    "lm_labels": "it is called labels now",
-    "head_mask": "set the head's columns in layers[N].attention.output.weight to 0",
-    "encoder_hidden_states": DECODERS,
-    "encoder_attention_mask": DECODERS,
-    "past_key_values": DECODERS,
-    "use_cache": DECODERS,
-    "next_sentence_label": "that is of the next-sentence head, which this model does not have",
+    "masked_lm_labels lm_labels": "it is called labels now",
+    "ignore_index": "a label of -100 is left out of the loss",
+    "logits_to_keep": "model.predict(batch, positions) gives the logits of some positions alone",
     "num_items_in_batch": "the loss is a mean: scale it yourself, or set accepts_loss_kwargs = False for the Trainer",
-    # from_pretrained
+    "encoder_hidden_states encoder_attention_mask past_key_values use_cache is_decoder": "that is for decoders, and "
+    "BERT is an encoder",
+    "head_mask prune_heads": "set the head's columns in model.layers[N].attention.output.weight to 0",
+    "next_sentence_label seq_relationship_logits": "that is of the next-sentence head, which this model does not have",
+    "last_hidden_state pooler pooler_output add_pooling_layer": "this is the masked language model: take hidden_states "
+    "(with output_hidden_states=True), or model.encode(batch)",
+    "num_labels classifier": "this is the masked language model, and has no classifier",
+    "attn_implementation set_attn_implementation use_flash_attention_2": "the fastest is chosen for each batch; "
+    "minibert.attention.use_kernel(…) forces one, within a with block",
     "config": "the sizes come from the checkpoint's config.json; for an untrained model, BertForMaskedLM(config)",
-    "device_map": 'give device="cuda"; the model is not cut into parts, but accelerate.dispatch_model can do it',
-    "attn_implementation": "the fastest is chosen for each batch; minibert.attention.use_kernel(…) forces one",
-    "num_labels": "this is the masked language model, and has no classifier",
-    "quantization_config": SMALLER,
-    "load_in_8bit": SMALLER,
-    "load_in_4bit": SMALLER,
-    "trust_remote_code": "no code of a checkpoint is ever run",
-    "token": "set HF_TOKEN, or log in with `hf auth login`",
-    "use_auth_token": "set HF_TOKEN, or log in with `hf auth login`",
-    "cache_dir": "set HF_HUB_CACHE",
-    "force_download": "delete the checkpoint in the cache: `hf cache rm`",
-    "output_loading_info": "model.load_report says what was read",
-    "ignore_mismatched_sizes": "a tensor of another size belongs to another model",
-    "from_tf": "convert it first, with the program that wrote it: only safetensors are read",
-    "from_flax": "convert it first, with the program that wrote it: only safetensors are read",
+    "state_dict from_config init_weights post_init": "BertForMaskedLM(config) is an untrained model, and "
+    "minibert.checkpoint.names.from_transformers(state) is what its load_state_dict takes",
+    "layer_norm_eps hidden_act vocab_size tie_word_embeddings ignore_mismatched_sizes": "what the file says holds",
+    "device_map max_memory offload_folder tp_plan": 'give device="cuda"; the model is not cut into parts, but '
+    "accelerate.dispatch_model can do it",
+    "quantization_config load_in_8bit load_in_4bit quantize dequantize to_bettertransformer": "prepare_for_inference("
+    "model) makes it faster, with torch.int8 on a CPU or torch.bfloat16 on a GPU smaller, too",
+    "trust_remote_code code_revision": "no code of a checkpoint is ever run",
+    "token use_auth_token": "set HF_TOKEN, or log in with `hf auth login`",
+    "cache_dir proxies": "set HF_HUB_CACHE or HTTPS_PROXY",
+    "force_download resume_download": "delete the checkpoint in the cache: `hf cache rm`",
+    "output_loading_info name_or_path": "model.load_report says what was read",
+    "from_tf from_flax": "convert it first, with the program that wrote it: only safetensors are read",
     "subfolder": "give the folder itself",
-    "variant": "only model.safetensors is read",
-    # save_pretrained
-    "max_shard_size": "one file is written",
-    "push_to_hub": "save to a folder, and upload that: `hf upload owner/name folder`",
-}
-# May be given, with one of the values that hold here anyway.
-YES, NO, EITHER = (True,), (False,), (True, False)
-HOLDS: dict[str, tuple[object, ...]] = {
-    "trust_remote_code": NO,
-    "low_cpu_mem_usage": EITHER,
-    "use_safetensors": YES,
-    "safe_serialization": YES,
-    "push_to_hub": NO,
-    "force_download": NO,
-    "ignore_mismatched_sizes": NO,
-    "output_loading_info": NO,
-    "load_in_8bit": NO,
-    "load_in_4bit": NO,
-    "attn_implementation": ("eager", "sdpa"),
-    "token": EITHER,
-    "use_auth_token": EITHER,
-    "subfolder": ("",),
-    "from_tf": NO,
-    "from_flax": NO,
-    "use_cache": EITHER,
-    "add_pooling_layer": NO,
-}
-RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")  # what of the configuration may be set while loading
-# Attributes of transformers' model that ours does not have, and what to use instead.
-ATTRIBUTES = {
-    "get_output_embeddings": "the head compares with model.word_embeddings (V, D), and adds model.head.bias",
-    "set_output_embeddings": "the head compares with the words: change model.embeddings.word and model.head.bias",
-    "set_input_embeddings": "set model.embeddings.word.weight; for more words model.resize_token_embeddings(…)",
-    "enable_input_require_grads": "model.gradient_checkpointing_enable() does not need it",
-    "disable_input_require_grads": "model.gradient_checkpointing_enable() does not need it",
-    "activation_checkpointing_enable": "call model.gradient_checkpointing_enable()",
-    "activation_checkpointing_disable": "call model.gradient_checkpointing_disable()",
-    "set_attn_implementation": "minibert.attention.use_kernel(…) forces one, within a with block",
-    "init_weights": "BertForMaskedLM(config) starts with random weights",
-    "post_init": "BertForMaskedLM(config) starts with random weights",
-    "push_to_hub": "model.save_pretrained(folder), and upload that: `hf upload owner/name folder`",
+    "variant max_shard_size use_safetensors safe_serialization": "one file, model.safetensors, is read and written",
+    "push_to_hub": "call model.save_pretrained(folder), and upload that: `hf upload owner/name folder`",
+    "get_output_embeddings set_output_embeddings decoder": "the head compares with model.word_embeddings (V, D), and "
+    "adds model.head.bias",
+    "set_input_embeddings word_embeddings": "it is model.embeddings.word; for more words "
+    "model.resize_token_embeddings(…)",
+    "get_position_embeddings resize_position_embeddings": "they are model.embeddings.position",
+    "enable_input_require_grads disable_input_require_grads activation_checkpointing_enable "
+    "activation_checkpointing_disable supports_gradient_checkpointing": "call model.gradient_checkpointing_enable(), "
+    "which needs no more, or _disable()",
     "generate": "BERT does not write on; minibert.FillMask(model, tokenizer) fills in [MASK]",
-    "prune_heads": "set the head's columns in model.layers[N].attention.output.weight to 0",
-    "encoder": "its layers are model.layers",
-    "pooler": "this is the masked language model: take model.encode(batch), or output_hidden_states=True",
-    "classifier": "this is the masked language model, and has no classifier",
-    "get_position_embeddings": "take model.embeddings.position",
-    "from_config": "call BertForMaskedLM(config)",
-    "config_class": "it is minibert.BertConfig",
-    "add_adapter": "call peft.get_peft_model(model, peft.LoraConfig(…))",
-    "quantize": "call minibert.prepare_for_inference(model, torch.int8)",
-    "to_bettertransformer": "call minibert.prepare_for_inference(model)",
+    "encoder layer get_encoder get_decoder": "its layers are model.layers",
+    "get_memory_footprint": "sum(x.nbytes for x in model.parameters())",
+    "add_adapter load_adapter": "call peft.get_peft_model(model, peft.LoraConfig(…))",
 }
+INSTEAD = {name: remedy for names, remedy in _INSTEAD.items() for name in names.split()}
+# May be given, with one of the values that hold here anyway.
+HOLDS: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys("use_safetensors safe_serialization tie_word_embeddings".split(), (True,)),
+    **dict.fromkeys("low_cpu_mem_usage token use_auth_token use_cache resume_download".split(), (True, False)),
+    **dict.fromkeys("trust_remote_code push_to_hub force_download is_decoder from_tf from_flax".split(), (False,)),
+    **dict.fromkeys("ignore_mismatched_sizes output_loading_info load_in_8bit load_in_4bit".split(), (False,)),
+    "add_pooling_layer": (False,),
+    "attn_implementation": ("eager", "sdpa"),
+    "subfolder": ("",),
+    "ignore_index": (IGNORE,),
+}
+
+
+def no_attribute(owner: str, name: str) -> AttributeError:
+    """The error for an attribute that is not there, with what to use instead of one of transformers."""
+    return AttributeError(f"{owner} has no {name!r}" + (f": {INSTEAD[name]}" if name in INSTEAD else ""))
 
 
 def own_config(config: object) -> BertConfig:
     """A configuration; one of transformers is converted. Raises TypeError for what is none."""
     if isinstance(config, BertConfig):
         return config
-    if hasattr(config, "to_dict"):
-        return BertConfig.from_dict(config.to_dict())
-    if isinstance(config, Mapping):
-        return BertConfig.from_dict(config)
+    values = config.to_dict() if hasattr(config, "to_dict") else config
+    if isinstance(values, Mapping):
+        return BertConfig.from_dict(values)
     raise TypeError(
         f"config must be a minibert.BertConfig, not {config!r:.60}: for the weights of a checkpoint, "
         "BertForMaskedLM.from_pretrained(name_or_path)"
@@ -130,7 +111,7 @@ def own_config(config: object) -> BertConfig:
 
 def device_of(device_map: object, device: torch.device | str | None) -> torch.device | None:
     """The one device that a device_map of accelerate names, or `device` if there is none. Raises TypeError for more,
-    and ValueError for the device meta and for one that is not there.
+    and ValueError for one that is not there.
     """
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         device_map = device_map[""]
@@ -141,21 +122,15 @@ def device_of(device_map: object, device: torch.device | str | None) -> torch.de
         if device is not None and torch.device(device) != torch.device(where):
             raise ValueError(f"device is {device!r} and device_map {device_map!r}: give one of the two")
         device = where
-    _require_memory(str(torch.get_default_device() if device is None else device).startswith("meta"))
+    if device is None and torch.get_default_device().type == "meta":
+        device = "meta"
     return None if device is None else find_device(device)
 
 
 def require_weights(model: nn.Module) -> None:
     """Raise ValueError if a model was loaded where there is no memory for its weights, as accelerate can arrange it."""
-    _require_memory(any(x.is_meta for x in model.parameters()))
-
-
-def _require_memory(is_meta: bool) -> None:
-    if is_meta:
-        raise ValueError(
-            "from_pretrained reads weights, and on the device meta there is no place for them: load outside of "
-            'torch.device("meta") and init_empty_weights(), or make an empty model by BertForMaskedLM(config)'
-        )
+    if any(x.is_meta for x in model.parameters()):
+        raise ValueError(NOWHERE)
 
 
 def refuse_others(others: Mapping[str, object], what: str, more: Sequence[object] = ()) -> None:
@@ -171,13 +146,12 @@ def refuse_others(others: Mapping[str, object], what: str, more: Sequence[object
     for name, value in others.items():
         if (name in FROM_TOKENIZERS and what == "the model") or (name in INSTEAD and value is None):
             continue
-        if what != "the model" and name in HOLDS:
-            if value in HOLDS[name]:
-                continue
-            held = " or ".join(map(repr, HOLDS[name]))
-            raise TypeError(f"{what} has {name}={held} only, not {value!r}: {INSTEAD.get(name, SAFE)}")
+        if value in HOLDS.get(name, ()):
+            continue
         like = get_close_matches(name, taken, 1)
         hint = INSTEAD.get(name) or (f"did you mean {like[0]}?" if like else "its docstring lists what it takes")
+        if name in HOLDS:
+            raise TypeError(f"{what} has {name}={' or '.join(map(repr, HOLDS[name]))} only, not {value!r}: {hint}")
         raise TypeError(f"{what} takes no argument {name!r}: {hint}")
 
 
@@ -200,7 +174,7 @@ def find_device(name: str | torch.device) -> torch.device:
             f"{' and mps' if torch.backends.mps.is_available() else ''} ({reason}). cpu is everywhere"
         ) from error
     if device.type == "meta":
-        raise ValueError("the device meta holds no numbers: choose auto, cpu, cuda or mps")
+        raise ValueError(NOWHERE)
     return device
 
 
@@ -230,9 +204,7 @@ def lengths_of_lists(name: str, lists: Sequence[Sequence[int]]) -> tuple[int, ..
     with suppress(TypeError):  # what has no length
         if not any(isinstance(ids, str) for ids in lists):
             return tuple(len(ids) for ids in lists)
-    shown = repr(lists)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}…"
-    raise TypeError(f"{name} must be a list for each text, such as [[101, 7592, 102]], not {shown}")
+    raise TypeError(f"{name} must be a list for each text, such as [[101, 7592, 102]], not {lists!r:.60}")
 
 
 def padded_inputs(
@@ -277,9 +249,7 @@ def padded_inputs(
 
 
 def _require_seen(mask: Tensor, token_type_ids: Tensor | None) -> None:
-    """A tokenizer gives ids, token types and mask, and the model takes ids, mask and token types. What shows that two
-    of them were exchanged is a ValueError, if there is no token left to read, and otherwise a warning.
-    """
+    """Raise ValueError or warn where mask and token types seem to be exchanged: a tokenizer gives the types first."""
     by_name = "By place the mask comes before the token types: give attention_mask= and token_type_ids= by name"
     empty = int((~mask.any(1)).sum())
     if empty == len(mask):
@@ -334,7 +304,7 @@ def largest(ids: Tensor, types: Tensor, positions: Tensor) -> tuple[int, int, in
 
 def require_embeddings(largest: tuple[int, int, int], config: BertConfig) -> None:
     """Raise ValueError if the largest token id, type or position of a batch has no embedding in a model of this size.
-    These are numbers on the host: a GPU would end the process at an index out of range, and asking it would stall it.
+    (A GPU would end the process.)
     """
     token_id, token_type, position = largest
     if token_id >= config.vocab_size:
@@ -381,11 +351,7 @@ def require_no_dropout(model: nn.Module) -> None:
 def require_model(model: object) -> None:
     """Raise TypeError for what is no model of this package, such as the name of one, or one of transformers."""
     if not isinstance(getattr(model, "config", None), BertConfig):
-        kind = (
-            f"the name {model!r}"
-            if isinstance(model, str | PathLike)
-            else f"{type(model).__module__} {type(model).__name__}"
-        )
+        kind = f"the name {model!r}" if isinstance(model, str | PathLike) else type(model)
         raise TypeError(
             f"the model must be minibert's BertForMaskedLM, not {kind}: BertForMaskedLM.from_pretrained(folder) "
             "loads one, also what transformers' save_pretrained(folder) wrote"

@@ -50,9 +50,8 @@ class MaskedLMOutput(OrderedDict[str, Any]):
         hidden_states: States | None = None,
         attentions: States | None = None,
     ) -> None:
-        given = {"loss": loss, "logits": logits, "hidden_states": hidden_states, "attentions": attentions}
-        if loss is not None and not isinstance(loss, Tensor):
-            given = dict(loss)
+        named = {"loss": loss, "logits": logits, "hidden_states": hidden_states, "attentions": attentions}
+        given = named if loss is None or isinstance(loss, Tensor) else dict(loss)
         super().__init__((name, value) for name, value in given.items() if value is not None)
 
     def to_tuple(self) -> tuple[Any, ...]:
@@ -64,7 +63,7 @@ class MaskedLMOutput(OrderedDict[str, Any]):
     def __getattr__(self, name: str) -> Any:
         if name in self or name in type(self).__annotations__:
             return self.get(name)
-        raise AttributeError(f"there is no {name!r}, only {', '.join(self)}")
+        raise checks.no_attribute(f"the output, which holds {', '.join(self)},", name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if value is None:
@@ -117,7 +116,7 @@ class Rectangle:
         return x.masked_fill(~self.attention_mask[..., None], 0)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: nn.Dropout | None = None) -> Tensor:
-        """Attention of query, key and value (B, S, H, K) with a mask over the keys: (B, S, H, K)."""
+        """(B, S, H, K), from query, key and value (B, S, H, K)."""
         nobody = ~self.attention_mask.any(1, keepdim=True)  # (B, 1): such a row may see all, for a softmax of something
         mask = (self.attention_mask | nobody)[:, None, None, :]  # (B, 1, 1, S)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # each (B, H, S, K)
@@ -127,7 +126,7 @@ class Rectangle:
         maps, seen = self.maps, self.attention_mask[:, None, :, None] & self.attention_mask[:, None, None, :]
 
         def keep(probabilities: Tensor) -> Tensor:
-            """On the way to the values, so that there is a gradient of what follows by the map."""
+            """The map lies on the way to the values, so that there is a gradient by it."""
             maps.append(probabilities.masked_fill(~seen, 0))
             return maps[-1] if dropout is None else dropout(maps[-1])
 
@@ -180,9 +179,10 @@ class BertForMaskedLM(Bert):
         super().__init__(checks.own_config(config), Layer)
 
     def __getattr__(self, name: str) -> Any:
-        if name in checks.ATTRIBUTES:
-            raise AttributeError(f"this model has no {name!r}: {checks.ATTRIBUTES[name]}")
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise checks.no_attribute("BertForMaskedLM", name) from None
 
     @property
     def device(self) -> torch.device:
@@ -214,12 +214,11 @@ class BertForMaskedLM(Bert):
         out. What else a tokenizer of transformers gives may be passed on, and is not read; other names are errors.
 
         labels are ids where a prediction is scored and −100 elsewhere; the loss is the mean over the scored positions.
-        output_hidden_states: N + 1 of (B, S, D). output_attentions: N of (B, H, S, S), by the formula, without dropout.
-        return_dict=False: a tuple of what is not None. For these three, None is what from_pretrained was told.
+        output_attentions gives the maps without dropout. return_dict=False gives a tuple of what is not None. For these
+        three, None is what from_pretrained was told.
 
-        The padding is left out, unless somebody looks inside: while the call is recorded (a `Rectangle` says by whom)
-        or transformed (torch.func), while a part has a forward hook, and where a gradient by a hidden state or an
-        attention map can be asked for, all is computed in (B, S, …).
+        The padding is not computed, unless somebody looks inside: while the call is recorded or transformed (by
+        torch.func), while a part has a forward hook, and where a gradient by a state or a map can be asked for.
 
         Raises ValueError for wrong shapes, dtypes, ids, or a label where the attention mask is 0. While it is recorded
         or transformed, only shapes and dtypes can be checked, and labels where the mask is 0 are left out.
@@ -259,9 +258,8 @@ class BertForMaskedLM(Bert):
             return True
         parts = [module for part in self.children() for module in part.modules()]
         hooks = [hook for x in parts for hook in (*x._forward_hooks.values(), *x._forward_pre_hooks.values())]
-        # FSDP brings weights by hooks of torch's own, and looks at nothing.
-        theirs = [x for x in hooks if not str(getattr(x, "__module__", "")).startswith("torch.distributed.")]
-        return forced_kernel() is None and bool(theirs)
+        by_fsdp = [str(getattr(x, "__module__", "")).startswith("torch.distributed.") for x in hooks]  # it looks not
+        return forced_kernel() is None and not all(by_fsdp)
 
     def _forward_packed(
         self, batch: PackedBatch, labels: Tensor | None, with_states: bool, with_maps: bool
@@ -315,7 +313,8 @@ class BertForMaskedLM(Bert):
         """Who looks at whom: for each of the given layers (from 0) the attention probabilities, (B, H, S, S), S being
         the longest sequence; 0 beyond the end of a shorter one.
         """
-        if not layers or not set(layers) <= set(range(len(self.layers))):
+        wrong = [number for number in layers if not 0 <= number < len(self.layers)]
+        if wrong or not layers:
             raise ValueError(f"layers must name some of 0 to {len(self.layers) - 1}, not {list(layers)}")
         maps = {}
         for number, x in enumerate(islice(self._states(batch), max(layers) + 1)):  # x: what this layer reads, (T, D)
@@ -409,9 +408,7 @@ class BertForMaskedLM(Bert):
         writing.write(folder, self.config.to_dict(), state, files)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch; the names may also be those of `named_parameters`. `minibert.checkpoint.names.from_transformers`
-        translates those of transformers.
-        """
+        """As in torch. The names may also be those of `named_parameters`."""
         ours = {names.beginning(name): name for name in self.state_dict()}
         state_dict = {ours.get(name, name): value for name, value in state_dict.items()}
         names.refuse_transformers(state_dict)
@@ -439,9 +436,12 @@ class BertForMaskedLM(Bert):
         """The head: `cls.predictions`, as transformers has it."""
         return Parts({"predictions": self.head})
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        """How many numbers the model has learned; or how many of them still learn."""
-        return sum(x.numel() for x in self.parameters() if x.requires_grad or not only_trainable)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many numbers it has learned."""
+        tables = [x.weight for x in self.embeddings.children() if isinstance(x, nn.Embedding)]
+        left_out = set(tables if exclude_embeddings else [])
+        counted = [x for x in self.parameters() if x.requires_grad or not only_trainable]
+        return sum(x.numel() for x in counted if x not in left_out)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word
@@ -459,17 +459,18 @@ class BertForMaskedLM(Bert):
         """
         if not mean_resizing:
             raise ValueError(
-                "new tokens start as the mean of the old ones: for others, leave mean_resizing out, and then set "
+                "new tokens start as the mean of the old ones: leave mean_resizing out, and then set others in "
                 "model.embeddings.word.weight.data[old:] and model.head.bias.data[old:]"
             )
-        length = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of is not None:
-            length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
+        new_num_tokens = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        multiple = pad_to_multiple_of or 1
+        new_num_tokens = -(-new_num_tokens // multiple) * multiple
         word, head = self.embeddings.word, self.head
-        if length != self.config.vocab_size:
-            self.config = replace(self.config, vocab_size=length)
-            word.weight, head.bias = resized(word.weight, length), resized(head.bias, length)
-            word.num_embeddings = length
+        if new_num_tokens == self.config.vocab_size:
+            return word
+        self.config = replace(self.config, vocab_size=new_num_tokens)
+        word.weight, head.bias = resized(word.weight, new_num_tokens), resized(head.bias, new_num_tokens)
+        word.num_embeddings = new_num_tokens
         return word
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:

@@ -141,7 +141,7 @@ def test_tensors_of_another_model_are_not_written(tmp_path):
     ("argument", "said"),
     [
         ({"safe_serialization": False}, "has safe_serialization=True only"),
-        ({"max_shard_size": "5GB"}, "takes no argument 'max_shard_size': one file is written"),
+        ({"max_shard_size": "5GB"}, "takes no argument 'max_shard_size': one file"),
         ({"push_to_hub": True}, "hf upload"),
         ({"tokeniser": 1}, "did you mean tokenizer"),
         ({"elephants": 1}, "its docstring lists"),
