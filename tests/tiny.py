@@ -9,9 +9,13 @@ import torch
 from minibert import BertConfig, BertForMaskedLM, load_tokenizer
 from minibert.cli import main
 from minibert.tokenizer import from_vocabulary
+from minibert.training.data import Corpus
 from minibert.training.tokens import token_files
 
 PROSE = Path(__file__).parent / "prose.txt"
+# What `Tiny.arguments` says, for `Settings`.
+SETTINGS = dict(steps=12, tokens_per_step=200, max_length=24, learning_rate=5e-3, dtype="float32")
+SETTINGS |= dict(save_every=3, evaluate_every=4)
 
 
 class Tiny:
@@ -47,6 +51,12 @@ class Tiny:
 
     def train(self, out, *more):
         return main(self.arguments(out, *more))
+
+    def corpus(self, **settings):
+        """The examples of the text, in rows and steps as `arguments` has them."""
+        _, tokenizer, files = self.load()
+        usual = dict(max_length=24, short_fraction=0.3, tokens_per_step=200, seed=0)
+        return Corpus(files, tokenizer, **{**usual, **settings})
 
     def load(self):
         """Model, tokenizer and token files, for `minibert.training.run.train_steps`."""

@@ -5,7 +5,7 @@
 
 The files, in reading order: settings.py (the recipe), tokens.py (text to token files), data.py (to the examples of each
 step), step.py (one step, and the held-out lines), saving.py (what is left on the disk, and how a run goes on), run.py
-(step after step). ranks.py: several processes. processes.py: what a run asks of the system.
+(step after step). processes.py: what a run asks of the system.
 """
 
 from importlib import import_module
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Result", "Settings", "train"]
 
-_ROOMS = {"Result": "run", "Settings": "settings", "train": "run"}
-
 
 def __getattr__(name: str) -> Any:
     """Import a name when it is first used: the processes that tokenize are to start without torch."""
-    if name not in _ROOMS:
+    if name not in __all__:
         raise AttributeError(f"module 'minibert.training' has no attribute {name!r}")
-    return getattr(import_module(f"minibert.training.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"minibert.training.{'settings' if name == 'Settings' else 'run'}"), name)

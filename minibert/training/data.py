@@ -9,23 +9,26 @@ example. Nothing else is remembered. So any process can make any example, in any
 """
 
 import math
+import os
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from itertools import count, islice
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from minibert.checks import find_device
 from minibert.masking import example_generator, mask_packed
 from minibert.packing import PackedBatch
 from minibert.tokenizer import count_ids, require_id, special_ids
 from minibert.training.processes import end_with_parent
-from minibert.training.ranks import Ranks
-from minibert.training.saving import Progress
 from minibert.training.settings import Settings
 from minibert.training.tokens import Lines, TokenFile
 
@@ -52,8 +55,7 @@ class Example:
         return Example(batch, move(self.positions), move(self.targets))
 
 
-@dataclass(frozen=True)
-class Cuts:
+class Cuts(NamedTuple):
     """Where the E examples of an epoch are in the token files."""
 
     file: Tensor  # (E,) int32: number of the file
@@ -61,40 +63,21 @@ class Cuts:
     length: Tensor  # (E,) int32: how many tokens, without [CLS] and [SEP]
 
 
+@dataclass
 class Corpus:
     """The examples of every epoch. A row has at most `max_length` tokens, [CLS] and [SEP] included. About the share
     `short_fraction` of the rows are one line alone, or a part of one that is longer than a row.
 
     With weight 2.5, an epoch goes through a text twice, and once more through half of its rows.
-
-    Raises ValueError for numbers with which no row can be made.
     """
 
-    def __init__(
-        self,
-        files: Sequence[TokenFile],
-        tokenizer: Tokenizer,
-        *,
-        max_length: int = 128,
-        short_fraction: float = 0.3,
-        tokens_per_step: int = 8192,
-        seed: int = 0,
-    ) -> None:
-        if max_length < 3:
-            raise ValueError(f"max_length must be at least 3, for [CLS], a token and [SEP], not {max_length}")
-        if tokens_per_step < max_length:
-            raise ValueError(f"a step of {tokens_per_step} tokens has no room for a row of max_length {max_length}")
-        if not 0 <= short_fraction <= 1:
-            raise ValueError(f"short_fraction must be between 0 and 1, not {short_fraction}")
-        if not files:
-            raise ValueError("there is no text to train on")
-        self.files = files
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.short_fraction = short_fraction
-        self.tokens_per_step = tokens_per_step
-        self.seed = seed
-        self._latest: tuple[int, Cuts] | None = None
+    files: Sequence[TokenFile]
+    tokenizer: Tokenizer
+    max_length: int
+    short_fraction: float
+    tokens_per_step: int
+    seed: int
+    _latest: tuple[int, Cuts] | None = field(default=None, init=False, repr=False)
 
     def steps(self, epoch: int) -> Iterator[list[int]]:
         """The numbers of the examples of each step. All examples of the epoch come, in random order. Each step has
@@ -116,16 +99,10 @@ class Corpus:
 
     def examples(self, epoch: int, numbers: Sequence[int]) -> Example:
         """The examples with these numbers as one packed batch, masked by BERT's recipe."""
-        cuts = self._cuts(epoch)
         which = torch.tensor(numbers, dtype=torch.int64)
-        rows = [
-            self.files[file].tokens[start : start + length]
-            for file, start, length in zip(
-                cuts.file[which].tolist(), cuts.start[which].tolist(), cuts.length[which].tolist(), strict=True
-            )
-        ]
-        generators = [example_generator(self.seed, epoch, number) for number in numbers]
-        return masked_rows(rows, generators, self.tokenizer)
+        places = zip(*(column[which].tolist() for column in self._cuts(epoch)), strict=True)
+        rows = [self.files[file].tokens[start : start + length] for file, start, length in places]
+        return masked_rows(rows, [example_generator(self.seed, epoch, number) for number in numbers], self.tokenizer)
 
     def _cuts(self, epoch: int) -> Cuts:
         if self._latest is None or self._latest[0] != epoch:
@@ -133,20 +110,17 @@ class Corpus:
         return self._latest[1]
 
     def _cut(self, epoch: int) -> Cuts:
-        if epoch < 0:
-            raise ValueError(f"epochs are counted from 0, not {epoch}")
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        parts: list[Cuts] = []
         for number, file in enumerate(self.files):
             generator = example_generator(self.seed, epoch, -2 - number)  # examples count from 0, and −1 is their order
             whole, share = divmod(file.weight, 1)
-            for _ in range(int(whole)):
+            for again in range(int(whole) + (share > 0)):
                 start, length = cut_into_rows(file, self.max_length - 2, self.short_fraction, generator)
-                parts.append((torch.full_like(length, number), start, length))
-            if share:
-                start, length = cut_into_rows(file, self.max_length - 2, self.short_fraction, generator)
-                rows = int(share * len(start) + torch.rand(1, generator=generator).item())  # right on average
-                some = torch.randperm(len(start), generator=generator)[:rows]
-                parts.append((torch.full_like(length[some], number), start[some], length[some]))
+                if again == int(whole):
+                    rows = int(share * len(start) + torch.rand(1, generator=generator).item())  # right on average
+                    some = torch.randperm(len(start), generator=generator)[:rows]
+                    start, length = start[some], length[some]
+                parts.append(Cuts(torch.full_like(length, number), start, length))
         cuts = Cuts(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
         if not len(cuts.length):
             raise ValueError("an epoch of these weights has no row: give the texts larger weights")
@@ -183,29 +157,76 @@ def cut_into_rows(lines: Lines, room: int, short_fraction: float, generator: tor
     return row_start, (row_stop.minimum(stop[span]) - row_start).int()
 
 
-def masked_rows(
-    rows: Sequence[Tensor],
-    generators: Sequence[torch.Generator],
-    tokenizer: Tokenizer,
-    vocab_size: int | None = None,
-) -> Example:
+def masked_rows(rows: Sequence[Tensor], generators: Sequence[torch.Generator], tokenizer: Tokenizer) -> Example:
     """Rows of ids, each put between [CLS] and [SEP], as one packed batch, masked by BERT's recipe with the row's own
-    generator.
-
-    A random token is one of the tokenizer's: a model may have more rows than there are tokens. vocab_size: and it is
-    below this, if the model has fewer.
+    generator. A random token is one of the tokenizer's: a model may have more rows than there are tokens.
     """
-    known = count_ids(tokenizer) if vocab_size is None else min(vocab_size, count_ids(tokenizer))
     cls, sep, mask = (torch.tensor([require_id(tokenizer, token)]) for token in ("[CLS]", "[SEP]", "[MASK]"))
     ids = torch.cat([part for row in rows for part in (cls, row.long(), sep)])  # (T,)
     lengths = [len(row) + 2 for row in rows]
     special = torch.isin(ids, torch.tensor(special_ids(tokenizer)))
+    known = count_ids(tokenizer)
     masked = mask_packed(ids, special, lengths, generators, vocab_size=known, mask_token_id=int(mask))
     positions = (masked.labels >= 0).nonzero().flatten()  # (M,)
     return Example(PackedBatch.from_flat(masked.input_ids, lengths), positions, masked.labels[positions])
 
 
 # ---------------------------------------------------------------------------------------------------- who computes what
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, in torch's words its ranks: one alone, or several that torchrun started. Each holds a
+    whole copy of the model and computes a share of every batch. The first one writes the files.
+    """
+
+    rank: int = 0  # number of this process, from 0
+    size: int = 1
+    device: str = "cpu"  # of this process
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Each of the numbers, added up over all ranks, in float64."""
+        if self.size == 1:
+            return list(numbers)
+        totals = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def wait(self) -> None:
+        """Wait until all ranks have come to this point."""
+        self.sum(0.0)
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def join(device: str = "auto") -> Iterator[Ranks]:
+    """The ranks of this run, for as long as the block lasts, over nccl on GPUs and gloo on CPUs. device: as
+    `checks.find_device` has it. Raises ValueError for a device that is not there.
+    """
+    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    where = find_device(device)
+    if size == 1:
+        yield Ranks(device=str(where))
+        return
+    if where.type == "cuda":
+        if where.index is not None:
+            raise ValueError(f"--device {device} names one GPU, and there are {size} processes: say --device cuda")
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}")
+        where = torch.device("cuda", local)
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    yield Ranks(dist.get_rank(), dist.get_world_size(), str(where))
+    dist.destroy_process_group()  # not after an error: the others may be waiting for us, and would do so for ever
+    # gloo's threads still hold the last tensors, and need Python to let go of them. Without a pause they may ask for it
+    # when Python is shutting down already, which ends the process with SIGABRT.
+    time.sleep(0.1)
 
 
 class Share(NamedTuple):
@@ -257,10 +278,10 @@ def into_passes(numbers: Sequence[int], length: Mapping[int, int], most: int | N
     return passes
 
 
-def shares(corpus: Corpus, settings: Settings, progress: Progress, ranks: Ranks) -> Iterator[Share]:
-    """This rank's shares of all the steps from `progress` on."""
+def shares(corpus: Corpus, settings: Settings, begin: tuple[int, int], left: int, ranks: Ranks) -> Iterator[Share]:
+    """This rank's shares of `left` steps. begin: the epoch, and the step in it, of the first."""
 
-    def steps(begin: tuple[int, int]) -> Iterator[tuple[int, int, list[int]]]:
+    def steps() -> Iterator[tuple[int, int, list[int]]]:
         for epoch in count(begin[0]):
             for step_in_epoch, numbers in enumerate(corpus.steps(epoch)):
                 if (epoch, step_in_epoch) >= begin:
@@ -269,7 +290,7 @@ def shares(corpus: Corpus, settings: Settings, progress: Progress, ranks: Ranks)
     loader: DataLoader[Share | Exception] = DataLoader(
         Shares(corpus, ranks, settings.micro_tokens),
         batch_size=None,
-        sampler=islice(steps((progress.epoch, progress.step_in_epoch)), settings.steps - progress.step),
+        sampler=islice(steps(), left),
         num_workers=settings.workers,
         multiprocessing_context="fork" if settings.workers else None,  # the token files stay mapped, and are not copied
         collate_fn=_as_it_is,
@@ -285,11 +306,11 @@ def ahead(shares: Iterator[Share], device: torch.device) -> Iterator[Share]:
     """The shares on the device. Each is sent there before the one before it is computed; on the CPU there is nothing to
     send.
     """
-    if device.type == "cpu":
-        yield from shares
-        return
     before: Share | None = None
     for share in shares:
+        if device.type == "cpu":
+            yield share
+            continue
         sent = share._replace(passes=[example.to(device) for example in share.passes])
         if before is not None:
             yield before

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from tokenizers import Tokenizer
 
-# ----------------------------------------------------------------------------------------------------------- tokenizing
+_tokenizer: Tokenizer | None = None  # of a process, or a thread, that tokenizes
 
 
 @contextmanager
@@ -33,9 +33,6 @@ def tokenizing(tokenizer_json: str, workers: int) -> Iterator[Executor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-_tokenizer: Tokenizer | None = None  # the worker's
 
 
 def _set_tokenizer(tokenizer_json: str) -> None:
@@ -56,10 +53,9 @@ def end_with_parent() -> None:
 
 
 def _wait_for_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def encode(lines: list[str], typecode: str) -> tuple["array[int]", "array[int]"]:
@@ -129,8 +125,7 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # mallopt's numbers for M_MMAP_THRESHOL
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor. By default it gives large blocks back to Linux, and the first
-    use of each new one costs page faults: a sixth of the time of a training step in bfloat16, a twentieth of that of
-    8 × 128 logits in float32. Keeping them makes the peak up to a tenth higher.
+    use of each new one costs page faults. Keeping them makes the peak somewhat higher.
 
     Nothing is changed if the user has set glibc's own variables, or where the C library is not glibc.
     """

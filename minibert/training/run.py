@@ -22,8 +22,7 @@ from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
 from minibert.tokenizer import as_tokenizer, count_ids, load_tokenizer, require_id
 from minibert.training import saving
-from minibert.training.data import Corpus, ahead, shares
-from minibert.training.ranks import ALONE, Ranks, join
+from minibert.training.data import ALONE, Corpus, Ranks, ahead, join, shares
 from minibert.training.saving import Progress
 from minibert.training.settings import Settings
 from minibert.training.step import (
@@ -74,33 +73,77 @@ def train(
     """
     if not str(out).strip():
         raise ValueError("--out needs the name of a folder")
-    out = Path(out)
+    out, name = Path(out), init if revision is None else f"{init} at {revision}"
     with join(device) as ranks, ExitStack() as around, _lost_workers():
         if ranks.first:
             if resume and not saving.is_begun(out):
                 warnings.warn(f"there is no run in {out} to go on with: one begins", stacklevel=2)
             around.enter_context(saving.folder_of_run(out, resume=resume))
         ranks.wait()
-        pieces = start_tokenizer(init, tokenizer, revision=revision)
+        config = start_config(init, revision)
+        pieces = start_tokenizer(init, tokenizer, revision)
         finished = saving.is_finished(out)
         checkpoint = out if finished else next(reversed(saving.checkpoints(out)), None)
-        if checkpoint is None:
-            model = start_model(init, seed=settings.seed, device=ranks.device, revision=revision)
-        else:
+        if checkpoint is not None:
             model = BertForMaskedLM.from_pretrained(checkpoint, device=ranks.device)
+        elif config is None:
+            model = BertForMaskedLM.from_pretrained(
+                init, device=ranks.device, revision=revision, init_missing_head=True
+            )
+        else:
+            torch.manual_seed(settings.seed)
+            model = BertForMaskedLM(config).to(ranks.device)
         require_fit(model, pieces, settings)
-        name, config = init if revision is None else f"{init} at {revision}", start_config(init, model)
+        config = config or model.config
         if finished:
             saving.require_same(out, describe(name, config, pieces, [], settings))
             return Result("was finished", None, ranks.first)
         files = token_files(texts, pieces, Path(tokens or out / "tokens"), workers=settings.workers or None)
         if ranks.first:
             saving.open_run(out, describe(name, config, pieces, files, settings))
-            _warn_without_held_out(files, out)
+            if not any(len(file.held_out) for file in files):
+                warnings.warn(
+                    f"the texts are so short that no line is held out: there will be no figures and no {out / 'best'}",
+                    stacklevel=2,
+                )
         ranks.wait()
         with stopped_by_signals() as stop:
             figures = train_steps(model, pieces, files, out, settings, ranks=ranks, checkpoint=checkpoint, stop=stop)
         return Result("stopped" if figures is None else "finished", figures, ranks.first)
+
+
+def start_config(init: str, revision: str | None) -> BertConfig | None:
+    """The configuration in the file `init`, which may have changed since the run began with it. None if it is the name
+    of a model.
+    """
+    if not init.endswith(".json"):
+        return None
+    if revision is not None:
+        raise ValueError(f"revision {revision!r} was given, but {init} is a file: revisions are the hub's")
+    return BertConfig.from_json_file(init)
+
+
+def start_tokenizer(init: str, tokenizer: str | None, revision: str | None) -> Tokenizer:
+    """The tokenizer of the model named `tokenizer`; None: that of `init`, or the one that lies beside that file."""
+    if tokenizer is not None:
+        return load_tokenizer(tokenizer)
+    try:
+        return load_tokenizer(Path(init).parent if init.endswith(".json") else init, revision=revision)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: name a model that has one with --tokenizer") from error
+
+
+def require_fit(model: BertForMaskedLM, tokenizer: Tokenizer, settings: Settings) -> None:
+    """Raise ValueError unless the rows fit the model's positions, the tokenizer's ids fit its vocabulary, and the
+    tokenizer has the special tokens that a row needs.
+    """
+    longest, ids = model.config.max_position_embeddings, count_ids(tokenizer)
+    if settings.max_length > longest:
+        raise ValueError(f"max_length {settings.max_length} is more than the {longest} positions that the model has")
+    if ids > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {ids} tokens, the model only {model.config.vocab_size}: not its tokenizer")
+    for token in ("[CLS]", "[SEP]", "[MASK]"):
+        require_id(tokenizer, token)
 
 
 def describe(
@@ -147,63 +190,6 @@ def _lost_workers() -> Iterator[None]:
         raise ChildProcessError(f"a worker process ended before its work was done (out of memory?): {error}") from error
 
 
-def _warn_without_held_out(files: Sequence[TokenFile], out: Path) -> None:
-    if not any(len(file.held_out) for file in files):
-        warnings.warn(
-            f"the texts are so short that no line is held out: there will be no figures and no {out / 'best'}",
-            stacklevel=3,
-        )
-
-
-# -------------------------------------------------------------------------------------------------- what it starts from
-
-
-def start_model(init: str, *, seed: int, device: str, revision: str | None = None) -> BertForMaskedLM:
-    """The model that a run begins with.
-
-    init: what `BertForMaskedLM.from_pretrained` reads, of the hub's `revision`; an encoder without a head too. Or the
-    path of a configuration, a .json file: then the weights are random, and the same for the same seed.
-    """
-    if not _is_config(init):
-        return BertForMaskedLM.from_pretrained(init, device=device, revision=revision, init_missing_head=True)
-    if revision is not None:
-        raise ValueError(f"revision {revision!r} was given, but {init} is a file: revisions are the hub's")
-    config = BertConfig.from_json_file(_existing(init))
-    torch.manual_seed(seed)
-    return BertForMaskedLM(config).to(device)
-
-
-def start_config(init: str, model: BertForMaskedLM) -> BertConfig:
-    """The configuration that `init` gives today. If `init` is a file, it may have changed since the run began with it,
-    and a run that goes on checks that. If it is a checkpoint, the configuration is that of `model`.
-    """
-    return BertConfig.from_json_file(_existing(init)) if _is_config(init) else model.config
-
-
-def start_tokenizer(init: str, tokenizer: str | None, *, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of the model named `tokenizer`; None: that of `init`, of the hub's `revision`.
-
-    Raises FileNotFoundError, naming the option --tokenizer, if it is not there.
-    """
-    if tokenizer is not None:
-        return load_tokenizer(tokenizer)
-    where = _existing(init).parent if _is_config(init) else init
-    try:
-        return load_tokenizer(where, revision=revision)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}: name a model that has one with --tokenizer") from error
-
-
-def _is_config(init: str) -> bool:
-    return init.endswith(".json")
-
-
-def _existing(init: str) -> Path:
-    if not Path(init).is_file():
-        raise FileNotFoundError(f"--init {init}: no such file")
-    return Path(init)
-
-
 # ------------------------------------------------------------------------------------------------------ step after step
 
 
@@ -221,12 +207,9 @@ def train_steps(
     """Train `model` in place, and write to `out` what saving.py lists. Returns the figures on the held-out lines after
     the last step; or None if `stop` was set before that. Then a checkpoint was saved, and the run can go on.
 
-    checkpoint: go on from here; `model` was read from it. Raises ValueError as `require_fit` does; FloatingPointError,
-    before the weights are touched, if the loss or the gradient is not a number any more; OSError if a file cannot be
-    written. After an error the last checkpoint stands.
+    checkpoint: go on from here; `model` was read from it. Raises as `train` does.
     """
     tokenizer = as_tokenizer(tokenizer)
-    require_fit(model, tokenizer, settings)
     corpus = Corpus(
         files,
         tokenizer,
@@ -244,7 +227,8 @@ def train_steps(
         around.enter_context(wrapped_layers(model, compile=compiled, checkpoint_activations=again))
         log = around.enter_context(open_log(out, progress.step, settings.steps)) if ranks.first else None
         began = time.perf_counter()
-        for share in ahead(shares(corpus, settings, progress, ranks), model.device):
+        begin, left = (progress.epoch, progress.step_in_epoch), settings.steps - progress.step
+        for share in ahead(shares(corpus, settings, begin, left, ranks), model.device):
             taken = take_step(objective, optimizer, share, progress.step, settings, ranks)
             progress.step += 1
             progress.epoch, progress.step_in_epoch = share.epoch, share.step_in_epoch + 1
@@ -309,19 +293,3 @@ def open_log(out: Path, step: int, steps: int) -> Iterator[Callable[[dict[str, A
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s", refresh=False)
 
         yield log
-
-
-def require_fit(model: BertForMaskedLM, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Raise ValueError unless the rows fit the model's positions, the tokenizer's ids fit its vocabulary, and the
-    tokenizer has the special tokens that a row needs.
-    """
-    if settings.max_length > model.config.max_position_embeddings:
-        raise ValueError(
-            f"max_length {settings.max_length} is more than the {model.config.max_position_embeddings} positions "
-            "that the model has"
-        )
-    ids = count_ids(tokenizer)
-    if ids > model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {ids} tokens, the model only {model.config.vocab_size}: not its tokenizer")
-    for token in ("[CLS]", "[SEP]", "[MASK]"):
-        require_id(tokenizer, token)

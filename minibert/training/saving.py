@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,9 +54,7 @@ class Progress:
 @contextmanager
 def folder_of_run(out: Path, *, resume: bool) -> Iterator[None]:
     """Check, before any work, that a run can begin or go on in `out`, and that files can be written there. While the
-    block lasts, no other process can train in `out`.
-
-    Raises ValueError, or the OSError of the write that failed.
+    block lasts, no other process can train in `out`. Raises ValueError or OSError.
     """
     begun = is_begun(out)
     if is_finished(out) and not (begun and resume):
@@ -75,9 +73,7 @@ def folder_of_run(out: Path, *, resume: bool) -> Iterator[None]:
         except (BlockingIOError, PermissionError) as error:
             raise ValueError(f"{out}: another process is training there now") from error
         if begun and not resume:
-            raise ValueError(
-                f"{out} holds a run that is not finished: add --resume to go on with it, or choose another --out"
-            )
+            raise ValueError(f"{out} holds a run that is not finished: add --resume to go on, or choose another --out")
         _remove_leftovers(out)
         yield
 
@@ -90,19 +86,18 @@ def is_finished(out: Path) -> bool:
     return (out / CONFIG).is_file()
 
 
-def open_run(out: Path, described: Mapping[str, Any]) -> None:
-    """Write down what the run in `out` is; or, if that stands there already, check that it is the same.
-
-    described: what must be the same, by name, as JSON scalars. Raises ValueError, naming both values, if one differs.
+def open_run(out: Path, described: dict[str, Any]) -> None:
+    """Write down what the run in `out` is, as JSON scalars by name; or, if that stands there, check that it is the same
+    as `require_same` does.
     """
-    if not is_begun(out):
-        with whole_file(out / RUN) as temporary:
-            temporary.write_text(json.dumps(dict(described), indent=2) + "\n", encoding="utf-8")
+    if is_begun(out):
+        require_same(out, dict.fromkeys(read_json(out / RUN), "not given") | described)
         return
-    require_same(out, dict.fromkeys(read_json(out / RUN), "not given") | dict(described))
+    with whole_file(out / RUN) as temporary:
+        temporary.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def require_same(out: Path, described: Mapping[str, Any]) -> None:
+def require_same(out: Path, described: dict[str, Any]) -> None:
     """Raise ValueError, naming both values, if the run in `out` was begun with anything other than `described`."""
     begun = read_json(out / RUN)
     for key, now in described.items():
@@ -165,9 +160,8 @@ def cut_metrics(out: Path, step: int) -> None:
 def save_checkpoint(
     out: Path, model: BertForMaskedLM, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
-    """Write checkpoint-N, and only then delete the ones before it.
-
-    Raises OSError, naming the folder, if it cannot be written; the one before it then stands.
+    """Write checkpoint-N, and only then delete the ones before it. Raises OSError, naming the folder, if it cannot be
+    written; the one before it then stands.
     """
     folder, before = out / f"checkpoint-{progress.step}", checkpoints(out)
     if folder in before:  # the very one that we went on from
@@ -188,9 +182,7 @@ def save_checkpoint(
 
 def save_model(folder: Path, model: BertForMaskedLM, tokenizer: Tokenizer) -> None:
     """Write a model that `from_pretrained` reads, also in the place of an earlier one of the same run. It is whole at
-    every moment.
-
-    Raises OSError, naming the folder, if it cannot be written; what was there before then stands.
+    every moment. Raises OSError, naming the folder, if it cannot be written; what was there before then stands.
     """
     with _told(folder):
         folder.mkdir(exist_ok=True)

@@ -6,10 +6,11 @@ cut into. The logits are computed at the masked positions only.
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,7 @@ from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import example_generator
 from minibert.packing import PackedBatch
 from minibert.tokenizer import as_tokenizer
-from minibert.training.data import Example, Share, masked_rows
-from minibert.training.ranks import ALONE, Ranks
+from minibert.training.data import ALONE, Example, Ranks, Share, masked_rows
 from minibert.training.settings import Settings
 from minibert.training.tokens import TokenFile
 
@@ -126,9 +126,9 @@ def compiles(settings: Settings, device: torch.device) -> bool:
 
 
 class QuickDropout(nn.Dropout):
-    """nn.Dropout for training on the CPU, where torch draws random numbers one after the other, which took an eighth
-    of a step. Here 16 random bits decide over an element, not 64. So p is rounded to a multiple of 2^-16, and the
-    elements dropped are others than those of nn.Dropout (and of transformers) for the same seed.
+    """nn.Dropout for training on the CPU, where torch draws random numbers one after the other, which is slow. Here 16
+    random bits decide over an element, not 64. So p is rounded to a multiple of 2^-16, and the elements dropped are
+    others than those of nn.Dropout (and of transformers) for the same seed.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,16 +173,10 @@ def wrapped_layers(
             around.callback(model.gradient_checkpointing_disable)
         for layer in model.layers if compile else ():
             # Attention stays outside: its loop over the lengths would make another graph of every batch.
-            _swap(around, layer.attention, "forward", torch.compiler.disable(layer.attention.forward))
-            _swap(around, layer, "once", torch.compile(layer.once, dynamic=True))
+            attention = layer.get_submodule("attention")
+            around.enter_context(mock.patch.object(attention, "forward", torch.compiler.disable(attention.forward)))
+            around.enter_context(mock.patch.object(layer, "once", torch.compile(layer.once, dynamic=True)))
         yield
-
-
-def _swap(around: ExitStack, module: nn.Module, name: str, method: Callable[..., Any]) -> None:
-    """Give one module a method of its own until `around` ends; what it had before comes back."""
-    own = vars(module)
-    around.callback(own.__setitem__, name, own[name]) if name in own else around.callback(own.pop, name)
-    own[name] = method
 
 
 # ------------------------------------------------------------------------------------------------------- held-out lines
@@ -228,9 +222,8 @@ def evaluate(
             here += torch.stack([loss.sum, right, loss.count]).double()
         sums[file.name] = ranks.sum(*here.tolist())
     sums["all"] = [sum(parts) for parts in zip(*sums.values(), strict=True)]
-    return {
-        name: {"loss": loss / count, "top1": right / count, "masked_tokens": count}
-        if count
-        else {"loss": None, "top1": None, "masked_tokens": 0}
-        for name, (loss, right, count) in sums.items()
-    }
+    figures: Figures = {}
+    for name, (total, hits, count) in sums.items():
+        figures[name] = {"loss": total / count if count else None, "top1": hits / count if count else None}
+        figures[name]["masked_tokens"] = count
+    return figures

@@ -90,15 +90,12 @@ def token_files(
     """The token files under `folder` of the texts that `specs` name (see `find_texts`), in that order. Those that are
     not there yet are made, by `workers` processes (default: one a core, or fewer for little text).
 
-    Texts and token files are read once, about a second a gigabyte, to check that they have not changed. If another
-    process is making token files in `folder`, this one waits.
+    Texts and token files are read once to check that they have not changed. If another process is making token files
+    in `folder`, this one waits.
 
-    Raises FileNotFoundError for a text that is not there, and ValueError for one that is not UTF-8 or has no line to
-    train on, for a text named twice, for a weight that is not above 0, for weights that make an epoch too large, and
-    for token files of another tokenizer.
+    Raises FileNotFoundError or ValueError for a text that cannot be had or that has no line to train on, for a text
+    named twice, for weights that are not above 0 or make an epoch too large, and for files of another tokenizer.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, not {workers}")
     # Not the caller's own: it may be set to cut what is long.
     tokenizer = Tokenizer.from_str(as_tokenizer(tokenizer).to_str())
     tokenizer.no_truncation()
@@ -131,9 +128,8 @@ def token_files(
     tokens = sum(max(1, file.weight) * len(file.tokens) for file in files)  # all rows are cut, also for a share of them
     if tokens > LARGEST_EPOCH:
         raise ValueError(
-            f"an epoch of these texts with these weights is {tokens:.3g} tokens, more than {LARGEST_EPOCH:.3g}, and "
-            "its rows must fit in memory: make the weights smaller (only their proportions matter), or "
-            "cut texts of a weight below 1 into several, and train on them in turn"
+            f"an epoch of these weights is {tokens:.3g} tokens, more than {LARGEST_EPOCH:.3g}, and its rows must fit "
+            "in memory: make the weights smaller (only their proportions matter), or train on the texts in turn"
         )
     return files
 
@@ -153,9 +149,8 @@ def find_texts(specs: Sequence[str]) -> list[Text]:
         where, weight = _split(spec)
         for path in _paths(where):
             if path.resolve() in found:
-                other = found[path.resolve()][2]
                 raise ValueError(
-                    f"{path} is named twice, by {other} and by {spec}: name it once (a weight makes it count more)"
+                    f"{path} is named twice, by {found[path.resolve()][2]} and by {spec}: a weight makes it count more"
                 )
             found[path.resolve()] = (path, weight, spec)
     called = Counter(["all", *(_stem(path) for path, _, _ in found.values())])  # "all": the figures over all texts
@@ -190,12 +185,8 @@ def _paths(where: str) -> list[Path]:
         if path.is_dir():
             raise FileNotFoundError(f"{where}: there is no .txt or .gz file in this folder")
         if no_folders := [path for path in paths if not path.is_dir()]:
-            raise ValueError(
-                f"{no_folders[0]} is not a file: a text is read twice, so save what comes from it in a file first"
-            )
-        before, _, weight = where.rpartition(":")
-        hint = f" (and {weight!r} is no weight of {before})" if before and Path(before).is_file() else ""
-        raise FileNotFoundError(f"{where}: no such text file{hint}")
+            raise ValueError(f"{no_folders[0]} is not a file, and a text is read twice: save what comes from it in one")
+        raise FileNotFoundError(f"{where}: no such text file")
     return files
 
 
@@ -299,8 +290,8 @@ def _is_complete(place: Path, maker: str) -> bool:
         return False
     if other != maker:
         raise ValueError(
-            f"{place} was made with another tokenizer (its SHA-256 begins {str(other)[:12]}, and this one's "
-            f"{maker[:12]}): name another folder for token files, or delete this one"
+            f"{place} was made with another tokenizer (SHA-256 {str(other)[:12]}, and now {maker[:12]}): name another "
+            "folder for token files, or delete this one"
         )
     return True
 
@@ -309,30 +300,24 @@ def _write(
     text: Text, place: Path, about: Mapping[str, object], encoded: Iterable[tuple[str, "array[int]", "array[int]"]]
 ) -> None:
     """The token files of one text. `place` appears when they are complete."""
+    counts = {kind: {"lines": 0, "tokens": 0} for kind in KINDS}
     with whole_folder(place) as new:
-        counts = _write_lines(new, encoded)
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(open(new / name, "wb")) for name in FILES}
+            for kind in KINDS:
+                files[f"{kind}.starts"].write(array("q", [0]))
+            for kind, ids, lengths in encoded:
+                ends = array("q", accumulate(lengths, initial=counts[kind]["tokens"]))[1:]
+                files[f"{kind}.tokens"].write(ids)
+                files[f"{kind}.starts"].write(ends)
+                counts[kind]["lines"] += len(lengths)
+                counts[kind]["tokens"] += len(ids)
         if not counts["train"]["lines"]:
             raise ValueError(f"{text.path}: there is no text to train on in it")
         about = {**about, **counts, "sha256": {name: sha256(new / name) for name in FILES}}
         (new / "about.json").write_text(json.dumps(about, indent=2) + "\n")
         if place.exists():
             shutil.rmtree(place)  # damaged
-
-
-def _write_lines(folder: Path, encoded: Iterable[tuple[str, "array[int]", "array[int]"]]) -> dict[str, dict[str, int]]:
-    """The four FILES; returns the numbers of lines and tokens of each kind."""
-    counts = {kind: {"lines": 0, "tokens": 0} for kind in KINDS}
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(open(folder / name, "wb")) for name in FILES}
-        for kind in KINDS:
-            files[f"{kind}.starts"].write(array("q", [0]))
-        for kind, ids, lengths in encoded:
-            ends = array("q", accumulate(lengths, initial=counts[kind]["tokens"]))[1:]
-            files[f"{kind}.tokens"].write(ids)
-            files[f"{kind}.starts"].write(ends)
-            counts[kind]["lines"] += len(lengths)
-            counts[kind]["tokens"] += len(ids)
-    return counts
 
 
 def _open(place: Path, text: Text) -> TokenFile:

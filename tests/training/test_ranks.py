@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from tiny import metrics
 
 from minibert.training import saving
-from minibert.training.data import Corpus
-from minibert.training.ranks import ALONE, join
+from minibert.training.data import ALONE, join
 
 # `python -m minibert`, but one of the processes is killed at the beginning of its eighth optimizer step.
 RANK_1_DIES = """
@@ -70,8 +69,7 @@ OPTIONS = ("--no-dropout", "--tokens-per-step", "24")
 def alone(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "out"
     assert tiny.train(out, *OPTIONS) == 0
-    _, tokenizer, files = tiny.load()
-    corpus = Corpus(files, tokenizer, max_length=24, tokens_per_step=24)
+    corpus = tiny.corpus(tokens_per_step=24)
     assert {1, 2} <= {len(numbers) for numbers in islice(corpus.steps(0), 12)}
     return out
 

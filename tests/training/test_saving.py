@@ -10,7 +10,7 @@ from threading import Event
 
 import pytest
 import torch
-from tiny import metrics, weights
+from tiny import SETTINGS, metrics, weights
 
 from minibert import BertForMaskedLM, load_tokenizer
 from minibert.cli import main
@@ -44,7 +44,6 @@ def require_same(out, whole):
     assert weights(out / "best") == weights(whole / "best")
     lines = [[{**line, "tokens_per_second": 0} for line in metrics(folder)] for folder in (out, whole)]
     assert lines[0] == lines[1]
-    assert [line["step"] for line in lines[0]] == list(range(1, 13))
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
@@ -56,10 +55,8 @@ def test_a_run_leaves_what_its_page_lists(whole, tiny):
     for folder in (whole, whole / "best"):
         assert BertForMaskedLM.from_pretrained(folder).config == tiny.config
         assert load_tokenizer(folder).to_str() == load_tokenizer(tiny.start).to_str()
-    held_out = {line["step"]: line["held_out"]["all"]["loss"] for line in metrics(whole) if "held_out" in line}
-    assert list(held_out) == [4, 8, 12]
-    best = min(held_out, key=held_out.get)
-    assert (weights(whole) == weights(whole / "best")) == (best == 12)
+    assert [line["step"] for line in metrics(whole)] == list(range(1, 13))
+    assert [line["step"] for line in metrics(whole) if "held_out" in line] == [4, 8, 12]
 
 
 @pytest.mark.slow
@@ -198,15 +195,7 @@ def stopped(tiny, tmp_path):
     """The folder of a run that was stopped after its first step."""
     out = tmp_path / "out"
     model, tokenizer, files = tiny.load()
-    settings = Settings(
-        steps=12,
-        tokens_per_step=200,
-        max_length=24,
-        learning_rate=5e-3,
-        dtype="float32",
-        save_every=3,
-        evaluate_every=4,
-    )
+    settings = Settings(**SETTINGS)
     out.mkdir()
     saving.open_run(out, describe(str(tiny.start), model.config, tokenizer, files, settings))
     stop = Event()
@@ -220,9 +209,6 @@ def stopped(tiny, tmp_path):
     ("option", "value", "message"),
     [
         ("--learning-rate", "1e-3", "learning_rate 0.005, and now it is 0.001"),
-        ("--steps", "13", "steps 12, and now it is 13"),
-        ("--seed", "1", "seed 0, and now it is 1"),
-        ("--dtype", "bfloat16", "dtype float32, and now it is bfloat16"),
         ("--schedule", "cosine", "schedule linear, and now it is cosine"),
         ("--init", "minibert-uncased", "start, and now it is minibert-uncased"),
     ],
@@ -267,20 +253,11 @@ def test_what_is_there_is_not_written_over(tiny, whole, capsys):
         assert tiny.train(out, *options) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
         assert weights(out) == before
-    assert tiny.train(whole, "--resume") == 0
+    command, _, *arguments = tiny.arguments(whole, "--resume")
+    assert main([command, "a text that is gone by now.txt", *arguments]) == 0
     assert "finished" in capsys.readouterr().out
     assert tiny.train(whole, "--resume", "--steps", "13") == 2
     assert "steps 12, and now it is 13" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_of_a_finished_run_the_text_may_be_gone(tiny, tmp_path, capsys):
-    out, text = tmp_path / "out", tmp_path / "text.txt"
-    shutil.copy(tiny.text, text)
-    arguments = tiny.arguments(out)
-    assert main([arguments[0], str(text), *arguments[2:]]) == 0
-    text.unlink()
-    assert main([arguments[0], str(text), *arguments[2:], "--resume"]) == 0
-    assert "finished" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_configuration_that_has_changed_is_noticed(tiny, tmp_path, monkeypatch, capsys):
@@ -296,11 +273,10 @@ def test_a_configuration_that_has_changed_is_noticed(tiny, tmp_path, monkeypatch
 
 
 @pytest.mark.filterwarnings("always:there is no run in")
-def test_to_go_on_where_nothing_is_is_to_begin(tiny, whole, tmp_path, capsys):
+def test_to_go_on_where_nothing_is_is_to_begin(tiny, tmp_path, capsys):
     out = tmp_path / "out"
-    assert tiny.train(out, "--resume") == 0
+    assert tiny.train(out, "--resume", "--steps", "1") == 0
     assert "no run" in capsys.readouterr().err.splitlines()[0]
-    require_same(out, whole)
 
 
 def test_a_damaged_checkpoint_is_an_error_that_names_it(stopped, tiny, capsys):
@@ -309,13 +285,6 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(stopped, tiny, capsys):
         path.write_bytes(path.read_bytes()[:-10])
         assert tiny.train(stopped, "--resume") == 2
         assert str(path) in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_other_folders_are_left_alone(tiny, tmp_path):
-    out = tmp_path / "out"
-    (out / "checkpoint-of-mine").mkdir(parents=True)
-    assert tiny.train(out, "--steps", "4") == 0
-    assert (out / "checkpoint-of-mine").is_dir()
 
 
 def test_two_runs_in_one_folder_at_a_time_are_one_too_many(stopped, tiny, capsys):
@@ -341,8 +310,15 @@ def test_two_runs_in_one_folder_at_a_time_are_one_too_many(stopped, tiny, capsys
 def test_a_run_killed_when_it_was_just_finished_is_finished(tiny, whole, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    for leftover in ("checkpoint-9", ".old-checkpoint-6", ".new-checkpoint-12", "best/.new-model"):
+    for leftover in (
+        "checkpoint-9",
+        ".old-checkpoint-6",
+        ".new-checkpoint-12",
+        "best/.new-model",
+        "checkpoint-of-mine",
+    ):
         (out / leftover).mkdir()
     assert tiny.train(out, "--resume") == 0
     assert "finished" in capsys.readouterr().out
+    (out / "checkpoint-of-mine").rmdir()  # the user's own is left alone
     require_same(out, whole)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from products import Products
-from tiny import metrics, weights
+from tiny import SETTINGS, metrics, weights
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,13 +16,10 @@ from minibert import BertForMaskedLM, masked_lm
 from minibert.cli import build_parser
 from minibert.cli.runs import read_settings
 from minibert.training import Settings, run, step
-from minibert.training.data import Corpus, Share, Shares, ahead
-from minibert.training.ranks import ALONE, Ranks
+from minibert.training.data import ALONE, Ranks, Share, Shares, ahead
 from minibert.training.run import train_steps
 from minibert.training.step import LossSum, accumulate, evaluate, make_optimizer, masked_lines, take_step
 from minibert.training.tokens import Lines, TokenFile
-
-SETTINGS = dict(steps=12, tokens_per_step=200, max_length=24, learning_rate=5e-3, dtype="float32")
 
 
 @pytest.fixture
@@ -33,8 +30,7 @@ def model(tiny):
 @pytest.fixture
 def share(tiny):
     """The first step of a run."""
-    _, tokenizer, files = tiny.load()
-    corpus = Corpus(files, tokenizer, max_length=24, tokens_per_step=200)
+    corpus = tiny.corpus()
     return Shares(corpus, ALONE, None)[0, 0, next(corpus.steps(0))]
 
 
@@ -103,8 +99,7 @@ def test_matrices_are_multiplied_in_the_type_that_was_asked_for(dtype, model, sh
 
 
 def test_gradients_go_over_the_wire_once_a_step(model, tiny, tmp_path):
-    _, tokenizer, files = tiny.load()
-    corpus = Corpus(files, tokenizer, max_length=24, tokens_per_step=200)
+    corpus = tiny.corpus()
     passes = Shares(corpus, ALONE, 60)[0, 0, next(corpus.steps(0))].passes
     assert len(passes) > 2
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -149,8 +144,7 @@ def test_nothing_is_asked_of_the_device_before_the_optimizer_is_under_way(model,
 
 def test_batches_are_sent_before_they_are_needed_and_in_order(share, tiny):
     """On a device other than the CPU: "meta" here, which has no numbers."""
-    _, tokenizer, files = tiny.load()
-    corpus = Corpus(files, tokenizer, max_length=24, tokens_per_step=200)
+    corpus = tiny.corpus()
     made = []
 
     def steps():
@@ -276,14 +270,13 @@ def test_without_dropout_a_run_does_not_depend_on_how_its_steps_are_cut_into_pas
 
 
 def test_a_run_has_the_rows_that_its_settings_say(tiny, tmp_path):
-    _, tokenizer, files = tiny.load()
     shape = dict(short_fraction=1.0, max_length=20, tokens_per_step=100, seed=3)
     lines = run_of(tiny, tmp_path / "out", **shape)
-    corpus = Corpus(files, tokenizer, **shape)
+    corpus = tiny.corpus(**shape)
     expected = [sum(corpus.lengths(0, numbers)) for numbers in islice(corpus.steps(0), 4)]
     assert [line["tokens"] for line in lines] == expected
     for other in ({"short_fraction": 0.3}, {"max_length": 24}, {"tokens_per_step": 200}, {"seed": 0}):
-        corpus = Corpus(files, tokenizer, **{**shape, **other})
+        corpus = tiny.corpus(**{**shape, **other})
         assert [sum(corpus.lengths(0, numbers)) for numbers in islice(corpus.steps(0), 4)] != expected, other
 
 
