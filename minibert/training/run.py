@@ -84,15 +84,10 @@ def train(
         pieces = start_tokenizer(init, tokenizer, revision)
         finished = saving.is_finished(out)
         checkpoint = out if finished else next(reversed(saving.checkpoints(out)), None)
-        if checkpoint is not None:
-            model = BertForMaskedLM.from_pretrained(checkpoint, device=ranks.device)
-        elif config is None:
-            model = BertForMaskedLM.from_pretrained(
-                init, device=ranks.device, revision=revision, init_missing_head=True
-            )
+        if checkpoint is None:
+            model = start_model(init, config, settings.seed, ranks.device, revision)
         else:
-            torch.manual_seed(settings.seed)
-            model = BertForMaskedLM(config).to(ranks.device)
+            model = BertForMaskedLM.from_pretrained(checkpoint, device=ranks.device)
         require_fit(model, pieces, settings)
         config = config or model.config
         if finished:
@@ -121,6 +116,14 @@ def start_config(init: str, revision: str | None) -> BertConfig | None:
     if revision is not None:
         raise ValueError(f"revision {revision!r} was given, but {init} is a file: revisions are the hub's")
     return BertConfig.from_json_file(init)
+
+
+def start_model(init: str, config: BertConfig | None, seed: int, device: str, revision: str | None) -> BertForMaskedLM:
+    """The model named `init`, an encoder without a head too; or with that configuration, random weights of the seed."""
+    if config is None:
+        return BertForMaskedLM.from_pretrained(init, device=device, revision=revision, init_missing_head=True)
+    torch.manual_seed(seed)
+    return BertForMaskedLM(config).to(device)
 
 
 def start_tokenizer(init: str, tokenizer: str | None, revision: str | None) -> Tokenizer:

@@ -351,7 +351,7 @@ def test_a_package_that_is_not_installed_is_said(bench, monkeypatch):
 
 @pytest.mark.parametrize(("name", "tolerance"), [("onnxruntime", 1e-4), ("onnxruntime-int8", 0.2), ("openvino", 1e-4),
                                                  ("openvino-bfloat16", 5e-2), ("openvino-int8", 0.3)])  # fmt: skip
-def test_the_other_engines_agree(name, tolerance, folder, tmp_path, capsys):
+def test_the_other_engines_agree(name, tolerance, folder, tmp_path, capsys, monkeypatch):
     """Where they are installed: other lengths than the export's, and padding. In a lower precision one must not be
     as exact as in float32: then it would be float32.
     """
@@ -363,7 +363,15 @@ def test_the_other_engines_agree(name, tolerance, folder, tmp_path, capsys):
     work, model = make_workload("mixed", CONFIG, "cpu", everywhere=True), BertForMaskedLM.from_pretrained(folder)
     model.save_pretrained(tmp_path)
     expected = run._expected(model, work)
+    threads = []
+    if package == "onnxruntime":
+        import onnxruntime
+
+        real = onnxruntime.InferenceSession
+        keep = lambda path, options, **more: threads.append(options.intra_op_num_threads) or real(path, options, **more)  # noqa: E731
+        monkeypatch.setattr(onnxruntime, "InferenceSession", keep)
     contender = contenders.build(name, precision, "inference", tmp_path, "cpu")
+    assert threads == [torch.get_num_threads()] * (package == "onnxruntime"), "as many as all others"
     assert contender.precision == precision
     assert package == "openvino" or "Attention" in contender.note
     difference = (contender.run(work)[work.asked] - expected).abs().max() / expected.abs().max()
@@ -378,7 +386,7 @@ def test_openvino_in_another_precision_than_asked_is_absent(monkeypatch, tmp_pat
 
     class Core:
         def compile_model(self, path, device, settings):
-            asked.append(settings["INFERENCE_PRECISION_HINT"])
+            asked.append((settings["INFERENCE_PRECISION_HINT"], settings["INFERENCE_NUM_THREADS"]))
             return self
 
         def get_property(self, name):
@@ -392,7 +400,7 @@ def test_openvino_in_another_precision_than_asked_is_absent(monkeypatch, tmp_pat
     assert contenders.build_openvino("float32", tmp_path).precision == "float32"
     with pytest.raises(Absent, match="OpenVINO computes in f32 on this CPU, though it was told bf16"):
         contenders.build_openvino("bfloat16", tmp_path)
-    assert asked == ["f32", "bf16"]
+    assert asked == [("f32", torch.get_num_threads()), ("bf16", torch.get_num_threads())]
 
 
 # ----------------------------------------------------------------------------------------------- the table, the options
@@ -461,6 +469,17 @@ def test_every_option_arrives():
     expected |= dict(shapes=("1x2", "mixed"), peers=("sdpa", "onnxruntime"), memory=True)
     assert read(*words.split(), "--peers", "sdpa,onnxruntime", "--memory") == BenchSettings(**expected)
     assert read("--random", "--layers", "3", "--peers", "none") == BenchSettings(layers=3, peers=())
+
+
+def test_shapes_that_nobody_names_are_all_but_fewer_in_training(folder, monkeypatch):
+    made = []
+    monkeypatch.setattr(run, "make_workload", lambda name, *_, everywhere: made.append((name, everywhere)) or made[0])
+    monkeypatch.setattr(run, "matmul_rate", lambda *_: 0.0)
+    monkeypatch.setattr(run, "_run_task", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.run(BenchSettings(model=str(folder), device="cpu"))
+    names = ("1x16", "1x128", "8x128", "8x512", "mixed", "normal", "lognormal")
+    assert made == [*((name, True) for name in names), ("8x128", False), ("mixed", False)]
 
 
 def test_the_model_is_the_one_that_was_asked_for(folder, monkeypatch, capsys):

@@ -157,7 +157,7 @@ def _one_by_one(arguments):
 
 @pytest.mark.slow
 def test_an_example_does_not_depend_on_who_makes_it_or_with_which_others():
-    """One process, or others that each make a share of four, in any order: bit for bit the same rows and masks."""
+    """This process, or another that makes shares of four, in any order: bit for bit the same rows and masks."""
     made = corpus(token_file(lengths_drawn(400)), token_file(lengths_drawn(50), 1.5, "other"))
     numbers = everything(made, 2)
     expected = dict(zip(numbers, _one_by_one((made, 2, numbers)), strict=True))
@@ -171,7 +171,7 @@ def test_an_example_does_not_depend_on_who_makes_it_or_with_which_others():
         assert (row, positions, together.targets[inside].tolist()) == expected[number]
 
     shares = [numbers[rank::4][::-1] for rank in range(4)]
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         for share, made_there in zip(
             shares, pool.map(_one_by_one, [(made, 2, share) for share in shares]), strict=True
         ):

@@ -1,15 +1,17 @@
 """Several processes under torchrun: the same run as one process, and an end if one of them dies."""
 
 import os
+import shutil
 import subprocess
 import sys
 from itertools import islice
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import metrics
 
-from minibert.training import saving
+from minibert.training import data, saving
 from minibert.training.data import ALONE, join
 
 # `python -m minibert`, but one of the processes is killed at the beginning of its eighth optimizer step.
@@ -65,33 +67,35 @@ def require_same_run(out, alone):
 OPTIONS = ("--no-dropout", "--tokens-per-step", "24")
 
 
-@pytest.fixture(scope="module")
-def alone(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("alone") / "out"
-    assert tiny.train(out, *OPTIONS) == 0
-    corpus = tiny.corpus(tokens_per_step=24)
-    assert {1, 2} <= {len(numbers) for numbers in islice(corpus.steps(0), 12)}
-    return out
-
-
 @pytest.mark.slow
-def test_two_processes_are_the_same_run_as_one(tiny, alone, tmp_path):
-    out = tmp_path / "out"
-    ended = torchrun("-m", "minibert", *tiny.arguments(out, *OPTIONS, "--micro-tokens", "24"))
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("held out") == 1, "one of them speaks"
-    require_same_run(out, alone)
-
-
-@pytest.mark.slow
-def test_a_process_that_dies_stops_the_run_which_another_number_of_them_ends(tiny, alone, tmp_path):
-    out, script = tmp_path / "out", tmp_path / "rank_1_dies.py"
+def test_two_processes_are_the_same_run_as_one_also_if_one_of_them_dies(tiny, tmp_path):
+    """After step 7 of two processes the run is over; two of them end it, and so does one."""
+    alone, out, again = tmp_path / "alone", tmp_path / "out", tmp_path / "again"
+    assert tiny.train(alone, *OPTIONS) == 0
+    assert {1, 2} <= {len(numbers) for numbers in islice(tiny.corpus(tokens_per_step=24).steps(0), 12)}
+    script = tmp_path / "rank_1_dies.py"
     script.write_text(RANK_1_DIES)
     assert torchrun(str(script), *tiny.arguments(out, *OPTIONS)).returncode != 0
     assert [path.name for path in saving.checkpoints(out)] == ["checkpoint-6"]
     assert len(metrics(out)) == 7
-    assert tiny.train(out, *OPTIONS, "--resume") == 0
+    shutil.copytree(out, again)
+    ended = torchrun("-m", "minibert", *tiny.arguments(out, *OPTIONS, "--micro-tokens", "24", "--resume"))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("held out") == 1, "one of them speaks"
     require_same_run(out, alone)
+    assert tiny.train(again, *OPTIONS, "--resume") == 0
+    require_same_run(again, alone)
+
+
+def test_each_of_several_processes_needs_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(data, "find_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for device, message in (("cuda:1", "cuda:1 names one GPU, and there are 3 processes"),
+                            ("cuda", "process 2 of this machine has no GPU: there are 2")):  # fmt: skip
+        with pytest.raises(ValueError, match=message), join(device):
+            pass
 
 
 def test_alone(monkeypatch):

