@@ -22,7 +22,7 @@ REFERENCE = {
     FUSED["relu"]: relu,
     FUSED["silu"]: silu,
 }
-SIZES = [(37, 99), (768, 64), (3072, 17), (24, 1536), (1, 1)]
+SIZES = [(37, 99), (3072, 17), (1, 1)]
 pytestmark = pytest.mark.usefixtures("exact_products")
 
 
@@ -93,22 +93,6 @@ def test_whole_numbers_and_halves(amx, monkeypatch):
     weight[1], weight[2] = -127, x[2]
     got = Int8Linear(weight, torch.zeros(3))(x)
     torch.testing.assert_close(got.double(), x.double() @ weight.double().T, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("scale", [1e30, 1e-30])
-@torch.inference_mode()
-def test_very_large_and_very_small_rows(scale):
-    """The same digits, but for some roundings more of 6e-8: scaling changes no whole number."""
-    weight, x = rows(99, 37) / 50, rows(3, 37)
-    expected = reference(x, weight, torch.zeros(99))
-    x[1] *= scale
-    got = Int8Linear(weight, torch.zeros(99))(x).double()
-    got[1] /= scale
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=float(expected.abs().max()) * 1e-6)
-    weight[5] *= scale
-    got = Int8Linear(weight, torch.zeros(99))(x / torch.tensor([[1], [scale], [1]])).double()
-    got[:, 5] /= scale
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=float(expected.abs().max()) * 1e-6)
 
 
 @torch.inference_mode()
@@ -344,12 +328,6 @@ def test_attention_is_in_bfloat16_where_the_cpu_has_it(has_bfloat16, monkeypatch
     torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE[torch.int8])
 
 
-def test_on_another_device_it_is_refused():
-    model = BertForMaskedLM(PROPORTIONS).to("meta")
-    with pytest.raises(ValueError, match=r"torch\.int8 is for CPUs, and the model is on meta: use torch\.bfloat16"):
-        prepare_for_inference(model, torch.int8)
-
-
 def test_what_a_prepared_model_says_of_itself():
     model = twins(CONFIGS["batch 13, gelu"])[0]
     prepared = prepare_for_inference(model, torch.int8)
@@ -363,9 +341,11 @@ def test_what_a_prepared_model_says_of_itself():
         prepare_for_inference(prepare_for_inference(model), torch.int8)
     with pytest.raises(ValueError, match=r"'torch' cannot be had in torch\.int8 .* choose one of auto, product"):
         prepare_for_inference(model, torch.int8, linear="torch")
+    with pytest.raises(ValueError, match=r"torch\.int8 is for CPUs, and the model is on meta: use torch\.bfloat16"):
+        prepare_for_inference(model.to("meta"), torch.int8)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_an_original_of_another_type(dtype):
     """It is as if its numbers were loaded in float32 first."""
     model, batch = twins(CONFIGS["batch 13, gelu"], dtype=dtype)[0], PackedBatch.from_lists([[5, 6, 7], [8]])
