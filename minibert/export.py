@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minibert import checks
 from minibert.checkpoint import files
 from minibert.masked_lm import BertForMaskedLM
 
@@ -64,12 +65,13 @@ class _Logits(nn.Module):
         return self.model(input_ids, attention_mask, token_type_ids, return_dict=True).logits
 
 
-def export(model: BertForMaskedLM, path: str | PathLike[str]) -> Exported:
-    """Write `model` as a program to `path`, which ends in .onnx or .pt2, and run the file on odd shapes.
+def export(model: BertForMaskedLM, path: str | PathLike[str], *, device: torch.device | str | None = None) -> Exported:
+    """Write `model` as a program to `path`, which ends in .onnx or .pt2, and run the file on odd shapes, on `device`
+    (None: the CPU). The file itself is recorded on the CPU, and runs on other devices, too.
 
-    Raises ValueError for another ending, for a model that is not in float32 on the CPU, for a package that is missing,
-    and for a program that does not give what the model gives; OSError if the file cannot be written. In each case, what
-    was at `path` before is still there.
+    Raises ValueError for another ending, for a model that is not in float32 on the CPU, for a package or a device that
+    is missing, and for a program that does not give what the model gives; OSError if the file cannot be written. In
+    each case, what was at `path` before is still there.
     """
     target = Path(path)
     if target.suffix not in FORMATS:
@@ -81,6 +83,7 @@ def export(model: BertForMaskedLM, path: str | PathLike[str]) -> Exported:
     for package in ("onnx", "onnxscript", "onnxruntime") if target.suffix == ".onnx" else ():
         if importlib.util.find_spec(package) is None:
             raise ValueError(f'{package} is not installed: pip install -c constraints.txt -e ".[export]"')
+    place = checks.find_device("cpu" if device is None else device)
     training = model.training
     model.eval()
     try:
@@ -88,7 +91,7 @@ def export(model: BertForMaskedLM, path: str | PathLike[str]) -> Exported:
             write, load = (_write_onnx, _load_onnx) if target.suffix == ".onnx" else (_write_pt2, _load_pt2)
             with _quiet():
                 write(_Logits(model), _example(model), temporary)
-            return _check(model, load(temporary), target)
+            return _check(model, load(temporary, place), target)
     finally:
         model.train(training)
 
@@ -111,9 +114,12 @@ def _write_pt2(program: nn.Module, example: dict[str, Tensor], path: Path) -> No
     path.write_bytes(written.getvalue())
 
 
-def _load_pt2(path: Path) -> Program:
-    program = torch.export.load(path).module()
-    return lambda given: program(**given)
+def _load_pt2(path: Path, place: torch.device) -> Program:
+    from torch.export.passes import move_to_device_pass  # takes long to import
+
+    recorded = torch.export.load(path)
+    program = (recorded if place.type == "cpu" else move_to_device_pass(recorded, place)).module()
+    return lambda given: program(**{name: x.to(place) for name, x in given.items()}).cpu()
 
 
 def _write_onnx(program: nn.Module, example: dict[str, Tensor], path: Path) -> None:
@@ -122,10 +128,14 @@ def _write_onnx(program: nn.Module, example: dict[str, Tensor], path: Path) -> N
     onnx.save(path)
 
 
-def _load_onnx(path: Path) -> Program:
+def _load_onnx(path: Path, place: torch.device) -> Program:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    provider, there = f"{place.type.upper()}ExecutionProvider", onnxruntime.get_available_providers()
+    if provider not in there:
+        raise ValueError(f"this onnxruntime cannot run on {place}: it has {', '.join(there)}. The CPU is everywhere")
+    options = {} if place.index is None else {"device_id": place.index}
+    session = onnxruntime.InferenceSession(str(path), providers=[(provider, options)])
     return lambda given: torch.from_numpy(session.run(None, {name: x.numpy() for name, x in given.items()})[0])
 
 

@@ -1,5 +1,6 @@
 """`minibert export`: a file that runs without the package, tried on odd shapes before it is kept."""
 
+import importlib.util
 import json
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_program_that_is_wrong_is_not_kept(model, tmp_path, monkeypatch):
     path = tmp_path / "model.pt2"
     path.write_text("what was there before")
     load = minibert.export._load_pt2
-    monkeypatch.setattr(minibert.export, "_load_pt2", lambda path: lambda given: load(path)(given) + 0.5)
+    monkeypatch.setattr(minibert.export, "_load_pt2", lambda *where: lambda given: load(*where)(given) + 0.5)
     with pytest.raises(ValueError, match="recorded it wrongly, and it was not kept"):
         export(model, path)
     assert path.read_text() == "what was there before"
@@ -95,6 +96,21 @@ def test_a_missing_package_is_named(model, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"onnx is not installed: pip install -c constraints.txt -e "):
         export(model, tmp_path / "model.onnx")
+
+
+def test_the_file_is_tried_on_the_device_that_is_asked_for(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("minibert.checks.find_device", torch.device)
+    with pytest.raises(NotImplementedError, match="meta"):  # which holds no numbers to compare
+        export(model, tmp_path / "model.pt2", device="meta")
+    if importlib.util.find_spec("onnxruntime"):
+        with pytest.raises(ValueError, match=r"cannot run on mps:0: it has .*CPUExecutionProvider"):
+            export(model, tmp_path / "model.onnx", device="mps:0")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+def test_the_file_runs_on_a_gpu(model, tmp_path):
+    assert export(model, tmp_path / "model.pt2", device="cuda").difference < 1e-4
 
 
 def test_another_dtype_is_refused(model, tmp_path):

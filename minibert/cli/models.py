@@ -99,12 +99,18 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="FILE", help="the file to write: its name ends in .onnx or .pt2"
     )
     add(parser, "--model", "--revision", "--json")
+    add(
+        parser,
+        "--device",
+        default="cpu",
+        help="where the file is tried: cpu, cuda, cuda:1, mps, … (default: %(default)s)",
+    )
 
 
 def run_export(options: argparse.Namespace) -> None:
     from minibert.export import export
 
-    result = export(load_model(options), options.out)
+    result = export(load_model(options), options.out, device=options.device)
     if options.json:
         print(json.dumps({**asdict(result), "path": str(result.path)}))
         return

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+from minibert import BertForMaskedLM
 from minibert.checks import find_device
 from minibert.cli import COMMANDS, build_parser, main
 
@@ -64,6 +65,7 @@ COMPUTING = {  # with what it needs to get as far as the device
     "study": ["the [MASK]"],
     "trace": ["--out", "OUT"],
     "parity": [],
+    "export": ["--out", "OUT.pt2"],
     "bench": ["--shapes", "1x8"],
     "train": ["no.txt", "--steps", "1", "--out", "OUT"],
 }
@@ -72,13 +74,24 @@ COMPUTING = {  # with what it needs to get as far as the device
 @pytest.mark.parametrize("command", COMPUTING)
 def test_a_device_that_is_not_there_is_one_line_with_what_there_is(command, folder, tmp_path, fails, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    given = [str(tmp_path / "out") if word == "OUT" else word for word in COMPUTING[command]]
+    given = [word.replace("OUT", str(tmp_path / "out")) for word in COMPUTING[command]]
     given += ["--init" if command == "train" else "--model", str(folder)]
     for device, remedy in (("abacus", "there is cpu and no cuda"), ("cuda:7", "no cuda"), ("meta", "choose auto, cpu")):
         line = fails(command, *given, "--device", device)
         assert device in line
         assert remedy in line
-    assert not (tmp_path / "out").is_file()
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("command", ["fill-mask", "mlm", "score", "study", "trace", "parity"])
+def test_the_model_goes_where_it_is_asked_to(command, folder, tmp_path, fails, monkeypatch):
+    def load(name, *, device=None, **_):
+        raise ValueError(f"loaded on {device}")
+
+    monkeypatch.setattr(BertForMaskedLM, "from_pretrained", load)
+    monkeypatch.setattr("minibert.checks.find_device", torch.device)  # any device is there
+    given = [word.replace("OUT", str(tmp_path / "out")) for word in COMPUTING[command]]
+    assert "loaded on cuda:7" in fails(command, *given, "--model", str(folder), "--device", "cuda:7")
 
 
 @pytest.mark.parametrize("there", [False, True])
