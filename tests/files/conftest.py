@@ -10,7 +10,8 @@ import hub_server
 import huggingface_hub
 import pytest
 import torch
-from checkpoints import SIZES, WEIGHTS
+import transformers
+from checkpoints import SIZES, WEIGHTS, random_weights
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 from safetensors.torch import load_file
@@ -19,19 +20,12 @@ from minibert import BertConfig, BertForMaskedLM, load_tokenizer
 from minibert.checkpoint import hub as minihub
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def theirs():
-    """transformers' model. All weights are random, also the biases and LayerNorms that start as 0 and 1."""
-    transformers = pytest.importorskip("transformers")
-    model = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.2, generator=generator)
-    return model
+    return random_weights(transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def good(theirs, tmp_path_factory):
     """A folder that nobody may change."""
     folder = tmp_path_factory.mktemp("good")
@@ -50,14 +44,9 @@ def tensors(good):
     return load_file(good / WEIGHTS)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ours(good):
     return BertForMaskedLM.from_pretrained(good)
-
-
-@pytest.fixture(scope="module")
-def ids():
-    return torch.randint(1, 90, (13, 7), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
@@ -69,12 +58,12 @@ def sharded(theirs, tmp_path):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """The files of one checkpoint: name → bytes."""
     folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
-    BertForMaskedLM(BertConfig(**hub_server.SIZES)).save_pretrained(folder)
+    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(folder)
     (folder / "vocab.txt").write_text(hub_server.VOCABULARY)
     load_tokenizer(folder).save(str(folder / "tokenizer.json"))
     return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -6,28 +6,15 @@ import pickle
 import re
 import shutil
 import struct
-import warnings
 from pathlib import Path
 
 import pytest
-import torch
-from checkpoints import (
-    BIAS,
-    INDEX,
-    WEIGHTS,
-    WORD,
-    change_config,
-    loads_or_is_refused,
-    refused,
-    store,
-)
+from checkpoints import BIAS, INDEX, WEIGHTS, WORD, assert_same, refused, store
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minibert import BertForMaskedLM
-
-# --------------------------------------------------------------------------------------------------------- broken files
 
 
 class Trap:
@@ -55,34 +42,22 @@ def duplicate_key(raw):
     return with_header(f'{{"{BIAS}":{entry},' + header[1:], data)
 
 
-def nested_header(raw):
-    return with_header("[" * 100_000, header_of(raw)[1])
-
-
-def endless_number(raw):
-    header, data = header_of(raw)
-    return with_header(header.replace('"shape":[99', '"shape":[' + "9" * 5000), data)
-
-
+WHOLE = "not a whole safetensors file"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:68d45e\nsize 440449768\n"
 BROKEN = {
-    "truncated in the data": (lambda raw: raw[:-5], "not a whole safetensors file"),
-    "truncated in the header": (lambda raw: raw[:500], "not a whole safetensors file"),
-    "truncated in the length": (lambda raw: raw[:5], "not a whole safetensors file"),
-    "too long": (lambda raw: raw + b"\0\0\0\0", "not a whole safetensors file"),
+    "cut in the data": (lambda raw: raw[:-5], WHOLE),
+    "cut in the header": (lambda raw: raw[:500], WHOLE),
+    "cut in the length": (lambda raw: raw[:5], WHOLE),
+    "too long": (lambda raw: raw + b"\0\0\0\0", WHOLE),
     "empty": (lambda raw: b"", "it is empty"),
-    "corrupt header": (lambda raw: raw[:8] + b"x" + raw[9:], "not a whole safetensors file"),
+    "corrupt header": (lambda raw: raw[:8] + b"x" + raw[9:], WHOLE),
     "duplicate key": (duplicate_key, f"{re.escape(BIAS)}.* 2 times"),
-    "oversized header": (lambda raw: struct.pack("<Q", 2**63) + raw[8:], "not a whole safetensors file"),
-    "deeply nested header": (nested_header, "not a whole safetensors file"),
-    "endless number": (endless_number, "not a whole safetensors file"),
-    "Git-LFS pointer": (
-        lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:68d45e\nsize 440449768\n",
-        "Git-LFS pointer.*git lfs pull",
-    ),
+    "oversized header": (lambda raw: struct.pack("<Q", 2**63) + raw[8:], WHOLE),
+    "deeply nested header": (lambda raw: with_header("[" * 100_000, header_of(raw)[1]), WHOLE),
+    "Git-LFS pointer": (lambda raw: LFS, "Git-LFS pointer.*git lfs pull"),
     "HTML page": (lambda raw: b"<!DOCTYPE html><html><title>503</title></html>", "HTML page"),
     "zipped pickle": (lambda raw: b"PK\x03\x04" + raw, "pickle"),
-    "random bytes": (lambda raw: bytes(range(255, 0, -1)) * 9, "not a whole safetensors file"),
-    "JSON": (lambda raw: b'{"logits": [1, 2, 3]}', "not a whole safetensors file"),
+    "JSON": (lambda raw: b'{"logits": [1, 2, 3]}', WHOLE + r".*it starts with b'\{\"logits"),
 }
 
 
@@ -93,139 +68,60 @@ def test_broken_weights_file(folder, spoil, match):
     refused(folder, match, mentions=WEIGHTS)
 
 
-def test_pickle_under_another_name_is_not_opened(folder, tmp_path):
-    (folder / WEIGHTS).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+def test_a_pickle_is_not_opened(folder, tmp_path):
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    (folder / WEIGHTS).write_bytes(trap)
     refused(folder, "pickle under another name", mentions=WEIGHTS)
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_only_a_pickle(folder, tmp_path):
     (folder / WEIGHTS).unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    refused(folder, "no such file", FileNotFoundError, mentions=WEIGHTS)
+    (folder / "pytorch_model.bin").write_bytes(trap)
     refused(folder, r"pytorch_model\.bin is a pickle.*[Cc]onvert.*save_file", FileNotFoundError)
     assert not (tmp_path / "sprung").exists()
-    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    pickle.loads(trap)
     assert (tmp_path / "sprung").exists()  # the trap does work
-
-
-def test_wrong_shape(folder, tensors):
-    name = "bert.embeddings.position_embeddings.weight"
-    tensors[name] = torch.zeros(17, 32)
-    store(folder, tensors)
-    refused(folder, rf"{re.escape(name)} has shape \(17, 32\).*\(16, 32\)", mentions=WEIGHTS)
-
-
-def test_transposed(folder, tensors):
-    name = "bert.encoder.layer.1.intermediate.dense.weight"
-    tensors[name] = tensors[name].T.contiguous()
-    store(folder, tensors)
-    refused(folder, rf"{re.escape(name)} has shape \(32, 37\).*\(37, 32\)", mentions=WEIGHTS)
-
-
-def test_missing_tensors(folder, tensors):
-    del tensors["bert.encoder.layer.2.output.dense.bias"]
-    store(folder, tensors)
-    refused(folder, r"tensor bert\.encoder\.layer\.2\.output\.dense\.bias is missing", mentions=WEIGHTS)
-    del tensors[WORD]
-    store(folder, tensors)
-    refused(folder, r"tensors .*word_embeddings.* are missing", mentions=WEIGHTS)
-
-
-def test_extra_tensor(folder, tensors):
-    tensors["bert.encoder.layer.0.adapter.weight"] = torch.ones(3)
-    store(folder, tensors)
-    refused(folder, r"tensor bert\.encoder\.layer\.0\.adapter\.weight is not expected", mentions=WEIGHTS)
-
-
-def test_two_spellings_of_one_tensor(folder, tensors):
-    tensors["bert.embeddings.LayerNorm.gamma"] = tensors["bert.embeddings.LayerNorm.weight"]
-    store(folder, tensors)
-    refused(folder, r"LayerNorm\.(gamma|weight) and .*two spellings", mentions=WEIGHTS)
-
-
-@pytest.mark.parametrize(("dtype", "name"), [(torch.int64, "I64"), (torch.int8, "I8"), (torch.bool, "BOOL")])
-def test_weights_that_are_no_floats(folder, tensors, dtype, name):
-    tensors[WORD] = tensors[WORD].to(dtype)
-    store(folder, tensors)
-    refused(folder, f"{re.escape(WORD)} is {name}", mentions=WEIGHTS)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite(folder, tensors, value):
-    tensors["bert.encoder.layer.4.attention.self.key.weight"][31, 31] = value
-    store(folder, tensors)
-    with pytest.warns(UserWarning, match=r"NaN or infinite weights in layers\.4\.attention\.qkv\.weight") as caught:
-        model = BertForMaskedLM.from_pretrained(folder)
-    assert str(folder / WEIGHTS) in str(caught[0].message)
-    assert caught[0].filename == __file__  # the warning points at the caller
-    assert model.load_report.non_finite == ("layers.4.attention.qkv.weight",)
-
-
-def test_large_finite_weights_are_no_reason_to_warn(folder, tensors):
-    tensors[WORD][:] = 3e38  # their sum overflows
-    store(folder, tensors)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert BertForMaskedLM.from_pretrained(folder).load_report.non_finite == ()
-
-
-def test_config_contradicts_the_tensors(folder):
-    change_config(folder, hidden_size=64)
-    refused(folder, r"\(99, 32\).*config.json.*\(99, 64\)", mentions=WEIGHTS)
-    change_config(folder, hidden_size=32, num_hidden_layers=4)
-    refused(folder, r"not expected.*num_hidden_layers in config.json is 4", mentions=WEIGHTS)
-    change_config(folder, num_hidden_layers=6)
-    refused(folder, r"missing.*num_hidden_layers in config.json is 6", mentions=WEIGHTS)
 
 
 # --------------------------------------------------------------------------------------------------------------- shards
 
 
-@pytest.mark.parametrize(
-    "name", ["../model-00001-of-00004.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", 7, None]
-)
-def test_shard_that_is_no_plain_name(sharded, name):
-    index = json.loads((sharded / INDEX).read_text())
-    index["weight_map"][WORD] = name
-    (sharded / INDEX).write_text(json.dumps(index))
-    refused(sharded, re.escape(repr(name)), mentions=INDEX)
-
-
-def test_shard_is_missing(sharded):
-    path = sorted(sharded.glob("model-*.safetensors"))[1]
-    path.unlink()
-    refused(sharded, re.escape(path.name), FileNotFoundError)
-
-
-def test_shard_is_cut_off(sharded):
-    path = sorted(sharded.glob("model-*.safetensors"))[1]
-    path.write_bytes(path.read_bytes()[:-1])
-    refused(sharded, "not a whole safetensors file", mentions=path.name)
+def test_sharded(sharded, ours):
+    model = BertForMaskedLM.from_pretrained(sharded)
+    assert_same(model, ours)
+    shards = sorted(sharded.glob("model-*.safetensors"))
+    assert list(model.load_report.files) == shards
+    assert model.load_report.sha256.keys() == {path.name for path in shards}
 
 
 def test_index_that_lies(sharded):
     good = json.loads((sharded / INDEX).read_text())["weight_map"]
     others = set(good.values()) - {good[WORD]}
-    for lie in (
-        {**good, WORD: min(others)},  # in another shard
-        {**good, "bert.embeddings.phantom.weight": good[WORD]},  # in no shard
-        {key: name for key, name in good.items() if key != WORD},  # in a shard, not in the index
-    ):
+    lies = [
+        ({**good, WORD: min(others)}, "where the index says"),  # in another shard
+        ({**good, "bert.embeddings.phantom.weight": good[WORD]}, "where the index says"),  # in no shard
+        ({key: name for key, name in good.items() if key != WORD}, "where the index says"),  # not in the index
+        ({}, "no weight_map"),
+        (["a"], "no weight_map"),
+    ]
+    names = ("../model-00001-of-00004.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", 7, None)
+    lies += [({**good, WORD: name}, re.escape(repr(name))) for name in names]
+    for lie, match in lies:
         (sharded / INDEX).write_text(json.dumps({"weight_map": lie}))
-        refused(sharded, "where the index says", mentions=INDEX)
+        refused(sharded, match, mentions=INDEX)
+    for text in ("", "[]", "<html>"):
+        (sharded / INDEX).write_text(text)
+        refused(sharded, "JSON", mentions=INDEX)
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', "[]", "<html>"])
-def test_index_that_is_none(sharded, text):
-    (sharded / INDEX).write_text(text)
-    refused(sharded, "weight_map|JSON", mentions=INDEX)
-
-
-def test_tensor_in_two_shards(sharded):
+def test_shards_that_are_not_whole(sharded):
     first, second = sorted(sharded.glob("model-*.safetensors"))[:2]
-    twice = next(iter(load_file(first)))
+    raw, twice = second.read_bytes(), next(iter(load_file(first)))
+    second.write_bytes(raw[:-1])
+    refused(sharded, WHOLE, mentions=second.name)
+    second.write_bytes(raw)
     store(sharded, {**load_file(second), twice: load_file(first)[twice]}, second.name)
-    refused(sharded, re.escape(twice))
+    refused(sharded, rf"{re.escape(twice)} is also in {first.name}", mentions=second.name)
+    second.unlink()
+    refused(sharded, re.escape(second.name), FileNotFoundError)
 
 
 # ----------------------------------------------------------------------------------------------------------- any damage
@@ -236,7 +132,7 @@ def scratch(good, tmp_path_factory):
     return Path(shutil.copytree(good, tmp_path_factory.mktemp("scratch") / "checkpoint"))
 
 
-quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @quick
@@ -246,7 +142,7 @@ def test_cut_at_any_byte(good, scratch, data):
     length = 8 + struct.unpack("<Q", raw[:8])[0]
     cut = data.draw(st.one_of(st.integers(0, length + 8), st.integers(0, len(raw) - 1)), label="cut")
     (scratch / WEIGHTS).write_bytes(raw[:cut])
-    refused(scratch, "safetensors file", mentions=WEIGHTS)
+    refused(scratch, WHOLE, mentions=WEIGHTS)
 
 
 @quick
@@ -260,4 +156,11 @@ def test_any_bytes_of_the_header_changed(good, scratch, ours, data):
     for position, byte in data.draw(changes, label="changes").items():
         raw[position] = byte
     (scratch / WEIGHTS).write_bytes(raw)
-    loads_or_is_refused(scratch, ours)
+    try:
+        model = BertForMaskedLM.from_pretrained(scratch)
+    except (ValueError, FileNotFoundError) as error:  # never another exception, never other weights
+        said = str(error)
+    else:
+        assert_same(model, ours)
+        return
+    assert str(scratch) in said

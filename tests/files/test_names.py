@@ -1,0 +1,372 @@
+"""The names of tensors, as programs write them: read beside transformers, reported, or refused by the real cause; and
+how they are written again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from checkpoints import (
+    BIAS,
+    DECODER,
+    DECODER_BIAS,
+    IDS,
+    SIZES,
+    WEIGHTS,
+    WORD,
+    assert_same,
+    assert_same_logits,
+    change_json,
+    logits,
+    random_weights,
+    refused,
+    store,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from minibert import BertConfig, BertForMaskedLM, PackedBatch
+from minibert.checkpoint.names import BEGINS, NAMES, common_prefix, from_transformers, hub_names
+
+# ------------------------------------------------------------------------------------------------------- every spelling
+
+POOLER, PLACES = "bert.pooler.dense.weight", "bert.embeddings.position_ids"
+NEXT_SENTENCE = "cls.seq_relationship.weight"
+
+
+def older(name):
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+def in_layers(word, name):
+    return re.sub(r"(layer\.\d+\.)", rf"\1{word}.", name)
+
+
+# What stands before every name, or how each name is written.
+PREFIXES = [
+    "module.",  # DataParallel
+    "model.",  # Lightning
+    "base_model.model.",  # PEFT
+    "bert.",  # a BertForMaskedLM in the attribute `bert` of another module
+    "_orig_mod.module.model.",  # torch.compile of it all
+    "0.auto_model.",
+]
+SPELLINGS = {
+    "older LayerNorms": older,
+    "no prefix": lambda name: name.removeprefix("bert."),
+    "the decoder's bias": lambda name: DECODER_BIAS if name == BIAS else name,
+    "the decoder's weight": lambda name: DECODER if name == WORD else name,
+    "torch.compile of each layer": lambda name: in_layers("_orig_mod", name),
+    "torch.compile of the encoder": lambda name: name.replace("bert.encoder", "bert._orig_mod.encoder"),
+    "FSDP": lambda name: "_fsdp_wrapped_module." + in_layers("_fsdp_wrapped_module", name),
+    "activation checkpointing": lambda name: in_layers("_checkpoint_wrapped_module", name),
+    "Lightning and torch.compile of a part": lambda name: "model." + name.replace("bert.", "bert._orig_mod."),
+    **{prefix: (lambda name, prefix=prefix: prefix + name) for prefix in PREFIXES},
+    "all at once": lambda name: "module." + older(DECODER if name == WORD else DECODER_BIAS if name == BIAS else name),
+}
+
+
+@pytest.mark.parametrize("spell", SPELLINGS)
+def test_each_spelling_gives_the_same_model(folder, tensors, ours, spell):
+    respelled = {SPELLINGS[spell](name): tensor for name, tensor in tensors.items()}
+    assert set(respelled) != set(tensors)
+    store(folder, respelled)
+    model = BertForMaskedLM.from_pretrained(folder)
+    assert_same(model, ours)
+    assert model.load_report.loaded == tuple(sorted(respelled))
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in from_transformers(respelled).items())
+    if spell in PREFIXES:
+        assert (model.load_report.prefix, model.load_report.renamed) == (spell, {})
+        encoder = {name: tensor for name, tensor in respelled.items() if "cls.predictions" not in name}
+        store(folder, encoder)
+        model = BertForMaskedLM.from_pretrained(folder, init_missing_head=True)
+        assert torch.equal(model.encode(PackedBatch.from_padded(IDS)), ours.encode(PackedBatch.from_padded(IDS)))
+
+
+def test_what_was_found_is_reported(folder, tensors, ours, good):
+    report = ours.load_report
+    assert (report.name, report.files, report.commit) == (str(good), (good / WEIGHTS,), None)
+    assert (report.dtype, report.file_dtypes) == ("float32", {"F32": 90})
+    assert (report.prefix, report.renamed, report.tied, report.ignored) == ("", {}, {}, {})
+    assert (report.initialised, report.non_finite) == ((), ())
+    assert {"architectures", "transformers_version", "use_cache"} <= set(report.ignored_config_keys)
+    assert not set(report.ignored_config_keys) & set(SIZES)
+    assert report.sha256 == {WEIGHTS: hashlib.sha256((good / WEIGHTS).read_bytes()).hexdigest()}
+
+    leftovers = {PLACES: torch.arange(16)[None], POOLER: torch.ones(32, 32), NEXT_SENTENCE: torch.ones(2, 32)}
+    copies = {DECODER: tensors[WORD], DECODER_BIAS: tensors[BIAS]}
+    everything = {f"module.{older(name)}": x for name, x in {**tensors, **leftovers, **copies}.items()}
+    store(folder, everything)
+    model = BertForMaskedLM.from_pretrained(folder)
+    assert_same(model, ours)
+    report = model.load_report
+    assert report.renamed["module.bert.embeddings.LayerNorm.gamma"] == "bert.embeddings.LayerNorm.weight"
+    assert report.renamed["module.bert.embeddings.LayerNorm.beta"] == "bert.embeddings.LayerNorm.bias"
+    assert len(report.renamed) == 2 * (1 + 2 * 5 + 1)
+    assert report.tied == {f"module.{DECODER}": WORD, f"module.{DECODER_BIAS}": BIAS}
+    assert set(report.ignored) == {f"module.{name}" for name in leftovers}
+    assert all(report.ignored.values())  # each with its reason
+    assert {*report.loaded, *report.ignored, *report.tied} == everything.keys()
+    store(folder, tensors)
+    with pytest.raises(ValueError, match="has changed"):
+        _ = report.sha256
+
+
+def test_every_name_of_the_table_shows_where_a_prefix_ends():
+    for name, _ in NAMES:
+        for hub in hub_names(name.replace(".N.", ".7.") + (".bias" if name == "head" else ".weight")):
+            assert BEGINS.search("x." + hub).start() == 2, hub
+            assert common_prefix(["x.y." + hub]) == "x.y."
+            assert common_prefix([hub]) == ""
+
+
+@pytest.mark.parametrize(("copy", "original"), [(DECODER, WORD), (DECODER_BIAS, BIAS)])
+def test_tied_copies(folder, tensors, copy, original):
+    tensors[original].view(-1)[3] = float("nan")
+    store(folder, {**tensors, copy: tensors[original]})
+    with pytest.warns(UserWarning, match="NaN"):
+        BertForMaskedLM.from_pretrained(folder)
+    assert from_transformers({**tensors, copy: tensors[original]}).keys() == from_transformers(tensors).keys()
+    changed = tensors[original].clone()
+    changed.view(-1)[-1] += 1e-3
+    for other in (changed, tensors[original].nan_to_num(), tensors[original][:1], tensors[original].half()):
+        store(folder, {**tensors, copy: other})
+        refused(folder, f"{re.escape(copy)} and {re.escape(original)} .*differ", mentions=WEIGHTS)
+        with pytest.raises(ValueError, match="differ"):
+            from_transformers({**tensors, copy: other})
+
+
+# ---------------------------------------------------------------------------------------------------------- other heads
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("BertModel", []),
+        ("BertForNextSentencePrediction", []),
+        ("BertForSequenceClassification", ["classifier.weight", "classifier.bias"]),
+        ("BertForQuestionAnswering", ["qa_outputs.weight", "qa_outputs.bias"]),
+    ],
+)
+def test_another_tasks_head(tmp_path, name, head):
+    theirs = random_weights(getattr(transformers, name)(transformers.BertConfig(**SIZES)))
+    theirs.save_pretrained(tmp_path)
+    refused(tmp_path, rf"without the masked.*{'.*'.join(head[::-1])}.*init_missing_head=True", mentions=WEIGHTS)
+    model = BertForMaskedLM.from_pretrained(tmp_path, init_missing_head=True)
+    assert set(model.load_report.ignored) >= set(head)
+    assert set(model.load_report.initialised) == {name for name in model.state_dict() if name.startswith("head.")}
+    with torch.inference_mode():
+        expected = getattr(theirs, "bert", theirs)(IDS).last_hidden_state
+        got = model.encode(PackedBatch.from_padded(IDS))
+        torch.testing.assert_close(got, expected.flatten(0, 1), atol=1e-5, rtol=1e-5)
+        assert torch.equal(model.head.dense.weight, torch.eye(32))  # the head starts as a comparison with the words
+        assert model.head.LayerNorm.weight.eq(1).all()
+        assert not model.head.bias.any()
+
+
+def test_both_heads_of_pretraining(tmp_path):
+    theirs = random_weights(transformers.BertForPreTraining(transformers.BertConfig(**SIZES)))
+    theirs.save_pretrained(tmp_path)
+    model = BertForMaskedLM.from_pretrained(tmp_path, init_missing_head=True)
+    assert model.load_report.initialised == ()
+    with torch.inference_mode():
+        torch.testing.assert_close(logits(model), theirs(IDS).prediction_logits, atol=1e-5, rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- names that are none
+
+KEY = "bert.encoder.layer.1.attention.self.query.weight"
+LORA = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.default.weight"
+WRONG = {
+    "too few": (lambda x: {**x, "bert.encoder.layer.2.output.dense.bias": None}, r"2\.output\.dense\.bias is missing"),
+    "several too few": (lambda x: {**x, WORD: None, KEY: None}, r"tensors .*word_embeddings.* are missing"),
+    "too many": (
+        lambda x: {**x, "bert.encoder.layer.0.adapter.weight": torch.ones(3)},
+        "adapter.weight is not expected",
+    ),
+    "half a head": (
+        lambda x: {**x, "cls.predictions.transform.dense.weight": None},
+        "transform.dense.weight is missing",
+    ),
+    "two spellings": (lambda x: {**x, older(LAYER_NORM): x[LAYER_NORM]}, "two spellings"),
+    "gamma of no LayerNorm": (lambda x: {**x, DENSE: None, DENSE.replace("weight", "gamma"): x[DENSE]}, "output.dense"),
+    "a wrong letter": (lambda x: {**x, KEY: None, KEY.replace("ery", "erry"): x[KEY]}, "nearest to .* is .*querry"),
+    "two models": (
+        lambda x: {f"{w}.{k}": t for w in "ab" for k, t in x.items()},
+        r"look like [ab]\..*; the nearest to",
+    ),
+    "another model": (
+        lambda x: {f"h.{n}.attn.weight": t for n, t in enumerate(x.values())},
+        r"like h\.\d+\.attn\.weight",
+    ),
+    "an adapter": (
+        lambda x: {**{f"base_model.model.{k}": t for k, t in x.items()}, LORA: torch.ones(2)},
+        "merge_and_unload",
+    ),
+    "another shape": (lambda x: {**x, PLACE: torch.zeros(17, 32)}, r"has shape \(17, 32\).*\(16, 32\)"),
+    "transposed": (lambda x: {**x, UP: x[UP].T.contiguous()}, r"has shape \(32, 37\).*\(37, 32\)"),
+    "whole numbers": (lambda x: {**x, WORD: x[WORD].long()}, "word_embeddings.weight is I64"),
+    "yes and no": (lambda x: {**x, WORD: x[WORD].bool()}, "word_embeddings.weight is BOOL"),
+}
+LAYER_NORM, DENSE = "bert.embeddings.LayerNorm.weight", "bert.encoder.layer.0.output.dense.weight"
+PLACE, UP = "bert.embeddings.position_embeddings.weight", "bert.encoder.layer.1.intermediate.dense.weight"
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_tensors_that_are_not_this_model(folder, tensors, kind):
+    change, match = WRONG[kind]
+    store(folder, {name: tensor for name, tensor in change(tensors).items() if tensor is not None})
+    refused(folder, match, mentions=WEIGHTS, init_missing_head=True)
+
+
+def test_config_contradicts_the_tensors(folder):
+    for change, match in (
+        ({"hidden_size": 64}, r"\(99, 32\).*config.json.*\(99, 64\)"),
+        ({"hidden_size": 32, "num_hidden_layers": 4}, r"not expected.*num_hidden_layers in config.json is 4"),
+        ({"num_hidden_layers": 6}, r"missing.*num_hidden_layers in config.json is 6"),
+    ):
+        change_json(folder / "config.json", **change)
+        refused(folder, match, mentions=WEIGHTS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite(folder, tensors, value):
+    tensors["bert.encoder.layer.4.attention.self.key.weight"][31, 31] = value
+    store(folder, tensors)
+    with pytest.warns(UserWarning, match=r"NaN or infinite weights in layers\.4\.attention\.qkv\.weight") as caught:
+        model = BertForMaskedLM.from_pretrained(folder)
+    assert str(folder / WEIGHTS) in str(caught[0].message)
+    assert caught[0].filename == __file__  # the warning points at the caller
+    assert model.load_report.non_finite == ("layers.4.attention.qkv.weight",)
+
+
+def test_large_finite_weights_are_no_reason_to_warn(folder, tensors, recwarn):
+    tensors[WORD][:] = 3e38  # their sum overflows
+    store(folder, tensors)
+    assert BertForMaskedLM.from_pretrained(folder).load_report.non_finite == ()
+    assert not recwarn
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_in_the_file(folder, tensors, dtype):
+    store(folder, {key: tensor.to(dtype) for key, tensor in tensors.items()})
+    name = "bert.encoder.layer.3.output.dense.weight"
+    for asked, expected in ((None, torch.float32), (dtype, dtype), (torch.bfloat16, torch.bfloat16)):
+        model = BertForMaskedLM.from_pretrained(folder, dtype=asked)
+        assert {tensor.dtype for tensor in model.state_dict().values()} == {expected}
+        assert torch.equal(model.layers[3].feed_forward.output.weight, tensors[name].to(dtype).to(expected))
+        stored = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}[dtype]
+        assert model.load_report.file_dtypes == {stored: len(tensors)}
+
+
+# -------------------------------------------------------------------------------------------------------- written again
+
+
+def test_transformers_reads_it_back(ours, theirs, tensors, tmp_path, caplog):
+    ours.save_pretrained(folder := tmp_path / "new" / "folder")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", WEIGHTS]
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    written = load_file(folder / WEIGHTS)
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model, info = transformers.BertForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert not any(info.values()), info
+    assert torch.equal(logits(model), logits(theirs))
+    assert_same_logits(ours, theirs)
+    assert not ours.training
+
+
+def test_everything_survives_the_round_trip(good, tmp_path):
+    model = BertForMaskedLM.from_pretrained(good, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_same(BertForMaskedLM.from_pretrained(tmp_path, dtype="auto"), model)
+    assert transformers.BertForMaskedLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+    config = BertConfig(**SIZES, hidden_act="gelu_new", layer_norm_eps=1e-5, type_vocab_size=3, pad_token_id=None)
+    model = BertForMaskedLM(config)
+    model.save_pretrained(tmp_path)
+    for _ in range(2):  # and into the folder that it came from
+        back = BertForMaskedLM.from_pretrained(tmp_path)
+        assert back.config == config
+        assert_same(back, model)
+        with torch.no_grad():
+            back.head.bias.add_(1)
+        back.save_pretrained(tmp_path)
+        model = back
+
+
+def test_the_decoder_cannot_come_untied(good):
+    model = BertForMaskedLM.from_pretrained(good, device="cpu")
+    assert len(model.state_dict()) == 4 + 1 + 5 * 12 + 5
+    before = logits(model)
+    with torch.no_grad():
+        model.embeddings.word.weight[98] = 0  # a word that is not in the input: only its own score may change
+    assert torch.equal(logits(model)[..., :98], before[..., :98])
+    assert torch.allclose(logits(model)[..., 98], model.head.bias[98])
+    assert torch.allclose(logits(model.double())[..., 98], model.head.bias[98])
+
+
+def test_what_a_caller_may_not_ask_for(good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = [
+        ("./nowhere", {}, FileNotFoundError, "'./nowhere' is no folder.*bundled name.*hub id"),
+        (good / WEIGHTS, {}, FileNotFoundError, "is a file"),
+        ("", {}, FileNotFoundError, "is no folder"),
+        (good, {"revision": "v1"}, ValueError, r"'v1'.*is a folder"),
+        (good, {"device": "nonsense"}, (RuntimeError, ValueError), "nonsense"),
+        (good, {"torch_type": torch.float16}, TypeError, "torch_type"),
+    ]
+    for name, options, error, match in asked:
+        with pytest.raises(error, match=match):
+            BertForMaskedLM.from_pretrained(name, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells a process's peak memory in /proc")
+def test_peak_memory_of_loading(tmp_path):
+    config = BertConfig(
+        vocab_size=8000, hidden_size=512, num_hidden_layers=7, num_attention_heads=8, intermediate_size=2048
+    )
+    with torch.device("meta"):
+        model = BertForMaskedLM(config)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    size = (tmp_path / WEIGHTS).stat().st_size
+    assert 100e6 < size < 120e6
+    program = """if True:
+        import re, sys, torch, minibert
+        def status(key):
+            return 1024 * int(re.search(key + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+        torch.set_num_threads(1)
+        before = status("VmRSS")
+        model = minibert.BertForMaskedLM.from_pretrained(sys.argv[1])
+        print(status("VmHWM") - before)
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True, check=True
+    )
+    # The weights once, which nobody can do without. The allowance is for the largest single tensor (15 % here, the
+    # word embeddings), which is there twice while it is copied out of the file, and a few MB of code that is first
+    # run, modules and headers. Holding the file and the model side by side would be 2.0.
+    assert size < int(done.stdout) < 1.25 * size
