@@ -9,17 +9,11 @@ import threading
 import huggingface_hub
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load, save_file
 
-from minibert import BertForMaskedLM
+from minibert import BertConfig
+from minibert.checkpoint.names import from_transformers
 
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 37,
-    "max_position_embeddings": 16,
-}
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "paris", "is", "the", "capital", "of", "france", "##s", "."]
 VOCABULARY = "\n".join(WORDS + [f"[unused{number}]" for number in range(99 - len(WORDS))]) + "\n"
 COMMIT, OLDER = "c" * 40, "0" * 40
@@ -126,8 +120,6 @@ def use(monkeypatch, endpoint):
 
 def shard(files, folder):
     """The same checkpoint in two files and an index."""
-    from safetensors.torch import load, save_file
-
     tensors = load(files[WEIGHTS])
     names = sorted(tensors)
     shards = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
@@ -139,12 +131,11 @@ def shard(files, folder):
     return {**result, INDEX: json.dumps({"weight_map": weight_map}).encode()}
 
 
-def assert_is(model, files, folder):
-    folder.mkdir(exist_ok=True)
-    for name in ("config.json", WEIGHTS):
-        (folder / name).write_bytes(files[name])
-    expected = BertForMaskedLM.from_pretrained(folder).state_dict()
+def assert_is(model, files):
+    """The weights are these, and so is the configuration."""
+    expected = from_transformers(load(files[WEIGHTS]))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert model.config == BertConfig.from_dict(json.loads(files["config.json"]))
 
 
 def cached(cache, name):

@@ -216,7 +216,7 @@ def fault_of(place, read, start):
     return "" if said is None or str(place) in said or "the text is" in said else f"no file is named: {said}"
 
 
-@pytest.mark.parametrize("examples", [10, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [6, pytest.param(80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "others", "read", "start"), KINDS, ids=[f"{name} with {len(others)}" for name, others, *_ in KINDS]
 )
