@@ -128,7 +128,8 @@ def build_training(name: str, precision: str, folder: Path, device: str) -> Cont
     Dropout is as the configuration has it. Ours is packed, as `minibert train` runs it. transformers is padded, as
     people train it.
     """
-    from minibert.training.step import LossSum, wrapped_layers
+    from minibert.training.settings import Settings
+    from minibert.training.step import LossSum, compiles, wrapped_layers
 
     ours = name == "minibert"
     model: Any
@@ -138,6 +139,7 @@ def build_training(name: str, precision: str, folder: Path, device: str) -> Cont
         require(PEERS[name].package)
         model = load_transformers(name, folder, torch.float32, device)
     call, objective = compiled(model, name), LossSum(model)
+    compile_ours = compiles(Settings(steps=1), torch.device(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     cast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
@@ -149,7 +151,7 @@ def build_training(name: str, precision: str, folder: Path, device: str) -> Cont
 
     def run(work: Workload) -> Tensor:
         model.train()
-        with wrapped_layers(model) if ours else nullcontext():
+        with wrapped_layers(model, compile=compile_ours) if ours else nullcontext():
             with cast:
                 loss = loss_of(work)
             loss.backward()

@@ -18,8 +18,9 @@ from minibert.bench.settings import PEERS, BenchSettings
 from minibert.bench.workloads import make_workload
 from minibert.cli import build_parser, main
 from minibert.cli.runs import read_settings
-from minibert.inference import ways
+from minibert.inference import prepare
 from minibert.inference.onednn import has_bfloat16
+from minibert.training import step
 
 CONFIG = BertConfig(
     vocab_size=131,
@@ -197,6 +198,16 @@ def test_a_training_step_that_is_timed_is_one(name, folder, monkeypatch):
     assert torch.equal(after, contender.check(work)), "the gate has no dropout"
 
 
+@pytest.mark.parametrize("where_train_compiles", [True, False])
+def test_our_training_step_is_compiled_where_train_would_compile_it(where_train_compiles, folder, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(step, "compiles", lambda settings, device: where_train_compiles)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    contender, work = timed("minibert", "training", "float32", folder)
+    contender.run(work)
+    assert len(compiled) == (2 if where_train_compiles else 0), "its layers"
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "task"), [("minibert", "training"), ("sdpa", "training"), ("sdpa", "inference"),
                                             ("minibert plain", "inference")])  # fmt: skip
@@ -297,7 +308,7 @@ def test_memory_is_that_of_a_process_of_its_own(bench):
 
 
 def test_ours_in_int8_is_a_row(bench):
-    if not ways.has_int8_products():
+    if not prepare.has_int8_products():
         lacking("int8", "this CPU cannot multiply 8-bit numbers")
     out = bench("--json", "--task", "inference", "--shapes", "1x3,mixed", "--dtype", "int8", "--peers", "none")
     answer = json.loads(out)
@@ -312,9 +323,9 @@ def test_ours_in_int8_is_a_row(bench):
 
 @pytest.mark.parametrize("missing", ["has_int8", "working_ways"])
 def test_without_int8_it_is_absent_and_all_else_goes_on(bench, monkeypatch, missing):
-    real = ways.working_ways  # of the other types it is asked as before
+    real = prepare.working_ways  # of the other types it is asked as before
     lack = {"has_int8": lambda: False, "working_ways": lambda dtype: real(dtype) if dtype != torch.int8 else ()}
-    monkeypatch.setattr(ways, missing, lack[missing])
+    monkeypatch.setattr(prepare, missing, lack[missing])
     out = bench("--shapes", "1x3", "--peers", "none", "--dtype", "float32,int8")
     assert "int8      absent: this CPU, or this torch, cannot multiply 8-bit numbers" in out
     assert "training, 1x3: nothing is trained in int8" in out
