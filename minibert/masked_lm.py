@@ -26,8 +26,6 @@ from minibert.model import Bert, EncoderLayer
 from minibert.packing import PackedBatch
 from minibert.tokenizer import as_files
 
-States = tuple[Tensor, ...]
-
 
 @dataclass(init=False, repr=False, eq=False)
 class MaskedLMOutput(OrderedDict[str, Any]):
@@ -40,15 +38,15 @@ class MaskedLMOutput(OrderedDict[str, Any]):
 
     loss: Tensor | None
     logits: Tensor
-    hidden_states: States | None
-    attentions: States | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
 
     def __init__(
         self,
         loss: Any = None,  # or all entries, as a mapping or as pairs: so accelerate and DataParallel make one
         logits: Tensor | None = None,
-        hidden_states: States | None = None,
-        attentions: States | None = None,
+        hidden_states: tuple[Tensor, ...] | None = None,
+        attentions: tuple[Tensor, ...] | None = None,
     ) -> None:
         named = {"loss": loss, "logits": logits, "hidden_states": hidden_states, "attentions": attentions}
         given = named if loss is None or isinstance(loss, Tensor) else dict(loss)
@@ -59,6 +57,9 @@ class MaskedLMOutput(OrderedDict[str, Any]):
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise KeyError(f"there is no {key!r}, only {', '.join(self)}")
 
     def __getattr__(self, name: str) -> Any:
         if name in self or name in type(self).__annotations__:
@@ -439,9 +440,8 @@ class BertForMaskedLM(Bert):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers it has learned."""
         tables = [x.weight for x in self.embeddings.children() if isinstance(x, nn.Embedding)]
-        left_out = set(tables if exclude_embeddings else [])
-        counted = [x for x in self.parameters() if x.requires_grad or not only_trainable]
-        return sum(x.numel() for x in counted if x not in left_out)
+        counted = set(self.parameters()) - set(tables if exclude_embeddings else [])
+        return sum(x.numel() for x in counted if x.requires_grad or not only_trainable)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
@@ -28,6 +29,8 @@ SEEDS = range(8)
 
 @pytest.fixture(scope="module")
 def hub_tokenizer():
+    if transformers.__version__.startswith("4."):
+        pytest.skip("a BertTokenizer is made from a vocabulary since transformers 5")
     return BertTokenizer(vocab={token: number for number, token in enumerate(VOCAB)})
 
 

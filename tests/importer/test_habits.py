@@ -65,17 +65,20 @@ def integrated(model, place, mask):
     """Integrated gradients (Sundararajan 2017) from zeros, through a hook that replaces what the place gives."""
     seen, total = [], 0
     part = places(model, place)
-    handle = part.register_forward_hook(lambda _, __, output: seen.append(output.detach()))
+    # In transformers 4 a layer gives a tuple.
+    handle = part.register_forward_hook(lambda _, __, output: seen.append(output))
     model(IDS, attention_mask=mask)
     handle.remove()
+    is_tuple = isinstance(seen[0], tuple)
+    value = (seen[0][0] if is_tuple else seen[0]).detach()
     steps = [0.1, 0.5, 0.9]
     for step in steps:
-        point = (step * seen[0]).requires_grad_()
-        handle = part.register_forward_hook(lambda *_, point=point: point)
+        point = (step * value).requires_grad_()
+        handle = part.register_forward_hook(lambda *_, point=point: (point,) if is_tuple else point)
         answer = model(IDS, attention_mask=mask).logits[:, 0].log_softmax(-1)[:, 7].sum()
         total = total + torch.autograd.grad(answer, point)[0]
         handle.remove()
-    return seen[0] * total / len(steps)
+    return value * total / len(steps)
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])

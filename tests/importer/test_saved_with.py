@@ -1,7 +1,9 @@
 """A model saved as accelerate saves it, and with its tokenizer; and loaded as programs for transformers load theirs."""
 
 import os
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -36,7 +38,9 @@ def of_another_name():
 
 
 def of_transformers():
-    tokenizer = transformers.BertTokenizer(vocab={word: number for number, word in enumerate(WORDS)})
+    with tempfile.TemporaryDirectory() as folder:  # in all versions, and no other way
+        (Path(folder) / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+        tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
     tokenizer.add_tokens(["zyzzyva"])
     tokenizer(["The cat", "a"], padding=True, truncation=True, max_length=3)  # stays turned on inside of it
     return tokenizer
