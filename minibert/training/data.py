@@ -238,15 +238,15 @@ class Share(NamedTuple):
     passes: list[Example]
 
 
+@dataclass(eq=False)
 class Shares(Dataset["Share | Exception"]):
     """Makes the share of one rank: shares[epoch, step_in_epoch, the numbers of the step's rows]. Rows of like length
     come together, which wastes least on a GPU.
     """
 
-    def __init__(self, corpus: Corpus, ranks: Ranks, micro_tokens: int | None) -> None:
-        self.corpus = corpus
-        self.rank, self.size = ranks.rank, ranks.size
-        self.micro_tokens = micro_tokens
+    corpus: Corpus
+    ranks: Ranks
+    micro_tokens: int | None
 
     def __getitem__(self, step: tuple[int, int, list[int]]) -> "Share | Exception":
         """An error is returned, not raised: DataLoader would wrap a worker's error in the text of its traceback."""
@@ -257,7 +257,7 @@ class Shares(Dataset["Share | Exception"]):
 
     def share(self, epoch: int, step_in_epoch: int, numbers: list[int]) -> Share:
         length = dict(zip(numbers, self.corpus.lengths(epoch, numbers), strict=True))
-        mine = sorted(numbers, key=lambda number: -length[number])[self.rank :: self.size]
+        mine = sorted(numbers, key=lambda number: -length[number])[self.ranks.rank :: self.ranks.size]
         passes = [self.corpus.examples(epoch, some) for some in into_passes(mine, length, self.micro_tokens)]
         if not passes:  # fewer rows than ranks: take part all the same, with a row in which nothing is asked
             idle = self.corpus.examples(epoch, numbers[:1])

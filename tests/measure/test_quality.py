@@ -55,30 +55,6 @@ def test_a_peer_is_asked_the_same(tiny, folder):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nowhere.txt"], "nowhere.txt: no such text file"),
-        ([__file__, "--lines", "0"], "--lines must be at least 1, not 0"),
-        ([__file__, "--model", "no/such/folder/here"], "no/such/folder/here"),
-    ],
-)
-def test_a_mistake_is_said(arguments, message, capsys):
-    with pytest.raises(SystemExit) as ended:
-        quality.main(arguments)
-    assert ended.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert message in err.splitlines()[-1]
-
-
-def test_a_text_without_held_out_lines_is_said(tmp_path, folder, capsys):
-    (tmp_path / "short.txt").write_text("you want to tell me\n", encoding="utf-8")
-    with pytest.raises(SystemExit):
-        quality.main([str(tmp_path / "short.txt"), "--model", str(folder)])
-    assert "no line is held out" in capsys.readouterr().err
-
-
 def test_beside_a_difference_stands_its_standard_error(capsys):
     """The mean of 4 differences of 0 and 2 is 1, their standard deviation 2 / √3, and the error half of that."""
     zeros = torch.zeros(2, 4, dtype=torch.float64)

@@ -190,17 +190,6 @@ def test_masks_are_what_mask_tokens_draws_for_the_row_alone():
         assert torch.equal(example.positions, (masked.labels[0] >= 0).nonzero().flatten())
 
 
-def test_the_share_of_masked_tokens_is_berts():
-    made = corpus(token_file([20] * 5000))
-    example = made.examples(0, everything(made, 0))
-    words = example.batch.num_tokens - 2 * example.batch.num_sequences
-    chosen = len(example.positions)
-    assert chosen / words == pytest.approx(0.15, abs=5 * (0.15 * 0.85 / words) ** 0.5)  # 5 sigma
-    shown = example.batch.input_ids[example.positions]
-    assert (shown == MASK).float().mean() == pytest.approx(0.8, abs=5 * (0.8 * 0.2 / chosen) ** 0.5)
-    assert (shown == example.targets).float().mean() == pytest.approx(0.1, abs=5 * (0.1 * 0.9 / chosen) ** 0.5 + 1e-3)
-
-
 def test_a_random_token_is_one_that_the_tokenizer_has():
     """A model may have more rows, to fill up its vocabulary."""
     example = masked_rows([torch.arange(FIRST, 2005)] * 20, [example_generator(0, 0, n) for n in range(20)], TOKENIZER)

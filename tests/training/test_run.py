@@ -17,7 +17,6 @@ from tokenizers.models import WordPiece
 from minibert import BertForMaskedLM
 from minibert.cli import main
 from minibert.training import Settings, data, run, saving, train
-from minibert.training.run import stopped_by_signals
 from minibert.training.tokens import token_files
 
 
@@ -67,16 +66,6 @@ def test_the_commands_keep_freed_memory(command, tiny, tmp_path, monkeypatch):
     arguments = tiny.arguments(tmp_path / "out") if command == "train" else ["bench", "--peers", "none"]
     with pytest.raises(SystemExit, match="77"):
         main(arguments)
-
-
-def test_signals_are_as_they_were_afterwards():
-    before = signal.getsignal(signal.SIGTERM)
-    with stopped_by_signals() as stop:
-        assert not stop.is_set()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.wait(10)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "the second one ends the run"
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.slow

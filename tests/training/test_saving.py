@@ -180,6 +180,7 @@ def test_a_signal_saves_and_stops(name, workers, tiny, whole, tmp_path, monkeypa
         if len(metrics(out)) == 4:  # in the fifth step
             for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
                 os.kill(process.pid, getattr(signal, name))
+            assert signal.getsignal(getattr(signal, name)) == signal.SIG_DFL, "the second one ends the run"
         return real(*arguments)
 
     monkeypatch.setattr(step, "accumulate", accumulate)

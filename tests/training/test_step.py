@@ -251,16 +251,6 @@ def test_the_command_compiles_every_layer_if_asked(tiny, tmp_path, monkeypatch):
     assert len({id(function.__self__) for function in compiled}) == tiny.config.num_hidden_layers
 
 
-def test_a_forward_of_the_callers_own_is_there_afterwards(model):
-    own = model.layers[0].once
-    model.layers[0].once = own
-    with step.wrapped_layers(model, compile=True, checkpoint_activations=True):
-        pass
-    assert vars(model.layers[0])["once"] is own
-    assert "once" not in vars(model.layers[1])
-    assert not model.is_gradient_checkpointing
-
-
 @pytest.mark.parametrize("again", [True, False])
 def test_the_command_computes_layers_again_if_asked(again, tiny, tmp_path, monkeypatch):
     calls = []
