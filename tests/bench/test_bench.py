@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import chain, repeat
 from statistics import median
 from types import SimpleNamespace
 
@@ -87,6 +88,9 @@ def test_every_row_is_timed_or_says_why_not(measured):
         assert all(row.status == "timed" and row.difference <= row.tolerance for row in timed), timed
         assert (absent.contender, absent.status, absent.median) == ("reduce-overhead", "absent", None)
         assert "CUDA" in absent.reason
+    notes = {row.reason for row in measured.rows if row.contender == "minibert prepared"}
+    assert len(notes) == 1
+    assert notes.pop().startswith("linear layers: ")
 
 
 def test_the_figures_follow_from_the_times(measured):
@@ -446,6 +450,12 @@ def test_the_command_prints_one_line_of_json(bench):
     assert answer["matmul"]["float32"] > 0
     assert answer["workloads"]["inference 1x3"]["real_tokens"] == 3
     assert [row["contender"] for row in answer["rows"]][:2] == ["minibert prepared", "minibert plain"]
+
+
+def test_the_rate_of_the_machine_is_that_of_its_best_product(monkeypatch):
+    times = chain([0.5, 0.25], repeat(1.0))
+    monkeypatch.setattr(report, "seconds", lambda call, device: call() is None or next(times))
+    assert report.matmul_rate("float32", "cpu") == 2 * 16 * 32 * 64 / 0.25
 
 
 def test_a_card_is_known_by_its_name():

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,15 @@ def test_each_of_several_processes_needs_a_gpu_of_its_own(monkeypatch):
                             ("cuda", "process 2 of this machine has no GPU: there are 2")):  # fmt: skip
         with pytest.raises(ValueError, match=message), join(device):
             pass
+    asked = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(data, "dist", SimpleNamespace(
+        init_process_group=asked.append, get_rank=lambda: 1, get_world_size=lambda: 3,
+        destroy_process_group=lambda: asked.append("ended")))  # fmt: skip
+    with join("cuda") as ranks:
+        assert (ranks.rank, ranks.size, ranks.device, ranks.first) == (1, 3, "cuda:1", False)
+    assert asked == [torch.device("cuda", 1), "nccl", "ended"]
 
 
 def test_alone(monkeypatch):

@@ -60,6 +60,13 @@ def test_the_speed_is_in_tokens_a_second(tiny, tmp_path, monkeypatch):
         assert line["tokens_per_second"] == pytest.approx(line["tokens"] / 4, abs=0.5)
 
 
+@pytest.mark.parametrize(("given", "workers"), [(0, None), (3, 3)])
+def test_texts_are_tokenized_by_as_many_as_asked(given, workers, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "token_files", lambda *_, workers: exit(f"{workers} workers"))
+    with pytest.raises(SystemExit, match=f"{workers} workers"):
+        tiny.train(tmp_path / "out", "--workers", given)
+
+
 @pytest.mark.parametrize("command", ["train", "bench"])
 def test_the_commands_keep_freed_memory(command, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("minibert.training.processes.keep_freed_memory", lambda: exit(77))

@@ -73,6 +73,18 @@ def test_gzip_and_several_processes_give_the_same(write, folder, tmp_path, monke
             assert (place / name).read_bytes() == (alone / name).read_bytes()
 
 
+def test_little_text_is_tokenized_by_one_process_and_much_by_one_a_core(write, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tokens, "tokenizing", lambda _, workers: asked.append(workers) or 1 / 0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(tokens, "WORTH_A_WORKER", 1000)
+    little, much = write("little.txt", some_lines(20)), write("much.txt", some_lines(1000))
+    for path, workers in ((little, None), (much, None), (much, 2)):
+        with pytest.raises(ZeroDivisionError):
+            token_files([str(path)], TOKENIZER, tmp_path / "tokens", workers=workers)
+    assert asked == [1, 3, 2]
+
+
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, torch.uint16), (2**16 + 1, torch.uint32)])
 def test_ids_take_two_bytes_if_they_fit(size, dtype, write, folder):
     words = [*SPECIAL, *(f"word{number}" for number in range(len(SPECIAL), size))]
