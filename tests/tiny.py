@@ -41,16 +41,17 @@ class Tiny:
         BertForMaskedLM(self.config).save_pretrained(self.start)
         from_vocabulary(vocabulary).save(str(self.start / "tokenizer.json"))
 
-    def arguments(self, out, *more):
+    def arguments(self, out, *more, texts=()):
         """`minibert train` as the tests run it: 12 small steps. An option in `more` overrides."""
         return [
-            *("train", str(self.text), "--init", str(self.start), "--out", str(out), "--tokens", str(self.tokens)),
+            *("train", *map(str, texts or [self.text]), "--init", str(self.start)),
+            *("--out", str(out), "--tokens", str(self.tokens)),
             *("--steps", "12", "--tokens-per-step", "200", "--max-length", "24", "--learning-rate", "5e-3"),
             *("--dtype", "float32", "--save-every", "3", "--evaluate-every", "4", "--device", "cpu", *map(str, more)),
         ]
 
-    def train(self, out, *more):
-        return main(self.arguments(out, *more))
+    def train(self, out, *more, texts=()):
+        return main(self.arguments(out, *more, texts=texts))
 
     def corpus(self, **settings):
         """The examples of the text, in rows and steps as `arguments` has them."""

@@ -123,8 +123,8 @@ def test_special_tokens_are_looked_for_before_the_text_is_read(missing, tiny, tm
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "model" / name).write_bytes((tiny.start / name).read_bytes())
     (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
-    arguments = tiny.arguments(tmp_path / "out", "--init", tmp_path / "model", "--tokens", tmp_path / "tokens")
-    assert main([arguments[0], str(tmp_path / "no such text.txt"), *arguments[2:]]) == 2
+    options = ("--init", tmp_path / "model", "--tokens", tmp_path / "tokens")
+    assert tiny.train(tmp_path / "out", *options, texts=[tmp_path / "no such text.txt"]) == 2
     assert f"has no {missing} token" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "tokens").exists()
 

@@ -14,7 +14,6 @@ import torch
 from tiny import SETTINGS, metrics, weights
 
 from minibert import BertForMaskedLM, load_tokenizer
-from minibert.cli import main
 from minibert.training import Settings, saving, step
 from minibert.training.run import describe, train_steps
 from minibert.training.step import parameter_groups
@@ -224,16 +223,14 @@ def test_a_run_goes_on_only_as_what_it_is(option, value, message, stopped, tiny,
 
 
 def test_a_run_goes_on_only_with_its_text(stopped, tiny, tmp_path, capsys):
-    arguments = tiny.arguments(stopped, "--resume")
-    arguments[1] += ":2"
-    assert main(arguments) == 2
+    assert tiny.train(stopped, "--resume", texts=[f"{tiny.text}:2"]) == 2
     assert "prose:1" in (error := capsys.readouterr().err.splitlines()[-1])
     assert "prose:2" in error
     text = tiny.text.read_text()
     assert "fortune" in text
     changed = tmp_path / "prose.txt"
     changed.write_text(text.replace("fortune", "daughter"))  # as many tokens as before
-    assert main([arguments[0], str(changed), *arguments[2:]]) == 2
+    assert tiny.train(stopped, "--resume", texts=[changed]) == 2
     assert "prose:1" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -257,8 +254,7 @@ def test_what_is_there_is_not_written_over(tiny, whole, capsys):
         assert tiny.train(out, *options) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
         assert weights(out) == before
-    command, _, *arguments = tiny.arguments(whole, "--resume")
-    assert main([command, "a text that is gone by now.txt", *arguments]) == 0
+    assert tiny.train(whole, "--resume", texts=["a text that is gone by now.txt"]) == 0
     assert "finished" in capsys.readouterr().out
     assert tiny.train(whole, "--resume", "--steps", "13") == 2
     assert "steps 12, and now it is 13" in capsys.readouterr().err.splitlines()[-1]

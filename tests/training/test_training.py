@@ -12,7 +12,6 @@ import torch
 from tiny import metrics, weights
 
 from minibert import BertForMaskedLM, load_tokenizer
-from minibert.cli import main
 from minibert.tokenizer import from_vocabulary, own_token
 from minibert.training import Settings, saving, step
 from minibert.training.data import ALONE, Ranks, Shares
@@ -35,10 +34,10 @@ def scratch(tiny, tmp_path_factory):
 @pytest.mark.slow
 def test_from_random_weights_the_loss_on_real_text_goes_down(tiny, scratch, tmp_path, capsys):
     out = tmp_path / "out"
-    assert tiny.train(out, "--init", scratch, "--steps", "200", "--evaluate-every", "50", "--no-dropout") == 0
+    assert tiny.train(out, "--init", scratch, "--steps", "120", "--evaluate-every", "30", "--no-dropout") == 0
     lines = metrics(out)
     losses = [line["loss"] for line in lines]
-    assert len(losses) == 200
+    assert len(losses) == 120
     vocabulary = math.log(tiny.config.vocab_size)
     assert losses[0] == pytest.approx(vocabulary, abs=0.1), "at first, all words are about equally likely"
     assert sum(losses[-20:]) / 20 < vocabulary - 1, "the least that it takes to have learnt something"
@@ -309,8 +308,7 @@ def test_settings_without_an_option_are_checked_too(key, value):
 def test_with_nothing_held_out_there_is_no_figure_and_no_best(tiny, tmp_path, capsys):
     text, out = tmp_path / "one.txt", tmp_path / "out"
     text.write_text("a wife must not be the daughter\n")
-    arguments = tiny.arguments(out, "--steps", "2")
-    assert main([arguments[0], str(text), *arguments[2:]]) == 0
+    assert tiny.train(out, "--steps", "2", texts=[text]) == 0
     said = capsys.readouterr()
     assert said.out.splitlines()[1:] == [f"{name:<20} {0:>13} {'–':>7} {'–':>7}" for name in ("one", "all")]
     assert "no line is held out" in said.err
@@ -325,8 +323,7 @@ def test_with_nothing_held_out_there_is_no_figure_and_no_best(tiny, tmp_path, ca
 def test_a_step_in_which_nothing_is_masked_has_no_loss(tiny, tmp_path):
     text, out = tmp_path / "short.txt", tmp_path / "out"
     text.write_text("\n".join(["the", "must", "be", "not"]))  # a row is one word or a few, and at 15 % often unmasked
-    arguments = tiny.arguments(out, "--max-length", "3", "--tokens-per-step", "3")
-    assert main([arguments[0], str(text), *arguments[2:]]) == 0
+    assert tiny.train(out, "--max-length", "3", "--tokens-per-step", "3", texts=[text]) == 0
     lines = metrics(out)
     assert {line["masked_tokens"] for line in lines} == {0, 1}
     assert all((line["loss"] is None) == (line["masked_tokens"] == 0) for line in lines)
@@ -336,8 +333,7 @@ def test_figures_of_each_text(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     other = tmp_path / "other.txt"
     other.write_text("\n".join(tiny.text.read_text().splitlines()[::-1]))
-    command, text, *arguments = tiny.arguments(out, "--steps", "2")
-    assert main([command, text, f"{other}:0.5", *arguments]) == 0
+    assert tiny.train(out, "--steps", "2", texts=[tiny.text, f"{other}:0.5"]) == 0
     held_out = metrics(out)[-1]["held_out"]
     assert list(held_out) == ["prose", "other", "all"]
     assert held_out["all"]["masked_tokens"] == held_out["prose"]["masked_tokens"] + held_out["other"]["masked_tokens"]
