@@ -1,4 +1,4 @@
-"""What the tests of the commands share: FillMask and transformers' twin of the tiny model."""
+"""What the tests of the commands share: standard input, the tiny model, and transformers' twin of it."""
 
 import io
 
@@ -6,6 +6,7 @@ import pytest
 from transformers import BertForMaskedLM as HubBert
 
 from minibert import BertForMaskedLM, FillMask, load_tokenizer
+from minibert.inference import prepare_for_inference
 
 
 @pytest.fixture
@@ -17,6 +18,19 @@ def given(monkeypatch):
         monkeypatch.setattr("sys.stdin", None if raw is None else io.TextIOWrapper(io.BytesIO(raw), newline="\n"))
 
     return put
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """The types in which models have been prepared for inference."""
+    types = []
+
+    def prepare(model, dtype):
+        types.append(dtype)
+        return prepare_for_inference(model, dtype)
+
+    monkeypatch.setattr("minibert.inference.prepare_for_inference", prepare)
+    return types
 
 
 @pytest.fixture(scope="session")
