@@ -287,12 +287,14 @@ def shares(corpus: Corpus, settings: Settings, begin: tuple[int, int], left: int
                 if (epoch, step_in_epoch) >= begin:
                     yield epoch, step_in_epoch, numbers
 
+    # On a GPU one process at least makes the next rows while the step is computed.
+    workers = settings.workers or int(ranks.device.startswith("cuda"))
     loader: DataLoader[Share | Exception] = DataLoader(
         Shares(corpus, ranks, settings.micro_tokens),
         batch_size=None,
         sampler=islice(steps(), left),
-        num_workers=settings.workers,
-        multiprocessing_context="fork" if settings.workers else None,  # the token files stay mapped, and are not copied
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # the token files stay mapped, and are not copied
         collate_fn=_as_it_is,
         worker_init_fn=_start_worker,
     )

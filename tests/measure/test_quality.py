@@ -33,11 +33,11 @@ def test_the_table_has_a_row_for_each_or_says_why_not(tiny, folder, capsys):
     lines = min(4, len(files[0].held_out))
     assert f"{lines} held-out lines, {expected['masked_tokens']:.0f} masked tokens" in title
     rows = {re.split(r"  +", line)[0]: line for line in table if "absent: " not in line}
-    assert f" {expected['loss']:.4f} " in rows["minibert prepared float32"], "the rows of `evaluate`"
+    assert f" {expected['loss']:.4f} " in rows["minibert float32"], "the rows of `evaluate`"
     absent = [line for line in table if "absent: " in line]
     assert len(rows) + len(absent) == len(quality.LINEUP)
     if working_ways(torch.int8):
-        more, error = re.search(r"([+-]\d\.\d{4}) ± (\d\.\d{4})", rows["minibert prepared int8"]).groups()
+        more, error = re.search(r"([+-]\d\.\d{4}) ± (\d\.\d{4})", rows["minibert int8"]).groups()
         assert 0 < abs(float(more)) < 0.1  # nats, where a guess among all words costs 6
         assert 0 < float(error) < 0.1
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minibert import BertForMaskedLM, masked_lm
 from minibert.cli import build_parser
 from minibert.cli.runs import read_settings
-from minibert.training import Settings, run, step
+from minibert.training import Settings, data, run, step
 from minibert.training.data import ALONE, Ranks, Share, Shares, ahead
 from minibert.training.run import train_steps
 from minibert.training.step import LossSum, accumulate, evaluate, make_optimizer, masked_lines, take_step
@@ -159,6 +159,16 @@ def test_batches_are_sent_before_they_are_needed_and_in_order(share, tiny):
             tensors = (example.positions, example.targets, example.batch.input_ids, example.batch.cu_seqlens)
             assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert next(ahead(iter([share]), torch.device("cpu"))) is share
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "workers"), [(0, "cpu", 0), (2, "cpu", 2), (0, "cuda:0", 1), (3, "cuda:0", 3), (0, "mps", 0)]
+)
+def test_on_cuda_rows_are_made_while_the_step_is_computed(asked, device, workers, tiny, monkeypatch):
+    made = []
+    monkeypatch.setattr(data, "DataLoader", lambda *_, num_workers, **more: made.append(num_workers) or ())
+    assert not list(data.shares(tiny.corpus(), Settings(steps=1, workers=asked), (0, 0), 1, Ranks(device=device)))
+    assert made == [workers]
 
 
 def test_cuda_fetches_from_pinned_memory_and_nobody_waits(share, monkeypatch):
