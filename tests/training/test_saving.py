@@ -14,6 +14,7 @@ import torch
 from tiny import SETTINGS, metrics, weights
 
 from minibert import BertForMaskedLM, load_tokenizer
+from minibert.tokenizer import from_vocabulary
 from minibert.training import Settings, saving, step
 from minibert.training.run import describe, train_steps
 from minibert.training.step import parameter_groups
@@ -232,6 +233,13 @@ def test_a_run_goes_on_only_with_its_text(stopped, tiny, tmp_path, capsys):
     changed.write_text(text.replace("fortune", "daughter"))  # as many tokens as before
     assert tiny.train(stopped, "--resume", texts=[changed]) == 2
     assert "prose:1" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_goes_on_only_with_its_tokenizer(stopped, tiny, tmp_path, capsys):
+    words = sorted(load_tokenizer(tiny.start).get_vocab(), key=load_tokenizer(tiny.start).get_vocab().get)
+    from_vocabulary([*words[:-2], words[-1], words[-2]]).save(str(tmp_path / "tokenizer.json"))
+    assert tiny.train(stopped, "--resume", "--tokenizer", tmp_path, "--tokens", tmp_path / "tokens") == 2
+    assert "was begun with tokenizer SHA-256" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
