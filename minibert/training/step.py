@@ -88,7 +88,7 @@ def take_step(
 
     Raises FloatingPointError if the loss or the gradient is not a number any more; the weights are then untouched.
 
-    A GPU is asked nothing until all of the step is under way.
+    A GPU is asked nothing until all of the step is under way. (Several first add up their numbers of masked tokens.)
     """
     targets, tokens = ranks.sum(sum(len(example.targets) for example in share.passes), share.tokens)
     # Dropout draws from torch's own generator. It is seeded anew for each step, so there is no state to save.
