@@ -16,7 +16,7 @@ from minibert.parity import Trace, trace
 from minibert.parity.faults import CATALOGUE
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import converted
-from minibert.trace.table import expected_names, hide_padding
+from minibert.trace.table import INPUTS, expected_names, hide_padding
 
 SIZES = [
     {**CONFIGS["batch 13, gelu"], "num_hidden_layers": 1},
@@ -24,85 +24,109 @@ SIZES = [
 ]
 
 
-def eager(monkeypatch, scale=1.0, swap=False, mask="before", merge=True, largest_subtracted=True):
-    def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **rest):
-        if swap:
-            query, key = key, query
-        scores = torch.matmul(query, key.transpose(2, 3)) * scaling * scale
-        seen, lowest = attention_mask == 0, torch.finfo(scores.dtype).min
-        if mask == "before":
-            scores = scores.masked_fill(~seen, float("-inf"))
-        elif mask == "inverted":
-            scores = scores.masked_fill(seen, lowest)
-        elif mask == "raw":
-            scores = scores + seen
-        elif mask == "causal":
-            scores = scores.masked_fill(~seen | torch.ones(scores.shape[-2:]).triu(1).bool(), lowest)
-        probabilities = scores.softmax(-1)
-        if not largest_subtracted:
-            powers = scores.exp()  # above 11.1 infinite in float16
-            probabilities = powers / powers.sum(-1, keepdim=True)
-        if mask == "after":
-            probabilities = probabilities * seen
-        probabilities = F.dropout(probabilities, dropout, module.training)
-        context = torch.matmul(probabilities, value)
-        return context.transpose(1, 2) if merge else context.reshape(len(context), context.shape[2], -1), probabilities
-
-    monkeypatch.setattr(hub, "eager_attention_forward", forward)
+def lowest(scores):
+    return torch.finfo(scores.dtype).min
 
 
-def unscaled(model, patch):
-    eager(patch, scale=(model.config.hidden_size / model.config.num_attention_heads) ** 0.5)
+def hidden(scores, seen):
+    return scores.masked_fill(~seen, lowest(scores))
+
+
+def merged(context):
+    return context.transpose(1, 2)
+
+
+def attend(
+    change=lambda *parts: parts, scale=1.0, mask=hidden, soften=lambda scores, seen: scores.softmax(-1), merge=merged
+):
+    """transformers' written-out attention with something else about it. change: of query, key, value."""
+
+    def plant(model, patch):
+        def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **rest):
+            query, key, value = change(query, key, value)
+            seen = attention_mask == 0
+            scores = torch.matmul(query, key.transpose(2, 3)) * scaling * scale
+            probabilities = F.dropout(soften(mask(scores, seen), seen), dropout, module.training)
+            return merge(torch.matmul(probabilities, value)), probabilities
+
+        patch.setattr(hub, "eager_attention_forward", forward)
+
+    return plant
+
+
+def causal(scores, seen):
+    return hidden(scores, seen & ~torch.ones(scores.shape[-2:]).triu(1).bool())
+
+
+def largest_not_subtracted(scores, seen):
+    powers = scores.exp()  # above 11.1 infinite in float16
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def unscaled(by):
+    return lambda model, patch: attend(scale=by(model.config))(model, patch)
 
 
 def norms(model):
     return [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
 
 
-def tanh_gelu(model, patch):
-    for layer in model.bert.encoder.layer:
-        layer.intermediate.intermediate_act_fn = nn.GELU("tanh")
-    model.cls.predictions.transform.transform_act_fn = nn.GELU("tanh")
-
-
-def eps(value):
+def norm_with(change):
     def plant(model, patch):
         for norm in norms(model):
-            norm.eps = value
+            norm.forward = lambda x, norm=norm: change(x, norm)
 
     return plant
 
 
-def not_loaded(model, patch):
-    for norm in norms(model):
-        norm.reset_parameters()
+def eps(value):
+    return norm_with(lambda x, norm: F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, value))
 
 
-def sample_variance(model, patch):
-    for norm in norms(model):
-        norm.forward = lambda x, n=norm: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) * n.weight + n.bias
+class Activation(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
-def no_types(model, patch):
-    nn.init.zeros_(model.bert.embeddings.token_type_embeddings.weight)
+def activation(function, encoder=True, head=True):
+    def plant(model, patch):
+        for layer in model.bert.encoder.layer if encoder else []:
+            layer.intermediate.intermediate_act_fn = Activation(function)
+        if head:
+            model.cls.predictions.transform.transform_act_fn = Activation(function)
+
+    return plant
 
 
-def constant_types(model, patch):
-    table = model.bert.embeddings.token_type_embeddings.weight
-    table.data[1:] = table.data[0]
+def tanh(x):
+    return F.gelu(x, approximate="tanh")
 
 
-def off_by_one(model, patch):
-    table = model.bert.embeddings.position_embeddings.weight
-    table.data = torch.cat([table.data[1:], table.data[-1:]])
+def embedding(name, change):
+    def plant(model, patch):
+        table = getattr(model.bert.embeddings, name).weight
+        table.data = change(table.data.clone())
+
+    return plant
 
 
-def double_bias(model, patch):
-    model.cls.predictions.decoder.register_forward_hook(lambda m, i, output: output + model.cls.predictions.bias)
+def asked(change):
+    """The model asked something else than what it is given."""
+
+    def plant(model, patch):
+        real = model.forward
+        model.forward = lambda **given: real(**change(given))
+
+    return plant
 
 
-def no_bias(model, patch):
-    model.cls.predictions.decoder.register_forward_hook(lambda m, i, output: F.linear(i[0], m.weight))
+def positions(count):
+    return asked(lambda given: {**given, "position_ids": count(given["attention_mask"])})
+
+
+def decoder(change):
+    return lambda model, patch: model.cls.predictions.decoder.register_forward_hook(lambda m, i, x: change(m, i[0], x))
 
 
 def no_transform(model, patch):
@@ -113,17 +137,12 @@ def untied(model, patch):
     model.cls.predictions.decoder.weight = nn.Parameter(model.cls.predictions.decoder.weight.detach().clone())
 
 
-def dropout_on(model, patch):
-    model.train()
-
-
 def transposed(model, patch):
-    for layer in model.bert.encoder.layer:
-        attention = layer.attention
-        for dense in (attention.self.query, attention.self.key, attention.self.value, attention.output.dense):
-            dense.weight.data = dense.weight.data.T.contiguous()
-    dense = model.cls.predictions.transform.dense
-    dense.weight.data = dense.weight.data.T.contiguous()
+    square = [
+        dense for dense in model.modules() if isinstance(dense, nn.Linear) and dense.in_features == dense.out_features
+    ]
+    for dense in square:
+        dense.weight.data = dense.weight.data.T.contiguous()
 
 
 def pre_norm(model, patch):
@@ -165,81 +184,62 @@ def residual_after(model, patch):
     patch.setattr(hub.BertOutput, "forward", forward)
 
 
-def no_head_activation(model, patch):
-    model.cls.predictions.transform.transform_act_fn = nn.Identity()
-
-
-def positions(count):
-    def plant(model, patch):
-        real = model.forward
-        model.forward = lambda **asked: real(**asked, position_ids=count(asked["attention_mask"]))
-
-    return plant
-
-
-def split_without_transpose(model, patch):
-    """view(B, S, H, K) and transpose(1, 2), which is what transformers does next, then give a view to (B, H, S, K)."""
-    heads = model.config.num_attention_heads
-
-    def hook(module, inputs, x):
-        rows, length, hidden = x.shape
-        return x.reshape(rows, heads, length, -1).transpose(1, 2).reshape(rows, length, hidden)
-
-    for layer in model.bert.encoder.layer:
-        for part in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
-            part.register_forward_hook(hook)
-
-
-def erf_gelu(model, patch):
-    for layer in model.bert.encoder.layer:
-        layer.intermediate.intermediate_act_fn = nn.GELU()
-    model.cls.predictions.transform.transform_act_fn = nn.GELU()
+def split_without_transpose(query, key, value):
+    """(B, H, S, K), made by a view of (B, S, D)."""
+    return [x.transpose(1, 2).reshape(x.shape) for x in (query, key, value)]
 
 
 PLANTED = {
     "pre-LayerNorm": pre_norm,
     "key and value swapped": key_as_value,
     "heads split in the wrong order": interleaved,
-    "heads put together without the transpose": lambda m, p: eager(p, merge=False),
-    "attention mask added as 0 and 1": lambda m, p: eager(p, mask="raw"),
-    "causal mask": lambda m, p: eager(p, mask="causal"),
-    "tanh-GELU": tanh_gelu,
+    "heads split by a view, without the transpose": attend(split_without_transpose),
+    "heads put together without the transpose": attend(merge=lambda x: x.reshape(len(x), x.shape[2], -1)),
+    "attention mask ignored": attend(mask=lambda scores, seen: scores),
+    "attention mask inverted": attend(mask=lambda scores, seen: scores.masked_fill(seen, lowest(scores))),
+    "attention mask added as 0 and 1": attend(mask=lambda scores, seen: scores + seen),
+    "attention mask after the softmax": attend(
+        mask=lambda scores, seen: scores, soften=lambda scores, seen: scores.softmax(-1) * seen
+    ),
+    "causal mask": attend(mask=causal),
+    "fp16 softmax overflow": attend(
+        mask=lambda scores, seen: scores.masked_fill(~seen, float("-inf")), soften=largest_not_subtracted
+    ),
+    "tanh-GELU": activation(tanh),
+    "erf-GELU": activation(F.gelu),
+    "head activation missing": activation(lambda x: x, encoder=False),
     "LayerNorm eps 1e-5": eps(1e-5),
     "LayerNorm eps 1e-6": eps(1e-6),
     "LayerNorm eps 1e-3": eps(1e-3),
+    "LayerNorm weight and bias not loaded": norm_with(lambda x, n: F.layer_norm(x, n.normalized_shape, eps=n.eps)),
+    "LayerNorm divides by n - 1": norm_with(
+        lambda x, n: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True) * n.weight + n.bias
+    ),
     "residual added after the LayerNorm": residual_after,
-    "head activation missing": no_head_activation,
-    "LayerNorm weight and bias not loaded": not_loaded,
-    "LayerNorm divides by n - 1": sample_variance,
-    "token type embedding missing": no_types,
-    "token types ignored": constant_types,
-    "positions off by one": off_by_one,
-    "scores not scaled": unscaled,
-    "scores scaled by √D": lambda m, p: eager(p, scale=m.config.num_attention_heads**-0.5),
-    "query and key swapped": lambda m, p: eager(p, swap=True),
-    "attention mask ignored": lambda m, p: eager(p, mask="ignored"),
-    "attention mask inverted": lambda m, p: eager(p, mask="inverted"),
-    "attention mask after the softmax": lambda m, p: eager(p, mask="after"),
-    "square weights transposed": transposed,
-    "head transform skipped": no_transform,
-    "MLM bias missing": no_bias,
-    "MLM bias doubled": double_bias,
-    "decoder untied": untied,
-    "dropout left on": dropout_on,
+    "token type embedding missing": embedding("token_type_embeddings", torch.zeros_like),
+    "token types ignored": embedding("token_type_embeddings", lambda x: x[:1].expand_as(x).clone()),
+    "positions off by one": embedding("position_embeddings", lambda x: torch.cat([x[1:], x[-1:]])),
     "positions count tokens, not columns": positions(lambda m: (m.cumsum(1) - 1).clamp(min=0)),
     "positions off by the padding id (RoBERTa's)": positions(lambda m: m.cumsum(1) * m + 1),
-    "heads split by a view, without the transpose": split_without_transpose,
-    "erf-GELU": erf_gelu,
-    "fp16 softmax overflow": lambda m, p: eager(p, largest_subtracted=False),
-}  # fmt: skip
-
+    "scores not scaled": unscaled(lambda config: (config.hidden_size / config.num_attention_heads) ** 0.5),
+    "scores scaled by √D": unscaled(lambda config: config.num_attention_heads**-0.5),
+    "query and key swapped": attend(lambda query, key, value: (key, query, value)),
+    "square weights transposed": transposed,
+    "head transform skipped": no_transform,
+    "MLM bias missing": decoder(lambda module, read, x: F.linear(read, module.weight)),
+    "MLM bias doubled": decoder(lambda module, read, x: x + module.bias),
+    "decoder untied": untied,
+    "dropout left on": lambda model, patch: model.train(),
+}
 
 # Faults that do not show in every batch and model: those of positions need padding, on the left for one of them.
 MASKS = {"positions count tokens, not columns": "left"}
 ACTIVATIONS = {"erf-GELU": "gelu_new"}
+KNOWN = {fault.title: fault for fault in CATALOGUE}
 
 
-def port(sizes, title=""):
+def port(sizes=SIZES[1], title=""):
+    """Ours, transformers' model, and a batch on which the fault of this title shows."""
     half = title == "fp16 softmax overflow"
     sizes = {**sizes, "hidden_act": ACTIVATIONS.get(title, "gelu")}
     ours, theirs = twins(sizes, dtype=torch.float16 if half else torch.float32)
@@ -251,12 +251,16 @@ def port(sizes, title=""):
     return ours, theirs, make_batch(sizes, MASKS.get(title, "right"), (5, 7), two_segments=True)
 
 
-KNOWN = {fault.title: fault for fault in CATALOGUE}
+def planted(plant, model, batch, **more):
+    """The trace of a model with a fault, and nothing of the fault remains outside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        plant(model, patch)
+        return trace(model, **batch, **more)
 
 
 def given_by(title, column="float32", sizes=SIZES[1]):
     """Our model, and the trace of a port with a known fault: transformers' model with the fault planted by hand, if
-    planted.py does; otherwise the steps of the fault itself.
+    it stands above; otherwise the steps of the fault itself.
     """
     ours, theirs, batch = port(sizes, title)
     if column == "bfloat16" and ours.dtype == torch.float32:
@@ -264,9 +268,7 @@ def given_by(title, column="float32", sizes=SIZES[1]):
     if column == "8 bits":
         ours, theirs = ours.float(), eight_bits(theirs.float())
     if title in PLANTED:
-        with pytest.MonkeyPatch.context() as patch:
-            PLANTED[title](theirs, patch)
-            return ours, trace(theirs, **batch, grad=title == "decoder untied" and column != "8 bits")
+        return ours, planted(PLANTED[title], theirs, batch, grad=title == "decoder untied" and column != "8 bits")
     right = trace(ours, **batch)
     model = eight_bits(ours) if column == "8 bits" else ours
     steps = KNOWN[title](converted(model, model.dtype), right.inputs()[0], right)
@@ -286,3 +288,10 @@ def place_of(title):
     right, wrong = found
     apart = [name for name in right if name in wrong and not torch.allclose(right[name], wrong[name], 1e-9, 1e-9)]
     return min(apart, key=expected_names(ours.config).index)
+
+
+def only(given, *names):
+    """The trace with its inputs and these tensors alone."""
+    return Trace(
+        {name: x for name, x in given.tensors.items() if name in (*INPUTS, *names)}, given.config, given.metadata
+    )

@@ -2,42 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-import transformers.models.bert.modeling_bert as hub
-from planted import norms
+from independent import rounded
+from planted import activation, asked, attend, decoder, embedding, hidden, lowest, norm_with
 from torch import nn
-
-
-def attend(change=None, scale=1.0, soften=lambda scores: scores.softmax(-1), seen=lambda mask: mask == 0):
-    """transformers' written-out attention with something else about it. change: of query, key, value."""
-
-    def plant(model, patch):
-        def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **rest):
-            if change is not None:
-                query, key, value = change(query, key, value)
-            scores = torch.matmul(query, key.transpose(2, 3)) * scaling * scale
-            scores = scores.masked_fill(~seen(attention_mask), torch.finfo(scores.dtype).min)
-            probabilities = soften(scores)
-            return torch.matmul(probabilities, value).transpose(1, 2), probabilities
-
-        patch.setattr(hub, "eager_attention_forward", forward)
-
-    return plant
-
-
-class Activation(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
-
-
-def activation(function, encoder=True, head=True):
-    def plant(model, patch):
-        for layer in model.bert.encoder.layer if encoder else []:
-            layer.intermediate.intermediate_act_fn = Activation(function)
-        if head:
-            model.cls.predictions.transform.transform_act_fn = Activation(function)
-
-    return plant
 
 
 def no_bias_of(path):
@@ -48,52 +15,26 @@ def no_bias_of(path):
     return plant
 
 
-def norm_with(change):
-    def plant(model, patch):
-        for norm in norms(model):
-            norm.forward = lambda x, norm=norm: change(x, norm)
-
-    return plant
-
-
 def of_logits(change):
-    return lambda model, patch: model.cls.predictions.decoder.register_forward_hook(lambda m, i, x: change(x))
+    return decoder(lambda module, read, x: change(x))
 
 
 def weights(change):
     def plant(model, patch):
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.data = change(name, parameter.data)
+                parameter.data = change(parameter.data)
 
     return plant
 
 
-def int8(name, x):
-    step = x.abs().amax(1, keepdim=True) / 127
-    return (x / step).round() * step
-
-
-def noise(name, x):
+def noise(x):
     return x + 0.01 * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.dtype)
 
 
-def asked(change):
+def no_residual(block_of):
     def plant(model, patch):
-        real = model.forward
-        model.forward = lambda **given: real(**change(given))
-
-    return plant
-
-
-def row_0_for_all(name):
-    return asked(lambda given: {**given, name: given[name][:1].expand_as(given[name]).contiguous()})
-
-
-def no_residual(which):
-    def plant(model, patch):
-        for layer in model.bert.encoder.layer:
-            block = layer.attention.output if which == "attention" else layer.output
+        for block in map(block_of, model.bert.encoder.layer):
             block.forward = lambda x, read, block=block: block.LayerNorm(block.dropout(block.dense(x)))
 
     return plant
@@ -103,14 +44,6 @@ def norms_swapped(model, patch):
     for layer in model.bert.encoder.layer:
         one, two = layer.attention.output, layer.output
         one.LayerNorm, two.LayerNorm = two.LayerNorm, one.LayerNorm
-
-
-def embedding(name, change):
-    def plant(model, patch):
-        table = getattr(model.bert.embeddings, name).weight
-        table.data = change(table.data.clone())
-
-    return plant
 
 
 def sinusoids(table):
@@ -142,24 +75,36 @@ def bias_rolled(model, patch):
     model.cls.predictions.decoder.bias = model.cls.predictions.bias
 
 
-def norm_gone(path):
+def nothing_in(path):
+    """The module gives what it reads."""
+
     def plant(model, patch):
         model.get_submodule(path).forward = lambda x: x
 
     return plant
 
 
+def soften(change):
+    """Another function of the scores, whose padding is hidden, than the softmax."""
+    return attend(soften=lambda scores, seen: change(scores))
+
+
 def near(scores, width=2):
     place = torch.arange(scores.shape[-1])
-    return scores.masked_fill((place[:, None] - place).abs() > width, torch.finfo(scores.dtype).min).softmax(-1)
+    return scores.masked_fill((place[:, None] - place).abs() > width, lowest(scores)).softmax(-1)
 
 
 def first_keys(scores, count=4):
-    return scores.masked_fill(torch.arange(scores.shape[-1]) >= count, torch.finfo(scores.dtype).min).softmax(-1)
+    return scores.masked_fill(torch.arange(scores.shape[-1]) >= count, lowest(scores)).softmax(-1)
 
 
-def zero_head(query, key, value):
-    return query, key, torch.cat([torch.zeros_like(value[:, :1]), value[:, 1:]], 1)
+def row_0s_mask(scores, seen):
+    return hidden(scores, seen[:1].expand_as(seen))
+
+
+def row_0s_types(given):
+    types = given["token_type_ids"]
+    return {**given, "token_type_ids": types[:1].expand_as(types).contiguous()}
 
 
 def half_hidden(model, patch):
@@ -174,7 +119,7 @@ def smoothed(model, patch):
 
 STRANGE = {
     "GELU twice in the head": activation(lambda x: F.gelu(F.gelu(x)), encoder=False),
-    "weights rounded to int8": weights(int8),
+    "weights rounded to int8": weights(lambda x: rounded(x, 1)),
     "capped logits": of_logits(lambda x: 3 * (x / 3).tanh()),
     "smoothed labels": smoothed,
     "relu": activation(F.relu),
@@ -195,19 +140,19 @@ STRANGE = {
     "first layer for all": layers(lambda found: [found[0]] * len(found)),
     "scores scaled twice": attend(scale=0.35),
     "temperature 0.9": attend(scale=1 / 0.9),
-    "row 0's mask for all": attend(seen=lambda mask: (mask == 0)[:1].expand_as(mask)),
-    "row 0's types for all": row_0_for_all("token_type_ids"),
+    "row 0's mask for all": attend(mask=row_0s_mask),
+    "row 0's types for all": asked(row_0s_types),
     "types flipped": asked(lambda given: {**given, "token_type_ids": 1 - given["token_type_ids"]}),
-    "a window of keys": attend(soften=near),
-    "the first four keys": attend(soften=first_keys),
-    "head 0 is zero": attend(change=zero_head),
-    "heads rolled": attend(change=lambda q, k, v: (q, k, v.roll(1, 1))),
-    "keys of the next token": attend(change=lambda q, k, v: (q, k.roll(1, 2), v)),
-    "query normalised": attend(change=lambda q, k, v: (F.normalize(q, dim=-1) * q.shape[-1] ** 0.5, k, v)),
-    "softmax with one more in the sum": attend(soften=lambda s: s.softmax(-1) * 0.98),
-    "masked with -10": attend(seen=lambda mask: mask > 1, soften=lambda s: s.softmax(-1)),
-    "embedding norm missing": norm_gone("bert.embeddings.LayerNorm"),
-    "head norm missing": norm_gone("cls.predictions.transform.LayerNorm"),
+    "a window of keys": soften(near),
+    "the first four keys": soften(first_keys),
+    "head 0 is zero": attend(lambda q, k, v: (q, k, torch.cat([torch.zeros_like(v[:, :1]), v[:, 1:]], 1))),
+    "heads rolled": attend(lambda q, k, v: (q, k, v.roll(1, 1))),
+    "keys of the next token": attend(lambda q, k, v: (q, k.roll(1, 2), v)),
+    "query normalised": attend(lambda q, k, v: (F.normalize(q, dim=-1) * q.shape[-1] ** 0.5, k, v)),
+    "softmax with one more in the sum": soften(lambda scores: scores.softmax(-1) * 0.98),
+    "everything hidden": attend(mask=lambda scores, seen: hidden(scores, torch.zeros_like(seen))),
+    "embedding norm missing": nothing_in("bert.embeddings.LayerNorm"),
+    "head norm missing": nothing_in("cls.predictions.transform.LayerNorm"),
     "norms of a layer swapped": norms_swapped,
     "no mean in the norm": norm_with(lambda x, n: x / (x * x).mean(-1, keepdim=True).sqrt() * n.weight + n.bias),
     "norm bias missing": norm_with(lambda x, n: F.layer_norm(x, n.normalized_shape, n.weight, None, n.eps)),
@@ -218,11 +163,11 @@ STRANGE = {
     "sinusoids": embedding("position_embeddings", sinusoids),
     "positions from two": embedding("position_embeddings", lambda x: x.roll(-2, 0)),
     "positions reversed": embedding("position_embeddings", lambda x: x[:8].flip(0)[torch.arange(len(x)) % 8]),
-    "no residual around attention": no_residual("attention"),
-    "no residual around the feed-forward": no_residual("feed-forward"),
+    "no residual around attention": no_residual(lambda layer: layer.attention.output),
+    "no residual around the feed-forward": no_residual(lambda layer: layer.output),
     "MLM bias rolled": bias_rolled,
     "logits of the last words are 0": of_logits(lambda x: torch.cat([x[..., :-9], torch.zeros_like(x[..., -9:])], -1)),
     "logits rounded": of_logits(lambda x: (x * 4).round() / 4),
     "noise in the weights": weights(noise),
     "hidden states in float8": half_hidden,
-}  # fmt: skip
+}

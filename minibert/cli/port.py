@@ -67,7 +67,7 @@ def run_parity(options: argparse.Namespace) -> int:
 
 def compare_tokenizer(options: argparse.Namespace) -> int:
     from minibert import load_tokenizer
-    from minibert.parity.tokenizers import compare_tokenizers, read_tokenizer
+    from minibert.parity.check import compare_tokenizers, read_tokenizer
 
     for name, value in COMPUTED.items():
         if getattr(options, name[2:]) != value:

@@ -1,4 +1,4 @@
-"""Is a model right? All that can be asked of it at once, against a reference, as one table.
+"""Is a model right? All that can be asked of it at once, against a reference, as one table. And is a tokenizer?
 
 The reference is another model, or a golden trace (golden.py). It computes twice: in float64, which is the truth here,
 and in the dtype in question, which shows what rounding explains. The bounds follow from that (yardstick.py).
@@ -6,21 +6,25 @@ and in the dtype in question, which shows what rounding explains. The bounds fol
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from inspect import signature
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor, nn
 
 from minibert.checkpoint.names import some
 from minibert.config import BertConfig
 from minibert.masked_lm import BertForMaskedLM
 from minibert.masking import mask_tokens
-from minibert.parity.report import Report
-from minibert.parity.yardstick import K_RMS, K, Measure, largest, measures, rounding_dtype
+from minibert.parity.report import Line, Report
+from minibert.parity.yardstick import K_RMS, Error, K, Measure, largest, measures, rounding_dtype
 from minibert.trace.recorder import bert_inside, exact_arithmetic, gradients, trace
-from minibert.trace.table import GRADIENT, INPUTS, explain, hide_padding, standard_inputs
+from minibert.trace.stores import shown
+from minibert.trace.table import GRADIENT, INPUTS, dtype_name, explain, hide_padding, standard_inputs
 
 MASKING_SEED = 0
 
@@ -40,10 +44,9 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Checked:
+class Checked(Line):
     """One thing that was compared. value and bound: an error relative to the tensor's scale, or a number of tokens."""
 
-    name: str
     value: float
     bound: float
     detail: str
@@ -55,9 +58,6 @@ class Checked:
     def cells(self) -> dict[str, str]:
         numbers = {"value": f"{self.value:.1e}", "bound": f"{self.bound:.1e}"}
         return {"": self.name, **numbers, "verdict": "ok" if self.ok else "WRONG", " ": self.detail}
-
-    def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "ok": self.ok}
 
 
 def assert_parity(model: BertForMaskedLM, other: nn.Module, inputs: dict[str, Tensor] | None = None) -> None:
@@ -93,57 +93,55 @@ def check(model: nn.Module, reference: Reference) -> Report:
     bert = bert_inside(model)
     device, dtype = next(bert.parameters()).device, next(bert.parameters()).dtype
     config: Any = bert.config
-    title = (
-        f"{'minibert' if isinstance(bert, BertForMaskedLM) else 'transformers'} against {reference.title}: "
-        f"{str(dtype).removeprefix('torch.')}, {device}, torch {torch.__version__}"
-    )
-    report, last_good = Report((title,)), "the inputs"
-    inputs = {name: x.to(device) for name, x in reference.inputs.items()}
+    whose = "minibert" if isinstance(bert, BertForMaskedLM) else "transformers"
+    title = f"{whose} against {reference.title}: {dtype_name(dtype)}, {device}, torch {torch.__version__}"
+    report, inputs = Report((title,)), {name: x.to(device) for name, x in reference.inputs.items()}
     if bert is not model:
         whole = _answers_like_bert(model, inputs)
         how = "as it is called" if whole else "alone: the outer module is called otherwise"
         report.notes.append(f"{type(model).__name__} holds the model, which was compared {how}")
         model = model if whole else bert
     given = {**trace(bert, **inputs, grad=False).tensors, **_as_used(model, bert, inputs)}
-    errors = {}
     there = [measure for measure in reference.measures if measure.name in given]
-    if absent := [measure.name.removeprefix(GRADIENT) for measure in reference.measures if measure not in there]:
+    if absent := [measure.name.removeprefix(GRADIENT) for measure in reference.measures if measure.name not in given]:
         report.notes.append(f"left out: the gradients of {some(absent)}, which are frozen or no float parameters here")
-    for measure in there:
-        errors[measure.name] = error = measure.error(reference.pick(given[measure.name].cpu()))
-        if measure.accepts(error) and report.first_wrong is None:
-            last_good = measure.name
-        elif report.first_wrong is None:
-            report.first_wrong = measure.name
-    groups: dict[str, list[Measure]] = {"intermediates": [], "logits": [], "loss": [], "gradients": []}
-    for measure in there:
-        alone = measure.name if measure.name in groups else "intermediates"
-        groups["gradients" if measure.name.startswith(GRADIENT) else alone].append(measure)
-    for name, group in groups.items():
-        if not group:
-            continue
-        worst = max(group, key=lambda measure: measure.share(errors[measure.name]))
-        error, allowed, explained = errors[worst.name], worst.allowed, worst.explained
-        kind = "largest" if error.largest / allowed.largest >= error.rms / allowed.rms else "rms"
-        detail = f"rounding explains {getattr(explained, kind):.1e}"
-        if len(group) > 1:
-            detail = f"{len(group)} tensors; nearest to its bound: {worst.name}"
-        if kind == "rms":
-            detail += " (root mean square)"
-        report.rows.append(Checked(name, getattr(error, kind), getattr(allowed, kind), detail))
-    [logits] = groups["logits"]
+    found = [(measure, measure.error(reference.pick(given[measure.name].cpu()))) for measure in there]
+    good = list(takewhile(lambda pair: pair[0].accepts(pair[1]), found))
+    report.more["last_good"] = good[-1][0].name if good else "the inputs"
+    if len(good) < len(found):
+        report.first_wrong = found[len(good)][0].name
+    for name in ("intermediates", "logits", "loss", "gradients"):
+        if group := [pair for pair in found if _group_of(pair[0].name) == name]:
+            report.rows.append(_nearest_to_its_bound(name, group))
+    logits = next(measure for measure in there if measure.name == "logits")
     report.rows += _invariances(model, config, logits)
     if reference.masked is not None:
         report.rows.append(_masking(config.vocab_size, reference.masked))
-    report.ok, report.more["last_good"] = all(row.ok for row in report.rows), last_good
+    report.ok = all(row.ok for row in report.rows)
     if report.first_wrong is not None:
-        report.summary.append(f"first wrong: {report.first_wrong}. The last good one is {last_good}")
+        report.summary.append(f"first wrong: {report.first_wrong}. The last good one is {report.more['last_good']}")
         report.summary.append(f"{report.first_wrong} is {explain(report.first_wrong)}")
     report.summary.append(
         f"a value is an error from float64; its bound is {K:.0f} times the error of the reference's own rounding "
         f"({K_RMS:.0f} times for a root mean square)"
     )
     return report
+
+
+def _group_of(name: str) -> str:
+    return "gradients" if name.startswith(GRADIENT) else name if name in ("logits", "loss") else "intermediates"
+
+
+def _nearest_to_its_bound(name: str, group: list[tuple[Measure, Error]]) -> Checked:
+    worst, error = max(group, key=lambda pair: pair[0].share(pair[1]))
+    allowed = worst.allowed
+    kind = "largest" if error.largest / allowed.largest >= error.rms / allowed.rms else "rms"
+    detail = f"rounding explains {getattr(worst.explained, kind):.1e}"
+    if len(group) > 1:
+        detail = f"{len(group)} tensors; nearest to its bound: {worst.name}"
+    if kind == "rms":
+        detail += " (root mean square)"
+    return Checked(name, getattr(error, kind), getattr(allowed, kind), detail)
 
 
 def _answers_like_bert(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
@@ -225,3 +223,67 @@ def collator_masks(vocab_size: int) -> tuple[Tensor, Tensor]:
     rows = zip(ids.tolist(), special.long().tolist(), strict=True)
     masked = collator([{"input_ids": row, "special_tokens_mask": where} for row, where in rows])
     return masked["input_ids"], masked["labels"]
+
+
+# ---------------------------------------------------------------------------------------------- a tokenizer beside ours
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Don't stop: it's 3.5 % of $1,000 (e.g. 7/8)!",
+    "Café naïve, Zürich, Ångström, façade, coöperate",  # accents, composed …
+    "Cafe\u0301 Zu\u0308rich A\u030angstro\u0308m",  # … and as combining marks
+    "ﬁne ﬂuﬀ, Ⅳ, ①, ½, ＦＵＬＬ",  # compatibility forms
+    "İstanbul ISPARTA ıssız ẞ ß ŒUVRE",  # letters that change their number when they are made small
+    "北京是中国的首都。東京タワー 한국어 カタカナ",
+    "नमस्ते दुनिया ไทยไม่มีช่องว่าง مرحبا بالعالم שלום",
+    "😀 👩‍👩‍👧 🇩🇪 ☃️ ©",
+    "a\u0000b c\ufffdd e\u200bf g\u00adh i\u00a0j k\u2028l m\tn\r\no",  # controls, and blanks of all kinds
+    "pneumonoultramicroscopicsilicovolcanoconiosis " + "x" * 120,
+    "[CLS] [MASK] [SEP] [mask] [UNK]x",
+    "under_score hy-phen em—dash “quotes” …dots… <tag> a@b.c #1",
+    "ΑΣ ας ΣΊΣΥΦΟΣ Привет МИР",
+    "",
+    "   ",
+    "1234567890123456789 1.000.000,00 1e-12",
+    "ALL CAPS camelCase MixedCASE",
+)
+TOKENIZER_STEPS = ("normalizer", "pre-tokenizer", "model", "post-processor")
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer.json. Raises OSError or ValueError, naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it should be a tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(f"{path}: not a tokenizer.json: {error}") from error
+
+
+def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer, texts: tuple[str, ...] = TEXTS) -> Report:
+    """more: `texts`, how many were tried; and of the first difference `text`, `step`, `ours` and `theirs`, or None."""
+    for text in texts:
+        one, two = ours.encode(text), theirs.encode(text)
+        if one.ids == two.ids and one.tokens == two.tokens and one.type_ids == two.type_ids:
+            continue
+        pairs = zip(TOKENIZER_STEPS, _tokenized(ours, text), _tokenized(theirs, text), strict=True)
+        step, mine, other = next((each for each in pairs if each[1] != each[2]), ("ids", _ids(one), _ids(two)))
+        title = f"the tokenizers differ first on {shown(text)!r}"
+        lines = [f"  step    {step}", f"  ours    {shown(mine)}", f"  theirs  {shown(other)}"]
+        more = {"texts": len(texts), "text": text, "step": step, "ours": mine, "theirs": other}
+        return Report((title,), summary=lines, ok=False, more=more)
+    more = {"texts": len(texts), "text": None, "step": None, "ours": None, "theirs": None}
+    return Report((f"the tokenizers agree on all of {len(texts)} texts",), more=more)
+
+
+def _tokenized(tokenizer: Tokenizer, text: str) -> list[str]:
+    """What each of TOKENIZER_STEPS makes of a text."""
+    normalised = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+    split = tokenizer.pre_tokenizer
+    pieces = [piece for piece, _ in split.pre_tokenize_str(normalised)] if split else []
+    alone, whole = tokenizer.encode(text, add_special_tokens=False), tokenizer.encode(text)
+    return [normalised, " | ".join(pieces), _ids(alone), f"{_ids(whole)}, types {whole.type_ids}"]
+
+
+def _ids(encoding: Encoding) -> str:
+    return " ".join(f"{token}:{number}" for token, number in zip(encoding.tokens, encoding.ids, strict=True))

@@ -19,7 +19,7 @@ from minibert.parity import yardstick
 from minibert.parity.appearance import Wrong, appearance
 from minibert.parity.diagnosis import hidden_faults
 from minibert.parity.fewer_bits import hint, lower_precision
-from minibert.parity.report import Report, between, count, shape_words
+from minibert.parity.report import Line, Report, between, count, shape_words
 from minibert.parity.yardstick import (
     Error,
     Gap,
@@ -124,7 +124,7 @@ def own_trace(model: BertForMaskedLM, given: Trace) -> Trace:
 
 
 @dataclass(frozen=True)
-class Compared:
+class Compared(Line):
     """One tensor in both traces.
 
     relative: max_abs, divided by the tensor's scale. first: the first index where the two differ by more than the
@@ -132,7 +132,6 @@ class Compared:
     verdict: "ok", or what is wrong. Numbers are None where the shapes do not fit.
     """
 
-    name: str
     shape: tuple[int, ...]
     max_abs: float | None
     relative: float | None
@@ -159,7 +158,7 @@ class Compared:
         return {**result, "verdict": f"{self.verdict}{where}"}
 
     def to_dict(self) -> dict[str, object]:
-        values = {**asdict(self), "ok": self.ok}
+        values = super().to_dict()
         for key, pair in (("errors", self.errors), ("allowed", self.allowed)):
             values[key] = pair and {side: each._asdict() for side, each in zip("AB", pair, strict=True)}
         return values

@@ -13,7 +13,7 @@ weights that is further off is no quantisation, but a fault.
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.faults import CATALOGUE
-from minibert.parity.report import Report
+from minibert.parity.report import Line, Report
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import Error, Gap, Yardstick, converted, largest, measures
 from minibert.trace.stores import shown
@@ -213,13 +213,12 @@ def eight_bit_weights(model: BertForMaskedLM) -> BertForMaskedLM:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Line):
     """One tensor. own: the error that its step makes by itself, as a root mean square, divided by that of the truth.
     share: the same, as a part of what 8 bits may do: above 1 it is wrong. everywhere: whether it is in nine of ten
     tokens. error: the whole distance from float64, relative like `own`.
     """
 
-    name: str
     own: float
     share: float
     everywhere: bool
@@ -233,9 +232,6 @@ class Measured:
         numbers = {"error": f"{self.error:.1e}", "its step's own": f"{self.own:.1e}"}
         of = {"of what 8 bits may do": f"{self.share:.2f}"}
         return {"tensor": self.name, **numbers, **of, "verdict": "ok" if self.ok else "wrong"}
-
-    def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "ok": self.ok}
 
 
 def own_errors(yardstick: Yardstick, eight: BertForMaskedLM, kind: type[Steps] = Steps) -> Iterator[Measured]:

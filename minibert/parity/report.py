@@ -1,27 +1,30 @@
 """What `diff`, `diff --quantised`, `parity` and `parity --tokenizer` print: a table, notes, and the answer in words."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from minibert.config import BertConfig
 from minibert.trace.table import GRADIENT, INPUTS, expected_names, explain
 
 
-class Line(Protocol):
+@dataclass(frozen=True)
+class Line:
     """One row of a report's table."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
     @property
-    def ok(self) -> bool: ...
+    def ok(self) -> bool:
+        raise NotImplementedError
 
     def cells(self) -> dict[str, str]:
         """The text under each header."""
+        raise NotImplementedError
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
+        return {**asdict(self), "ok": self.ok}
 
 
 @dataclass
@@ -34,7 +37,7 @@ class Report:
 
     titles: tuple[str, ...]
     notes: list[str] = field(default_factory=list)
-    rows: list[Any] = field(default_factory=list)  # of Line
+    rows: list[Any] = field(default_factory=list)  # of a kind of Line
     summary: list[str] = field(default_factory=list)
     ok: bool = True
     first_wrong: str | None = None
@@ -42,13 +45,10 @@ class Report:
 
     def to_dict(self) -> dict[str, object]:
         """What there is of A and of B has these letters as keys."""
-        if len(self.titles) == 1:
-            titles: dict[str, object] = {"title": self.titles[0]}
-        else:
-            titles = {"titles": dict(zip("AB", self.titles, strict=True))}
-        rows = [row.to_dict() for row in self.rows]
-        said = {"notes": self.notes, "rows": rows, "summary": self.summary, "ok": self.ok}
-        return {**titles, **said, "first_wrong": self.first_wrong, **self.more}
+        said = asdict(self) | {"rows": [row.to_dict() for row in self.rows]}
+        titles, more = said.pop("titles"), said.pop("more")
+        named = {"title": titles[0]} if len(titles) == 1 else {"titles": dict(zip("AB", titles, strict=True))}
+        return {**named, **said, **more}
 
     def lines(self) -> Iterator[str]:
         yield from self._titled("  ")

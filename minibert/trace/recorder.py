@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import TorchFunctionMode
 
 from minibert.attention import use_kernel
@@ -24,11 +25,11 @@ from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
 from minibert.tokenizer import as_tokenizer, encode
 from minibert.trace.stores import require_file
-from minibert.trace.table import GRADIENT, INPUTS, SHAPES, THEIRS, check_inputs, dtype_name, hide_padding, row_of
+from minibert.trace.table import GRADIENT, INPUTS, SHAPES, check_inputs, dtype_name, hide_padding, row_of
 from minibert.trace.tracefile import FORMAT, HOW_TO_WRITE, VERSION, Trace
 
-# A module, "in" or "out", and the trace's name for its input or its output. N is a layer's number. Our layer calls one
-# dropout module in two places; the two names are in the order of the calls.
+# A module of ours, and of the hub's BERT, "in" or "out", and the trace's name for its input or its output. N is a
+# layer's number. Our layer calls one dropout module in two places; the two names are in the order of the calls.
 OURS = (
     ("embeddings.LayerNorm", "in", "embeddings.sum"),
     ("embeddings.dropout", "out", "embeddings.norm"),
@@ -43,6 +44,21 @@ OURS = (
     ("head.LayerNorm", "out", "head.norm"),
     ("head", "out", "logits"),
 )
+THEIRS = (
+    ("bert.embeddings.LayerNorm", "in", "embeddings.sum"),
+    ("bert.embeddings.dropout", "out", "embeddings.norm"),
+    ("bert.encoder.layer.N.attention.output.dense", "in", "layers.N.context"),
+    ("bert.encoder.layer.N.attention.output.dropout", "out", "layers.N.attention_output"),
+    ("bert.encoder.layer.N.attention.output.LayerNorm", "out", "layers.N.attention_norm"),
+    ("bert.encoder.layer.N.intermediate.dense", "out", "layers.N.intermediate"),
+    ("bert.encoder.layer.N.output.dense", "in", "layers.N.activation"),
+    ("bert.encoder.layer.N.output.dropout", "out", "layers.N.feed_forward"),
+    ("bert.encoder.layer.N.output.LayerNorm", "out", "layers.N.feed_forward_norm"),
+    ("cls.predictions.transform.dense", "out", "head.dense"),
+    ("cls.predictions.transform.LayerNorm", "in", "head.activation"),
+    ("cls.predictions.transform.LayerNorm", "out", "head.norm"),
+    ("cls.predictions", "out", "logits"),
+)
 
 
 class _Attention(TorchFunctionMode):
@@ -54,28 +70,21 @@ class _Attention(TorchFunctionMode):
     def __init__(self, keep: Callable[[str, Tensor], None]) -> None:
         super().__init__()
         self.keep = keep
-        self.layer: int | None = None
+        self.layer: int | None = None  # that is computing its attention
         self.products = 0
 
-    def enter(self, number: int) -> None:
-        self.layer, self.products = number, 0
-
-    def leave(self) -> None:
-        self.layer = None
+    def enter(self, layer: int | None) -> None:
+        self.layer, self.products = layer, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if self.layer is not None and name in ("matmul", "__matmul__", "softmax"):
-            layer = f"layers.{self.layer}."
-            if name == "softmax":
-                self.keep(layer + "scores", args[0])
-            elif self.products == 0:
-                self.keep(layer + "query", args[0])
-                self.keep(layer + "key", args[1].transpose(-1, -2))
-            else:
-                self.keep(layer + "probabilities", args[0])
-                self.keep(layer + "value", args[1])
-            self.products += name != "softmax"
+        name, layer = getattr(func, "__name__", ""), f"layers.{self.layer}."
+        if self.layer is not None and name == "softmax":
+            self.keep(layer + "scores", args[0])
+        elif self.layer is not None and name in ("matmul", "__matmul__"):
+            pair = ("query", "key") if self.products == 0 else ("probabilities", "value")
+            self.keep(layer + pair[0], args[0])
+            self.keep(layer + pair[1], args[1] if self.products else args[1].transpose(-1, -2))
+            self.products += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -104,10 +113,11 @@ def trace(
     if grad and inputs.labels is None:
         raise ValueError("without labels there is no loss, and so no gradient: give labels too")
     tensors = {name: x for name, x in zip(INPUTS, inputs, strict=True) if x is not None}
-    place = _from_packed(batch, inputs.attention_mask.bool()) if ours else _from_padded(inputs.attention_mask.bool())
+    mask = inputs.attention_mask.bool()
 
     def keep(name: str, tensor: Tensor) -> None:
-        tensors[name] = place(name, tensor.detach())
+        padded = _from_packed(batch, mask, name, tensor.detach()) if ours else tensor.detach()
+        tensors[name] = hide_padding(name, padded, mask)
 
     with ExitStack() as stack:
         settings = stack.enter_context(exact_arithmetic(device.type))
@@ -183,23 +193,13 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return result
 
 
-def _from_padded(mask: Tensor) -> Callable[[str, Tensor], Tensor]:
-    return lambda name, x: hide_padding(name, x, mask)
-
-
-def _from_packed(batch: PackedBatch, mask: Tensor) -> Callable[[str, Tensor], Tensor]:
+def _from_packed(batch: PackedBatch, mask: Tensor, name: str, x: Tensor) -> Tensor:
     """Our model computes no padding: tokens are (T, …), and attention's rows are (B, H, longest sequence, …)."""
+    if x.dim() == 2:  # (T, …)
+        return batch.unpack(x)
     column = (mask.long().cumsum(1) - 1).clamp(min=0)  # (B, S): where each token stands in a row without holes
-
-    def place(name: str, x: Tensor) -> Tensor:
-        if x.dim() == 2:  # (T, …)
-            return batch.unpack(x)
-        x = x.take_along_dim(column[:, None, :, None], 2)  # (B, H, S, …)
-        if SHAPES[row_of(name)][-1] == "S":
-            x = x.take_along_dim(column[:, None, None, :], 3)  # (B, H, S, S)
-        return hide_padding(name, x, mask)
-
-    return place
+    x = x.take_along_dim(column[:, None, :, None], 2)  # (B, H, S, …)
+    return x.take_along_dim(column[:, None, None, :], 3) if SHAPES[row_of(name)][-1] == "S" else x
 
 
 @contextmanager
@@ -208,32 +208,27 @@ def _hooks(
 ) -> Iterator[None]:
     handles = []
 
-    def keeper(names: str) -> Callable[[Tensor], None]:
-        in_turn = iter(names.split())
-        return lambda tensor: keep(next(in_turn), tensor)
-
     def add(path: str, side: str, names: str) -> None:
-        save = keeper(names)
-        module = model.get_submodule(path)
+        in_turn, module = iter(names.split()), model.get_submodule(path)
         if side == "in":
-            handles.append(module.register_forward_pre_hook(lambda module, inputs: save(inputs[0])))
+            hook = module.register_forward_pre_hook(lambda module, inputs: keep(next(in_turn), inputs[0]))
         else:
-            handles.append(module.register_forward_hook(lambda module, inputs, output: save(output)))
+            hook = module.register_forward_hook(lambda module, inputs, output: keep(next(in_turn), output))
+        handles.append(hook)
+
+    def watch(path: str, number: int) -> None:
+        module = model.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(lambda module, inputs: attention.enter(number)))
+        handles.append(module.register_forward_hook(lambda module, inputs, output: attention.enter(None)))
 
     attention = _Attention(keep)
     inner = "layers.{}.attention" if isinstance(model, BertForMaskedLM) else "bert.encoder.layer.{}.attention.self"
-
-    def watch(number: int) -> None:
-        module = model.get_submodule(inner.format(number))
-        handles.append(module.register_forward_pre_hook(lambda module, inputs: attention.enter(number)))
-        handles.append(module.register_forward_hook(lambda module, inputs, output: attention.leave()))
-
     try:
         for path, side, names in places:
             for number in range(layers) if ".N." in path else [0]:
                 add(path.replace(".N.", f".{number}."), side, names.replace(".N.", f".{number}."))
         for number in range(layers):
-            watch(number)
+            watch(inner.format(number), number)
         with attention:
             yield
     finally:
@@ -279,14 +274,12 @@ def exact_arithmetic(device: str) -> Iterator[dict[str, Any]]:
 def tokenized(texts: list[str], tokenizer: Tokenizer, config: BertConfig) -> dict[str, Tensor]:
     """The texts as rows, padded on the right. Every token is its own label, so that there is a loss."""
     tokenizer = as_tokenizer(tokenizer)
-    rows = [encode(tokenizer, text, config.max_position_embeddings).ids for text in texts]
+    rows = [torch.tensor(encode(tokenizer, text, config.max_position_embeddings).ids) for text in texts]
     for text, row in zip(texts, rows, strict=True):
         if len(row) <= tokenizer.num_special_tokens_to_add(False):
             raise ValueError(f"there is no token in the text {text!r}: give a text with at least one word")
-    length = max(len(row) for row in rows)
-    padding = config.pad_token_id or 0
-    ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    ids = pad_sequence(rows, batch_first=True, padding_value=config.pad_token_id or 0)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE)}
 
 
@@ -304,8 +297,8 @@ def read_ids(path: Path) -> dict[str, Tensor]:
         for number, row in enumerate(rows):
             if len(row) != len(rows[0]):
                 raise ValueError(
-                    f"{path}: {name} must be rows of one length, and row {number} has {len(row)} entries, row 0 "
-                    f"{len(rows[0])}: fill up with padding, and give an attention_mask"
+                    f"{path}: row {number} of {name} has {len(row)} entries, row 0 {len(rows[0])}: fill up with "
+                    "padding, and give an attention_mask"
                 )
             for column, entry in enumerate(row):
                 if type(entry) is not int or not -(2**63) <= entry < 2**63:  # true and false are no ids

@@ -3,13 +3,13 @@
 `TABLE` lists them in the order in which BERT computes them. The letters of the shapes are those of model.py. All
 tensors have the padded layout, (B, S, …). Where attention_mask is 0, a model may compute anything, so those places are
 never compared; the traces that we write hold 0 there.
-
-Below it: the inputs of a trace, checked; the standard batch; and the padding in what follows from them.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -51,40 +51,10 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("loss", "", "the mean cross-entropy over the labels that are not −100, in float32"),
     ("gradient.NAME", "", "the gradient of the loss by parameter NAME, with its name and shape in the checkpoint"),
 )
-# The modules of the hub's BERT, "in" or "out", and the trace's name for their input or output. N is a layer's number.
-THEIRS = (
-    ("bert.embeddings.LayerNorm", "in", "embeddings.sum"),
-    ("bert.embeddings.dropout", "out", "embeddings.norm"),
-    ("bert.encoder.layer.N.attention.output.dense", "in", "layers.N.context"),
-    ("bert.encoder.layer.N.attention.output.dropout", "out", "layers.N.attention_output"),
-    ("bert.encoder.layer.N.attention.output.LayerNorm", "out", "layers.N.attention_norm"),
-    ("bert.encoder.layer.N.intermediate.dense", "out", "layers.N.intermediate"),
-    ("bert.encoder.layer.N.output.dense", "in", "layers.N.activation"),
-    ("bert.encoder.layer.N.output.dropout", "out", "layers.N.feed_forward"),
-    ("bert.encoder.layer.N.output.LayerNorm", "out", "layers.N.feed_forward_norm"),
-    ("cls.predictions.transform.dense", "out", "head.dense"),
-    ("cls.predictions.transform.LayerNorm", "in", "head.activation"),
-    ("cls.predictions.transform.LayerNorm", "out", "head.norm"),
-    ("cls.predictions", "out", "logits"),
-)
 INPUTS = tuple(name for name, _, _ in TABLE[:4])
 SHAPES = {name: shape.split() for name, shape, _ in TABLE}
 MEANINGS = {name: meaning for name, _, meaning in TABLE}
 GRADIENT = "gradient."
-
-
-def as_markdown() -> str:
-    """TABLE as a table in markdown, for a README, with the hub's module that gives each tensor."""
-    modules = {name: f"`{module}`" if side == "out" else f"into `{module}`" for module, side, name in THEIRS}
-    # Dropout has no weights, and does nothing in evaluation: the module before it gives the same.
-    modules["embeddings.norm"] = "`bert.embeddings.LayerNorm`"
-    modules["layers.N.attention_output"] = "`bert.encoder.layer.N.attention.output.dense`"
-    modules["layers.N.feed_forward"] = "`bert.encoder.layer.N.output.dense`"
-    for part in ("query", "key", "value"):
-        modules[f"layers.N.{part}"] = f"`bert.encoder.layer.N.attention.self.{part}`"
-    modules["layers.N.scores"] = modules["layers.N.probabilities"] = "in `bert.encoder.layer.N.attention.self`"
-    rows = [f"| `{name}` | {shape or '–'} | {meaning} | {modules.get(name, '–')} |" for name, shape, meaning in TABLE]
-    return "\n".join(["| tensor | shape | what it is | in the hub's model |", "|---|---|---|---|", *rows])
 
 
 def row_of(name: str) -> str:
@@ -106,27 +76,25 @@ def expected_names(config: BertConfig) -> list[str]:
     """The names of all tensors of a trace: the inputs, then the forward pass, then the gradients from the head back
     to the embeddings.
     """
-    layer = [name for name, _, _ in TABLE if ".N." in name]
-    names = []
-    for name, _, _ in TABLE[:-1]:
-        if name == layer[0]:
-            for number in range(config.num_hidden_layers):
-                names += [each.replace(".N.", f".{number}.") for each in layer]
-        elif name not in layer:
-            names.append(name)
+    names = _with_layers([name for name, _, _ in TABLE[:-1]], config)
     return names + [GRADIENT + name for name in reversed(parameter_names(config))]
+
+
+def _with_layers(names: Iterable[str], config: BertConfig) -> list[str]:
+    """The names, with those that have an N once for each layer."""
+    result = []
+    for of_a_layer, group in groupby(names, lambda name: ".N." in name):
+        rows = list(group)
+        for number in range(config.num_hidden_layers if of_a_layer else 1):
+            result += [name.replace(".N.", f".{number}.") for name in rows]
+    return result
 
 
 def parameter_names(config: BertConfig) -> list[str]:
     """The parameters under their names in a checkpoint, from the embeddings to the head."""
-    sections: dict[str, list[str]] = {"embeddings": [], "layers": [], "head": []}
-    shapes = _parameter_shapes(config)
-    for ours, hubs in NAMES:  # in order of execution, and each module's weight before its bias
-        found = [f"{hub.replace('.N.', '.0.')}.{kind}" for kind in ("weight", "bias") for hub in hubs]
-        sections[ours.split(".")[0]] += [name for name in found if name in shapes]
-    layers = range(config.num_hidden_layers)
-    names = [name.replace(".0.", f".{number}.") for number in layers for name in sections["layers"]]
-    return sections["embeddings"] + names + sections["head"]
+    hubs = [f"{hub}.{kind}" for _, group in NAMES for kind in ("weight", "bias") for hub in group]
+    shapes = _parameter_shapes(config)  # a LayerNorm has both, an embedding no bias, the head only that
+    return _with_layers([name for name in hubs if name.replace(".N.", ".0.") in shapes], config)
 
 
 def expected_shape(name: str, config: BertConfig, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -192,10 +160,10 @@ def check_inputs(
     labels: Tensor | None = None,
 ) -> tuple[Inputs, PackedBatch]:
     """The inputs with nothing left out, and packed. Raises ValueError if a model of this size cannot run on them."""
-    if input_ids.dim() == 2 and attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
+    if attention_mask is None and input_ids.dim() == 2:
+        attention_mask = torch.ones_like(input_ids)
     batch = PackedBatch.from_padded(input_ids, attention_mask, token_type_ids)
     assert attention_mask is not None  # from_padded refuses input_ids of another dimension
     if batch.num_tokens == 0:
@@ -207,24 +175,16 @@ def check_inputs(
             "padding an id that exists"
         )
     if labels is not None:
-        _check_labels(config, input_ids, attention_mask, labels)
+        checks.require_labels(labels, attention_mask, input_ids)
+        asked = labels != IGNORE
+        if not bool(asked.any()):
+            raise ValueError(f"all labels are {IGNORE}, so there is no mean to take. Leave labels out")
+        for place in (asked & ((labels < 0) | (labels >= config.vocab_size))).nonzero().tolist():
+            raise ValueError(
+                f"the label at {tuple(place)} is {int(labels[tuple(place)])}: neither {IGNORE} nor an id below "
+                f"{config.vocab_size}"
+            )
     return Inputs(input_ids.long(), attention_mask.long(), token_type_ids.long(), labels), batch
-
-
-def _check_labels(config: BertConfig, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
-    if labels.shape != input_ids.shape or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be {tuple(input_ids.shape)} int64, not {tuple(labels.shape)} {labels.dtype}")
-    asked = labels != IGNORE
-    if not bool(asked.any()):
-        raise ValueError(f"all labels are {IGNORE}, so there is no mean to take. Leave labels out")
-    if bool((asked & (attention_mask == 0)).any()):
-        raise ValueError(f"there is a label where attention_mask is 0: make it {IGNORE}")
-    outside = (asked & ((labels < 0) | (labels >= config.vocab_size))).nonzero()
-    if len(outside):
-        place = tuple(outside[0].tolist())
-        raise ValueError(
-            f"the label at {place} is {int(labels[place])}: neither {IGNORE} nor an id below {config.vocab_size}"
-        )
 
 
 def standard_inputs(config: BertConfig) -> dict[str, Tensor]:
@@ -237,36 +197,35 @@ def standard_inputs(config: BertConfig) -> dict[str, Tensor]:
     model, so that a shape tells which axis is which.
     """
     generator = torch.Generator().manual_seed(0)
+    most = config.max_position_embeddings
     heads, hidden = config.num_attention_heads, config.hidden_size
     sizes = {heads, hidden // heads, hidden, config.intermediate_size}
-    longest = min(16, config.max_position_embeddings)
-    lengths = (*range(longest, min(longest + 8, config.max_position_embeddings + 1)), *range(longest - 1, 3, -1))
+    longest = min(16, most)
+    lengths = (*range(longest, min(longest + 8, most + 1)), *range(longest - 1, 3, -1))
     length = next((each for each in lengths if each not in sizes), longest)
     rows = next(each for each in range(3, 9) if each not in sizes | {length})
-    shape = (rows, length)
-    column = torch.arange(length)
-    tokens = [max(1, length * part // 16) for part in (14, 9, 11, 16, 7, 12, 5, 10)[:rows]]
-    mask = (column < torch.tensor(tokens)[:, None]).long()
+    shape, column = (rows, length), torch.arange(length)
+    tokens = torch.tensor([14, 9, 11, 16, 7, 12, 5, 10][:rows]) * length // 16
+    mask = (column < tokens.clamp(min=1)[:, None]).long()
     mask[2] = mask[2].flip(0)
     ids = torch.randint(config.vocab_size, shape, generator=generator)
     labels = torch.where((torch.rand(shape, generator=generator) < 0.3) & (mask == 1), ids, IGNORE)
     labels[0, 0] = ids[0, 0]  # at least one, whatever was drawn
-    second = torch.tensor([[5], [3], [12], [8], [2], [10], [4], [7]][:rows]) * length // 16  # the second segment begins
-    types = ((column >= second) * mask).clamp(max=config.type_vocab_size - 1)
+    second = torch.tensor([5, 3, 12, 8, 2, 10, 4, 7][:rows]) * length // 16  # where the second segment begins
+    types = ((column >= second[:, None]) * mask).clamp(max=config.type_vocab_size - 1)
     return dict(zip(INPUTS, (ids, mask, types, labels), strict=True))
 
 
 def covered(inputs: Inputs, config: BertConfig) -> str:
     """What a batch can show, and what it cannot: positions, segments and lengths."""
-    tokens = inputs.attention_mask.bool()
-    last = int(tokens.any(0).nonzero().max())
-    lengths, types = tokens.sum(1), inputs.token_type_ids[tokens].unique().tolist()
+    tokens, most = inputs.attention_mask.bool(), config.max_position_embeddings
+    last, lengths = int(tokens.any(0).nonzero().max()), tokens.sum(1)
+    types = ", ".join(map(str, inputs.token_type_ids[tokens].unique().tolist()))
     said = (
-        f"covered: positions 0 to {last} of {config.max_position_embeddings}, token types "
-        f"{', '.join(map(str, types))} of {config.type_vocab_size}, rows of {int(lengths.min())} to "
-        f"{int(lengths.max())} tokens"
+        f"covered: positions 0 to {last} of {most}, token types {types} of {config.type_vocab_size}, rows of "
+        f"{int(lengths.min())} to {int(lengths.max())} tokens"
     )
-    if last + 1 < config.max_position_embeddings:
+    if last + 1 < most:
         said += f". A fault at positions from {last + 1} on would not show: trace a longer row too (--ids or --text)"
     return said
 

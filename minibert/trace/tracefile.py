@@ -1,14 +1,22 @@
 """Traces in memory and in files: every named tensor of one pass through BERT.
 
-A trace is a safetensors file, so a port in any language can write one; numpy's files will do too (stores.py).
-table.py says which tensors it holds. Only
-`input_ids` has to be there: what else is missing is reported, and the rest is compared.
+A trace is a safetensors file, so a port in any language can write one; numpy's files will do too (stores.py). table.py
+says which tensors it holds. Only `input_ids` has to be there: what else is missing is reported, and the rest is
+compared.
 
 The file's metadata are strings. `format`, `version`, `config` (the keys of config.json, as JSON) and `dtype` (of the
 weights: float32, …) are required; `backend`, `device`, `torch` and `settings` are for people.
+
+Other forms of a tensor may mean the same: heads that are not split or not exchanged, no batch axis for one row, packed
+tokens, logits only where a label asks for them, a loss with an axis, LayerNorm's older names. Each is turned into the
+form of the table. What is none of these stays as it is, and is judged so.
 """
 
-from dataclasses import dataclass
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from math import prod
 from os import PathLike
 from pathlib import Path
@@ -23,11 +31,14 @@ from minibert.checkpoint.files import naming, parse_json, whole_file
 from minibert.checkpoint.names import some
 from minibert.checkpoint.reading import DTYPES
 from minibert.config import BertConfig
+from minibert.loss import IGNORE
 from minibert.packing import PackedBatch
-from minibert.trace.stores import Form, Forms, Renamed, open_store, shown
+from minibert.trace.stores import EXTRA, NUMBER, Renamed, Store, open_store, shown, with_guess
 from minibert.trace.table import (
+    GRADIENT,
     INPUTS,
     MEANINGS,
+    SHAPES,
     TABLE,
     Inputs,
     check_inputs,
@@ -42,6 +53,10 @@ FORMAT, VERSION = "minibert-trace", "1"
 HOW_TO_WRITE = "minibert/parity/README.md shows how to write a trace from any language"
 # A file may claim anything. What is read stays within these, which BERT-large on 32 rows of 512 tokens does.
 MOST_LAYERS, MOST_NUMBERS, MOST_IN_A_ROW = 1000, 2**30, 2**26
+MOST_PADDED = 2**20  # places that packed tokens may take when they are padded
+PACKED = "cu_seqlens"  # where each sequence starts in packed tokens, and the end: (B + 1,)
+OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 @dataclass
@@ -98,17 +113,17 @@ class Trace:
 
     def inputs(self) -> tuple[Inputs, PackedBatch]:
         """What the model was asked. Raises ValueError, naming the trace, if no model could run on it."""
-        if "input_ids" not in self.shapes():
+        found = self.shapes()
+        if "input_ids" not in found:
             raise ValueError(
                 f"{self.name}: there is no input_ids in it, so the same cannot be computed again. Write the inputs "
                 "into the trace too"
             )
-        found = self.shapes()
         try:
-            inputs = [self.read(name).long() if name in found else None for name in INPUTS]
-            if inputs[1] is None and self.packed is not None:
-                inputs[1] = self.packed.long()
-            return check_inputs(self.config, *inputs)  # type: ignore[arg-type]
+            inputs = {name: self.read(name).long() for name in INPUTS if name in found}
+            if self.packed is not None:
+                inputs.setdefault("attention_mask", self.packed.long())
+            return check_inputs(self.config, **inputs)
         except ValueError as error:
             raise ValueError(f"{shown(self.name)}: {error}") from error
 
@@ -128,24 +143,23 @@ class Trace:
 class TraceFile(Trace):
     """A trace in a file (or a folder, see stores.py), of which only what is asked for is read.
 
-    Tensors in another form that means the same (stores.py) are turned into the form of the table. Raises OSError if the
-    file is not there, and ValueError if it is not a trace. Each message names the file. names: what the names in the
-    file stand for, if they are a port's own; see `read_names`.
+    Tensors in another form that means the same are turned into the form of the table. Raises OSError if the file is not
+    there, and ValueError if it is not a trace. Each message names the file. names: what the names in the file stand
+    for, if they are a port's own; see `read_names`.
     """
 
     def __init__(self, path: str | PathLike[str], names: dict[str, str | None] | None = None) -> None:
-        self.store = open_store(Path(path))
-        if names:
-            with naming(Path(path)):
-                self.store = Renamed(self.store, names)
-        metadata = self.store.metadata
-        with naming(Path(path, "metadata.json") if Path(path).is_dir() else Path(path)):
-            config = read_metadata(metadata)
-        with naming(Path(path)):
+        path = Path(path)
+        self.store = open_store(path)
+        with naming(path):
+            self.store = Renamed(self.store, names) if names else self.store
+        with naming(path / "metadata.json" if path.is_dir() else path):
+            config = read_metadata(self.store.metadata)
+        with naming(path):
             _check_header(self.store.header, config)
             found = Forms(self.store, config)
         self.forms, self.others, self.mask = found.forms, found.others, found.mask
-        super().__init__({}, config, metadata, str(path), found.asked, found.packed)
+        super().__init__({}, config, self.store.metadata, str(path), found.asked, found.packed)
         self.inputs()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -157,6 +171,12 @@ class TraceFile(Trace):
     def read(self, name: str) -> Tensor:
         form = self.forms[name]
         return form.turn(self.store.read(form.stored))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        form = self.forms[name]
+        if form.rowwise and form.shape:
+            return form.turn(self.store.rows(form.stored, start, stop))
+        return self.read(name)[start:stop] if form.shape else self.read(name)
 
     def settle(self, name: str, truth: Tensor) -> None:
         if name in self.others:
@@ -174,21 +194,13 @@ class TraceFile(Trace):
         found: dict[str, list[str]] = {}
         for name, other in self.others.items():
             found.setdefault(f"{self.forms[name].layout}, not {other.layout}", []).append(name)
-        read = [f"{some(names)} as {layout}" for layout, names in found.items()]
-        if not read:
+        if not found:
             return None
+        read = "; ".join(f"{some(names)} as {layout}" for layout, names in found.items())
         return (
             f"{shown(self.name)}: with as many heads as positions, the shapes allow two layouts. Taken was the one "
-            f"nearer to what is right: {'; '.join(read)}"
+            f"nearer to what is right: {read}"
         )
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        form = self.forms[name]
-        if not form.shape:
-            return self.read(name)
-        if not form.rowwise:
-            return self.read(name)[start:stop]
-        return form.turn(self.store.rows(form.stored, start, stop))
 
 
 def read_metadata(metadata: dict[str, str]) -> BertConfig:
@@ -218,8 +230,8 @@ def _check_header(header: dict[str, dict[str, Any]], config: BertConfig) -> None
     """Raise ValueError for tensors of a kind or a size that cannot be compared."""
     for name, entry in header.items():
         if row_of(name) not in MEANINGS:
-            continue  # stores.py has a sentence for it
-        wanted = ("I64", "I32", "I16", "I8", "U8", "BOOL") if name in INPUTS else tuple(DTYPES)
+            continue  # `Forms` has a sentence for it
+        wanted = INTEGERS if name in INPUTS else tuple(DTYPES)
         if entry["dtype"] not in wanted:
             raise ValueError(f"{name} is {entry['dtype']}, and must be one of {', '.join(wanted)}")
         if 0 in entry["shape"]:
@@ -234,3 +246,186 @@ def _check_header(header: dict[str, dict[str, Any]], config: BertConfig) -> None
                 f"with this config and {shape[0]} × {shape[1]} tokens {name} has the shape {size}: at most "
                 f"{MOST_NUMBERS:,} numbers are compared, {MOST_IN_A_ROW:,} of a row. Trace fewer or shorter rows"
             )
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a stored tensor becomes a tensor of the table. shape: then. rowwise: whether rows can be turned alone.
+    layout: how the stored one is read, where its shape allows two ways.
+    """
+
+    stored: str
+    shape: tuple[int, ...]
+    turn: Callable[[Tensor], Tensor] = lambda x: x
+    rowwise: bool = True
+    layout: str = ""
+
+
+class Forms:
+    """The form of every tensor in a store. Raises ValueError for names that are not in the table.
+
+    mask: (B, S), where there are tokens. packed: the same, if the inputs are packed. asked: (B, S), where the logits
+    are, or None if they are everywhere. others: by name, a second form that the stored shape allows too, where two
+    sizes are equal: only the numbers can tell which it is.
+    """
+
+    def __init__(self, store: Store, config: BertConfig) -> None:
+        self.store, self.config = store, config
+        self.stored_shapes = {name: tuple(entry["shape"]) for name, entry in store.header.items()}
+        self.names, unknown = _known_names(store.header, config)
+        self.asked: Tensor | None = None
+        self.packed: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.mask = self._mask()
+        self.forms: dict[str, Form] = {}
+        self.others: dict[str, Form] = {}
+        for name in sorted(self.names, key=lambda name: name not in INPUTS):
+            self.forms[name] = self._form(name, self.names[name])
+            if name == "labels":
+                self.labels = self.forms[name].turn(store.read(self.names[name]))
+            self._two_layouts(name, self.forms[name])
+        if unknown:
+            raise ValueError(_unknown(unknown, config) + self._offer(unknown))
+
+    def _mask(self) -> Tensor:
+        """(B, S), true for tokens; as far as the shape of input_ids says what B and S are."""
+        shape = self.stored_shapes.get("input_ids", (1, 1))
+        if len(shape) == 1 and PACKED in self.stored_shapes:
+            starts = self.store.read(PACKED).long().flatten()
+            lengths = starts.diff()
+            if len(starts) < 2 or int(starts[0]) != 0 or int(starts[-1]) != shape[0] or bool((lengths < 1).any()):
+                raise ValueError(
+                    f"{PACKED} is {starts.tolist()[:9]} for {shape[0]} packed tokens: it must grow from 0 to {shape[0]}"
+                )
+            longest = int(lengths.max())
+            if len(lengths) * longest > MOST_PADDED:
+                raise ValueError(f"{PACKED}: {len(lengths)} sequences, the longest of {longest}: trace fewer")
+            self.packed = torch.arange(longest) < lengths[:, None]
+            return self.packed
+        shape = (1, *shape) if len(shape) == 1 else shape if len(shape) == 2 else (1, 1)
+        if self.stored_shapes.get("attention_mask", ()) in (shape, shape[1:]):
+            given = self.store.read(self.names["attention_mask"])
+            if bool(((given == 0) | (given == 1)).all()):  # otherwise a sentence of its own follows
+                return given.bool().reshape(shape)
+        return torch.ones(shape, dtype=torch.bool)
+
+    def _form(self, name: str, stored: str) -> Form:
+        shape, size = self.stored_shapes[stored], tuple(self.mask.shape)
+        wanted = expected_shape(name, self.config, size)
+        letters = "" if name.startswith(GRADIENT) else " ".join(SHAPES[row_of(name)])
+        heads, head_size = self.config.num_attention_heads, self.config.head_size
+        tokens = int(self.mask.sum())
+        if shape == wanted:
+            return Form(stored, shape)
+        if name == "loss" and shape in ((1,), (1, 1)):
+            return Form(stored, (), lambda x: x.reshape(()))
+        if letters == "B H S K":
+            split = (*size, heads, head_size)
+            if shape in (split, (*size, heads * head_size)):
+                return Form(stored, wanted, lambda x: x.reshape(len(x), *split[1:]).transpose(1, 2))
+            if size[0] == 1 and shape in (split[1:], (size[1], heads * head_size)):
+                return Form(stored, wanted, lambda x: x.reshape(split).transpose(1, 2), rowwise=False)
+            if shape in ((tokens, heads, head_size), (tokens, heads * head_size)):
+                return Form(
+                    stored, wanted, lambda x: _place(x.reshape(tokens, *split[2:]), self.mask).transpose(1, 2), False
+                )
+        if letters.startswith("B") and size[0] == 1 and shape == wanted[1:]:
+            return Form(stored, wanted, lambda x: x[None], rowwise=False)
+        if letters.startswith("B S") and shape == (tokens, *wanted[2:]):
+            filler = IGNORE if name == "labels" else 0
+            return Form(stored, wanted, lambda x: _place(x, self.mask, filler), rowwise=False)
+        if name == "logits" and self.labels is not None and self.labels.shape == self.mask.shape:
+            asked = (self.labels != IGNORE) & self.mask
+            if shape == (int(asked.sum()), *wanted[2:]):
+                self.asked = asked
+                return Form(stored, wanted, lambda x: _place(x, asked), rowwise=False)
+        return Form(stored, shape)
+
+    def _two_layouts(self, name: str, form: Form) -> None:
+        """With as many heads as positions, B H S K and B S H K (or H S K and S H K) are one shape."""
+        heads, stored = self.config.num_attention_heads, self.stored_shapes[form.stored]
+        if SHAPES.get(row_of(name)) != ["B", "H", "S", "K"] or heads != self.mask.shape[1] or heads == 1:
+            return
+        if stored == form.shape:
+            self.forms[name] = replace(form, layout="B H S K")
+            self.others[name] = replace(form, layout="B S H K", turn=lambda x: x.transpose(1, 2))
+        elif len(stored) > 2 and stored == form.shape[1:]:
+            self.forms[name] = replace(form, layout="S H K")
+            self.others[name] = replace(form, layout="H S K", turn=lambda x: x[None])
+
+    def _offer(self, unknown: list[str]) -> str:
+        """The end of a sentence: which names of the table the unknown ones may stand for, by shape, likeness and order.
+        "" if no shape fits.
+        """
+        header = self.store.header
+        first: dict[str, str] = {}  # rule → the first name that it stands for
+        for name in sorted(unknown, key=lambda name: header[name].get("data_offsets", [0])):
+            first.setdefault(re.sub(r"\d+", NUMBER, name, count=1), name)
+        absent = [name for name in expected_names(self.config) if name not in self.names]
+        rows = list(dict.fromkeys(row_of(name) for name in absent if not name.startswith(GRADIENT)))
+        scores = {}
+        for place, (rule, stored) in enumerate(first.items()):
+            for number, row in enumerate(rows):
+                name = row.replace(".N.", ".0.")
+                wanted = expected_shape(name, self.config, tuple(self.mask.shape))
+                whole = not header[stored]["dtype"].startswith(("F", "BF"))
+                if (NUMBER in rule) != (".N." in row) or whole != (row in INPUTS) or not self.stored_shapes[stored]:
+                    continue
+                if ("input_ids" not in self.names and row in INPUTS) or self._form(name, stored).shape == wanted:
+                    apart = abs(place / len(first) - number / len(rows))
+                    scores[rule, row] = _alike(rule, row) + (1 - apart) / 3
+        found: dict[str, str] = {}
+        for rule, row in sorted(scores, key=lambda pair: -scores[pair]):
+            if rule not in found and row not in found.values():
+                found[rule] = row
+        if not found:
+            return ""
+        offered = json.dumps({shown(rule): found[rule] for rule in first if rule in found}, ensure_ascii=False)
+        return f". A guess by shape and order, for you to check and correct in such a file: {offered}"
+
+
+def _place(x: Tensor, where: Tensor, filler: int = 0) -> Tensor:
+    """(T, …) → (B, S, …): x where `where` is true, and `filler` elsewhere."""
+    result = x.new_full((*where.shape, *x.shape[1:]), filler)
+    result[where] = x
+    return result
+
+
+def _known_names(header: Iterable[str], config: BertConfig) -> tuple[dict[str, str], list[str]]:
+    """Name in the table → name in the store, and the names in the store that are no trace's. Raises ValueError if two
+    are one tensor's.
+    """
+    known = set(expected_names(config))
+    result: dict[str, str] = {}
+    unknown = []
+    for stored in header:
+        name = stored
+        if stored.startswith(GRADIENT):
+            for old, new in OLD_NAMES.items():
+                name = name.replace(old, new)
+        if name in result:
+            raise ValueError(f"{shown(stored)} and {shown(result[name])} are the same tensor: leave one out")
+        if name in known:
+            result[name] = stored
+        elif stored != PACKED and not stored.startswith(EXTRA):
+            unknown.append(stored)
+    return result, unknown
+
+
+def _unknown(names: list[str], config: BertConfig) -> str:
+    known = expected_names(config)
+    listed = ", ".join(with_guess(name, known) for name in sorted(names)[:12])
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return (
+        f"no trace of this model has {listed}{more}. minibert/parity/README.md lists the names; a tensor of your own "
+        f"may be called {EXTRA}…, and is then not compared; --names FILE says what the names of a port stand for"
+    )
+
+
+def _alike(rule: str, row: str) -> float:
+    """How much a port's name looks like one of ours, from 0 to 1."""
+    ours = row.rpartition(".")[2]
+    words = re.findall("[a-z]+", rule.lower())
+    if ours in ("query", "key", "value") and ours[0] in words:
+        return 1.0
+    return max(difflib.SequenceMatcher(None, theirs, ours).ratio() for theirs in (*words, "_".join(words), ""))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minibert import BertConfig, BertForMaskedLM, load_tokenizer
 from minibert.cli.score import read_pairs
 from minibert.parity import trace
-from minibert.parity.tokenizers import read_tokenizer
+from minibert.parity.check import read_tokenizer
 from minibert.tokenizer import encode, from_vocabulary, special_ids
 from minibert.trace import TraceFile
 from minibert.trace.recorder import read_ids

@@ -1,4 +1,6 @@
-"""`minibert parity`, with transformers and without, and `assert_parity`: right models pass, planted faults do not."""
+"""`minibert parity`, with transformers and without, and `assert_parity`: right models pass, planted faults do not. And
+tokenizers compared.
+"""
 
 import json
 import re
@@ -9,15 +11,20 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from planted import PLANTED, port
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from torch import nn
-from twins import CONFIGS, twins
+from twins import CONFIGS, assert_same_gradients, assert_same_logits_and_loss, assert_same_submodules, twins
 
 import minibert.attention
 import minibert.masked_lm
 import minibert.model
-from minibert import BertForMaskedLM
+from minibert import BertForMaskedLM, load_tokenizer
 from minibert.checkpoint import hub
 from minibert.checkpoint.files import sha256
 from minibert.cli import main
@@ -40,17 +47,22 @@ def parity(capsys, *options):
     return status, json.loads(out.out) if out.out else out.err
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_any_folder_of_weights_has_parity(folder, dtype, capsys):
     status, report = parity(capsys, "--model", folder, "--dtype", dtype)
     assert (status, report["ok"]) == (0, True)
     assert [row["name"] for row in report["rows"]] == ROWS
     assert all(row["value"] <= row["bound"] for row in report["rows"])
     assert f"against transformers {transformers.__version__}: {dtype}, cpu" in report["title"]
-    assert main(["parity", "--model", folder, "--dtype", dtype]) == 0
+
+
+def test_the_table_in_words_and_in_markdown(folder, capsys):
+    assert main(["parity", "--model", folder]) == 0
     table = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in table[2 : 2 + len(ROWS)]] == ROWS
     assert all(" ok " in line for line in table[2 : 2 + len(ROWS)])
+    assert main(["parity", "--model", folder, "--format", "markdown"]) == 0
+    assert "| gradients |" in capsys.readouterr().out
 
 
 def wrong(capsys, folder):
@@ -72,9 +84,7 @@ def test_each_row_can_fail(folder, capsys, monkeypatch):
         assert first == "layers.0.activation"
     with monkeypatch.context() as patch:
         real_loss = minibert.masked_lm.masked_lm_loss
-        patch.setattr(
-            minibert.masked_lm, "masked_lm_loss", lambda logits, targets: real_loss(logits, targets.clamp(max=9))
-        )
+        patch.setattr(minibert.masked_lm, "masked_lm_loss", lambda logits, ids: real_loss(logits, ids.clamp(max=9)))
         assert wrong(capsys, folder)[0] == ["loss", "gradients"]
     with monkeypatch.context() as patch:
         patch.setattr("minibert.parity.check.mask_tokens", partial(minibert.mask_tokens, mask_fraction=0.7))
@@ -96,31 +106,25 @@ def test_without_transformers_the_golden_trace_is_used(capsys, monkeypatch, fold
     assert status == 0, report
     assert "golden trace, for transformers is not installed" in report["title"]
     assert [row["name"] for row in report["rows"]] == ROWS
-    assert parity(capsys, "--model", folder)[0] == 2
-    assert "is of other weights than these" in parity(capsys, "--model", folder)[1]
+    status, said = parity(capsys, "--model", folder)
+    assert (status, "is of other weights than these" in said) == (2, True)
     assert "pip install transformers" in parity(capsys, "--dtype", "bfloat16")[1]
+    with monkeypatch.context() as patch:
+        patch.setitem(minibert.model.ACTIVATIONS, "gelu", minibert.model.ACTIVATIONS["gelu_new"])
+        status, report = parity(capsys)
+        assert (status, report["first_wrong"]) == (1, "layers.0.activation")
     monkeypatch.setattr(golden, "PATH", tmp_path / "golden.safetensors")
     status, said = parity(capsys)
     assert (status, said.count("\n")) == (2, 1)
     assert "an installed package has not): pip install transformers" in said
 
 
-def test_the_golden_trace_notices_a_fault(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setitem(minibert.model.ACTIVATIONS, "gelu", minibert.model.ACTIVATIONS["gelu_new"])
-    status, report = parity(capsys)
-    assert (status, report["first_wrong"]) == (1, "layers.0.activation")
-
-
-def test_the_golden_trace_belongs_to_the_bundled_weights():
+def test_the_golden_trace_is_what_transformers_computes_with_the_bundled_weights(tmp_path):
     with safe_open(golden.PATH, framework="pt") as file:
         made_from = file.metadata()["sha256"]
     found = sha256(hub.locate(golden.BUNDLED).require(hub.WEIGHTS))
     assert made_from == found, f"the bundled weights are new: remake the golden trace with `{golden.REMAKE}`"
     assert golden.PATH.stat().st_size < 500_000
-
-
-def test_the_golden_trace_is_what_transformers_computes(tmp_path):
     golden.write(tmp_path / "new.safetensors")
     new, old = load_file(tmp_path / "new.safetensors"), load_file(golden.PATH)
     assert new.keys() == old.keys()
@@ -129,19 +133,6 @@ def test_the_golden_trace_is_what_transformers_computes(tmp_path):
             assert torch.equal(tensor, old[name]), name
         elif name.startswith("float64."):  # other machines add in another order; float64 has 9 digits to spare
             torch.testing.assert_close(tensor, old[name], rtol=1e-6, atol=1e-9 * float(old[name].abs().max()) + 1e-12)
-
-
-def test_assert_parity_fails_with_the_same_table():
-    ours, theirs = twins(SIZES)
-    assert_parity(ours, theirs)
-    assert_parity(ours, ours)
-    assert_parity(ours, theirs.bfloat16())  # another dtype: the weights of `ours` are rounded too
-    theirs = theirs.float()
-    for one, two in zip(theirs.parameters(), twins(SIZES)[1].parameters(), strict=True):
-        one.data = two.data
-    theirs.cls.predictions.bias.data += 0.1
-    with pytest.raises(AssertionError, match=r"(?s)logits +\S+ +\S+ +WRONG.*The last good one is head\.norm"):
-        assert_parity(ours, theirs)
 
 
 def frozen(model, names=""):
@@ -177,9 +168,9 @@ def adapted(model):
 @pytest.mark.parametrize(
     ("wrap", "words"),
     [
+        (lambda model: model, "WRONG"),
         (nn.DataParallel, "as it is called"),
         pytest.param(partial(torch.compile, backend="eager"), "as it is called", marks=pytest.mark.slow),
-        (Holds, "as it is called"),
         (Step, "alone: the outer module is called otherwise"),
         (adapted, "left out: the gradients of cls.predictions.bias"),
         (partial(frozen, names="layer.1.output.dense.bias"), "left out: the gradients of .*layer.1.output.dense.bias,"),
@@ -198,6 +189,7 @@ def test_assert_parity_takes_real_modules_and_says_what_it_left_out(wrap, words)
 
 def test_assert_parity_sees_what_a_wrapper_and_eight_bits_change():
     ours, theirs = twins(SIZES)
+    assert_parity(ours, ours)
     with pytest.raises(AssertionError, match="first wrong: logits"):
         assert_parity(ours, Holds(theirs, 1.01))
     with pytest.raises(ValueError, match=r"2 models of the kind BertForMaskedLM in .*ModuleList"):
@@ -209,6 +201,7 @@ def test_assert_parity_sees_what_a_wrapper_and_eight_bits_change():
         eight_bits = torch.ao.quantization.quantize_dynamic(theirs, {nn.Linear}, torch.qint8)
     with pytest.raises(AssertionError, match=r"first wrong: layers.0.query"):
         assert_parity(ours, eight_bits)
+    assert_parity(ours, theirs.bfloat16())  # another dtype: the weights of `ours` are rounded too
 
 
 def test_assert_parity_asks_the_inputs_that_it_is_given():
@@ -216,8 +209,68 @@ def test_assert_parity_asks_the_inputs_that_it_is_given():
     ours, theirs = twins(SIZES)
     theirs.bert.embeddings.position_embeddings.weight.data[4] += 1
     short = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, -100, 7]])}
-    assert_parity(ours, theirs, {name: x[:, :3] for name, x in short.items()})
+    assert_parity(ours, theirs, short)
     with pytest.raises(AssertionError, match=r"embeddings\.sum"):
         assert_parity(ours, theirs, {name: x.repeat(1, 2) for name, x in short.items()})
     with pytest.raises(ValueError, match="labels"):
         assert_parity(ours, theirs, {"input_ids": short["input_ids"]})
+
+
+@pytest.mark.parametrize("title", ["attention mask ignored", "MLM bias doubled", "decoder untied"])
+def test_the_checks_of_the_tests_see_faults(title):
+    """tests/twins.py compares the models of tests/test_parity.py. A check that sees nothing would be green too."""
+    ours, theirs, batch = port()
+    for check in (assert_same_submodules, assert_same_logits_and_loss, assert_same_gradients):
+        check(ours, theirs, batch)
+    with pytest.MonkeyPatch.context() as patch:
+        PLANTED[title](theirs, patch)
+        with pytest.raises(AssertionError):  # of an untied decoder, all outputs are right
+            (assert_same_gradients if title == "decoder untied" else assert_same_logits_and_loss)(ours, theirs, batch)
+    ours.layers[1].attention.output.bias.data[7] += 1e-3
+    with pytest.raises(AssertionError, match=r"attention\.output"):
+        assert_same_submodules(ours, theirs, batch)
+
+
+def changed(step):
+    theirs = load_tokenizer("minibert-uncased")
+    if step == "normalizer":
+        theirs.normalizer = BertNormalizer(lowercase=True, strip_accents=False)
+    elif step == "pre-tokenizer":
+        theirs.pre_tokenizer = WhitespaceSplit()
+    elif step == "model":
+        values = json.loads(theirs.to_str())
+        values["model"]["max_input_chars_per_word"] = 20
+        theirs = Tokenizer.from_str(json.dumps(values))
+    elif step == "post-processor":
+        theirs.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 101)])
+    return theirs
+
+
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        ("normalizer", "Café"),
+        ("pre-tokenizer", "The quick brown fox"),
+        ("model", "pneumonoultra"),
+        ("post-processor", "The quick brown fox"),
+    ],
+)
+def test_of_two_tokenizers_the_first_text_and_the_step(tmp_path, capsys, step, text):
+    changed(step).save(str(tmp_path / "theirs.json"))
+    assert main(["parity", "--tokenizer", str(tmp_path / "theirs.json")]) == 1
+    said = capsys.readouterr().out
+    assert f"differ first on '{text}" in said
+    assert f"\n  step    {step}\n" in said
+    status, report = parity(capsys, "--tokenizer", str(tmp_path / "theirs.json"))
+    assert (status, report["ok"], report["step"]) == (1, False, step)
+    assert report["ours"] != report["theirs"]
+
+
+def test_the_same_tokenizer_and_a_file_that_is_none(tmp_path, capsys):
+    load_tokenizer("minibert-uncased").save(str(tmp_path / "theirs.json"))
+    assert main(["parity", "--tokenizer", str(tmp_path / "theirs.json")]) == 0
+    assert "agree on all of" in capsys.readouterr().out
+    (tmp_path / "theirs.json").write_text('{"model": 3}')
+    for file, words in (("theirs.json", "not a tokenizer.json"), ("none.json", "no such file")):
+        assert main(["parity", "--tokenizer", str(tmp_path / file)]) == 2
+        assert words in capsys.readouterr().err

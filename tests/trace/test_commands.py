@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from traced import traced
+from traced import stored, traced
 
 from minibert import load_tokenizer
 from minibert.cli import main
@@ -47,27 +47,20 @@ def test_trace_of_ids(tmp_path):
     [
         ({"ids": [[1]]}, "there is no input_ids"),
         ({"input_ids": [[1]], "mask": [[1]]}, "the key 'mask' is not known"),
-        ({"input_ids": [[1, 2], [3]]}, "row 1 has 1 entries, row 0 2"),
+        ({"input_ids": [[1, 2], [3]]}, "row 1 of input_ids has 1 entries, row 0 2"),
         ({"input_ids": [[0.5]]}, "input_ids at (0, 0) is 0.5, and must be a whole number"),
-        ({"input_ids": [[1, "a"]]}, 'at (0, 1) is "a"'),
         ({"input_ids": [[1], [None]]}, "at (1, 0) is null"),
-        ({"input_ids": [[True]]}, "at (0, 0) is true"),
         ({"input_ids": [[1]], "attention_mask": [[True]]}, "attention_mask at (0, 0) is true"),
         ({"input_ids": [[2**63]]}, "at (0, 0) is 9223372036854775808"),
-        ({"input_ids": []}, "none of them empty"),
         ({"input_ids": [[]]}, "none of them empty"),
         ({"input_ids": [1, 2]}, "a list of rows"),
         ({"input_ids": [[7, 7]], "labels": [[-100, 40000]]}, "the label at (0, 1) is 40000"),
         ({"input_ids": [[99999999]]}, "99999999"),
-        ({"input_ids": [[7]], "labels": [[-100]]}, "Leave labels out"),
     ],
 )
-def test_ids_that_are_wrong(tmp_path, capsys, wrong, words):
+def test_ids_that_are_wrong(tmp_path, fails, wrong, words):
     (tmp_path / "ids.json").write_text(json.dumps(wrong))
-    assert main(["trace", "--ids", str(tmp_path / "ids.json"), "--out", str(tmp_path / "t.safetensors")]) == 2
-    said = capsys.readouterr().err
-    assert words in said
-    assert said.count("\n") == 1
+    assert words in fails("trace", "--ids", str(tmp_path / "ids.json"), "--out", str(tmp_path / "t.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -75,84 +68,99 @@ def test_ids_that_are_wrong(tmp_path, capsys, wrong, words):
     [
         (["--text", "a " * 600, "--out", "FOLDER/t"], "truncate"),  # too long for the model
         (["--out", "FOLDER/none/t"], "there is no folder"),
-        (["--out", ""], "needs the name of a file"),
         (["--out", "FOLDER"], "needs the name of a file"),
         (["--out", "FOLDER/t", "--device", "meta:x"], "cpu is everywhere"),
         (["--out", "FOLDER/t", "--ids", "FOLDER"], "is a folder, and should be a JSON file of ids"),
-        (["--out", "FOLDER/t", "--ids", "FOLDER/none"], "no such file; it should be a JSON file of ids"),
-        (["--text", "a", "--device", "moon", "--out", "FOLDER/t"], "the device moon"),
         (["--revision", "v1", "--out", "FOLDER/t"], "revision 'v1' was given, but minibert-uncased"),
         (["--out", "FOLDER/ids.json"], "is no trace: choose another name"),
     ],
 )
-def test_options_that_are_wrong(tmp_path, capsys, options, words):
+def test_options_that_are_wrong(tmp_path, fails, options, words):
     (tmp_path / "ids.json").write_text("{}")
-    assert main(["trace", *(option.replace("FOLDER", str(tmp_path)) for option in options)]) == 2
-    assert words in capsys.readouterr().err
+    assert words in fails("trace", *(option.replace("FOLDER", str(tmp_path)) for option in options))
 
 
-def write_ids(folder):
-    path = folder / "ids.json"
-    path.write_text(json.dumps({"input_ids": [[5, 6, 7]]}))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, and a trace of it by each backend: a.safetensors and b.safetensors. Nobody may change it."""
+    path = tmp_path_factory.mktemp("made")
+    traced(grad=False)[2].save_pretrained(path / "model")
+    for backend, name in (("minibert", "a"), ("transformers", "b")):
+        words = ["--model", str(path / "model"), "--backend", backend, "--out", str(path / f"{name}.safetensors")]
+        assert main(["trace", "--grad", *words]) == 0
     return path
 
 
 @pytest.fixture
-def made(tmp_path):
-    """A folder with a model, and a trace of it by each backend."""
-    _, _, ours = traced(grad=False)
-    folder = tmp_path / "model"
-    ours.save_pretrained(folder)
-    files = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
-    for backend, file in zip(("minibert", "transformers"), files, strict=True):
-        assert main(["trace", "--model", str(folder), "--backend", backend, "--grad", "--out", file]) == 0
-        assert any(name.startswith("gradient.") for name in TraceFile(file).names)
-    return ours, folder, files
+def model(folder):
+    return ["--model", str(folder / "model")]
 
 
-def test_diff(made, capsys):
-    _, folder, files = made
-    assert main(["diff", *files, "--model", str(folder)]) == 0
+@pytest.fixture
+def files(folder):
+    return [str(folder / f"{name}.safetensors") for name in "ab"]
+
+
+def with_changes(file, path, **factors):
+    """The trace with some tensors multiplied, and the first entry of others made wrong."""
+    tensors = load_file(file)
+    for name, factor in factors.items():
+        tensors[name.replace("__", ".")].view(-1)[: None if name == "logits" else 1] *= factor
+    save_file(tensors, path, metadata=TraceFile(file).metadata)
+    return str(path)
+
+
+def test_two_right_traces(files, model, capsys):
+    assert any(name.startswith("gradient.") for name in TraceFile(files[0]).names)
+    assert main(["diff", *files, *model]) == 0
     assert "both right for float32" in capsys.readouterr().out
-    tensors = load_file(files[1])
-    tensors["layers.1.query"][0, 0, 1, 0] += 1
-    save_file(tensors, files[1], metadata=TraceFile(files[0]).metadata)
-    capsys.readouterr()
-    assert main(["diff", *files, "--model", str(folder), "--json"]) == 1
+    assert main(["diff", files[1], *model]) == 0  # beside what --model computes
+    assert "gradient.bert.embeddings" in capsys.readouterr().out
+    assert main(["diagnose", files[1], *model, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["ok"], report["first_wrong"], report["found"]) == (True, None, [])
+
+
+def test_diff_in_json_and_to_the_end(files, model, tmp_path, capsys):
+    pair = [files[0], with_changes(files[1], tmp_path / "b.safetensors", layers__1__query=9.0)]
+    assert main(["diff", *pair, *model, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     last = report["rows"][-1]
     assert (report["ok"], report["first_wrong"]) == (False, last["name"]) == (False, "layers.1.query")
-    assert (last["ok"], last["first"], report["rows"][0]["ok"]) == (False, [0, 0, 1, 0], True)
-    assert report["titles"] == {"A": f"{files[0]} (minibert, float32)", "B": TraceFile(files[1]).title}
-    assert last["errors"]["A"]["largest"] < last["allowed"]["A"]["largest"]
-    assert last["errors"]["B"]["largest"] > last["allowed"]["B"]["largest"]
-    assert last["errors"]["B"]["rms"] > last["allowed"]["B"]["rms"]
-    assert main(["diff", *files, "--all"]) == 1
+    assert (last["ok"], last["first"], report["rows"][0]["ok"]) == (False, [0, 0, 0, 0], True)
+    assert report["titles"] == {"A": f"{pair[0]} (minibert, float32)", "B": TraceFile(pair[1]).title}
+    for kind in ("largest", "rms"):
+        assert last["errors"]["A"][kind] < last["allowed"]["A"][kind]
+        assert last["errors"]["B"][kind] > last["allowed"]["B"][kind]
+    assert main(["diff", *pair, "--all"]) == 1
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.endswith(" ok") or " differs" in line]
-    assert len(rows) == len(tensors) - len(INPUTS)  # it goes on to the end, and still says what was first
+    assert len(rows) == len(load_file(files[1])) - len(INPUTS)  # it goes on to the end, and still says what was first
     assert [line.split()[0] for line in rows if " differs" in line] == ["layers.1.query"]
     assert any("first wrong: layers.1.query. The last good one is layers.0.feed_forward_norm" in line for line in lines)
 
 
-def test_diff_of_files_that_do_not_fit(made, capsys, tmp_path):
-    _, folder, files = made
-    assert main(["diff", files[0], str(tmp_path / "none")]) == 2
-    assert "none: no such file; it should be a trace" in capsys.readouterr().err
-    assert main(["diff", files[0], str(folder)]) == 2
-    assert f"{folder} is a folder without .npy files, and should be a trace" in capsys.readouterr().err
-    assert main(["trace", "--model", str(folder), "--ids", str(write_ids(tmp_path)), "--out", files[1]]) == 0
-    capsys.readouterr()
-    assert main(["diff", *files]) == 2
-    assert "were asked different things" in capsys.readouterr().err
-    for command, words in (
-        (["diff", *files, "--revision", "v1"], "no --model was given"),
-        (["diff", *files, "--model", str(folder), "--quantised"], "leave B and --all out"),
-        (["diff", files[0], "--model", str(folder), "--revision", "v1"], "revision 'v1' was given"),
-        (["diagnose", files[0], "--model", str(folder), "--revision", "v1"], "revision 'v1' was given"),
-    ):
-        assert main(command) == 2
-        assert words in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["diff", "A", "FOLDER/none"], "none: no such file; it should be a trace"),
+        (["diff", "A", "FOLDER/model"], "is a folder without .npy files, and should be a trace"),
+        (["diff", "A"], "give --model, or a second trace"),
+        (["diff", "A", "--quantised"], "give --model, or a second trace"),
+        (["diff", "A", "OTHER"], "were asked different things"),
+        (["diff", "A", "B", "--revision", "v1"], "no --model was given"),
+        (["diff", "A", "B", "--model", "FOLDER/model", "--quantised"], "leave B and --all out"),
+        (["diff", "A", "--all", "--model", "FOLDER/model", "--quantised"], "leave B and --all out"),
+        (["diff", "A", "--model", "FOLDER/model", "--revision", "v1"], "revision 'v1' was given"),
+        (["diagnose", "A", "--model", "FOLDER/model", "--revision", "v1"], "revision 'v1' was given"),
+        (["diagnose", "A"], "is of a model with vocab_size 131, and --model has"),
+    ],
+)
+def test_what_does_not_fit_together(folder, files, tmp_path, fails, command, words):
+    given = traced(grad=False)[0]
+    stored(tmp_path / "other", given, {"input_ids": given.tensors["input_ids"].roll(1, 1)})
+    places = {"A": files[0], "B": files[1], "OTHER": str(tmp_path / "other")}
+    assert words in fails(*(places.get(word, word).replace("FOLDER", str(folder)) for word in command))
 
 
 class Terminal(io.StringIO):
@@ -161,28 +169,32 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("terminal", [Terminal(), io.StringIO()], ids=["terminal", "file"])
-def test_diagnose_tells_how_far_it_is(made, tmp_path, monkeypatch, terminal):
-    _, folder, files = made
-    tensors = load_file(files[1])
-    tensors["logits"] *= 2
-    save_file(tensors, files[1], metadata=TraceFile(files[0]).metadata)
+def test_diagnose_tells_how_far_it_is(files, model, tmp_path, monkeypatch, terminal):
+    wrong = with_changes(files[1], tmp_path / "b.safetensors", logits=2.0)
     monkeypatch.setattr("minibert.cli.printing.PATIENCE", 0)
     monkeypatch.setattr("sys.stderr", terminal)
-    assert main(["diagnose", files[1], "--model", str(folder)]) == 1
+    assert main(["diagnose", wrong, *model]) == 1
     assert ("faults: " in terminal.getvalue()) == terminal.isatty()
 
 
-def test_diagnose(made, capsys, tmp_path):
-    ours, folder, files = made
-    assert main(["diagnose", files[1], "--model", str(folder)]) == 0
+def test_what_is_wrong_in_markdown(files, model, tmp_path, capsys):
+    wrong = with_changes(files[1], tmp_path / "b.safetensors", logits=2.0)
+    for command in ("diff", "diagnose"):
+        assert main([command, wrong, *model, "--format", "markdown"]) == 1
+        out = capsys.readouterr().out
+        assert "\n- " in out
+        assert "it is 2 times the right values, everywhere" in out
+        assert ("\n| logits | " in out) == (command == "diff")
+
+
+def test_diagnose_names_the_fault(model, tmp_path, capsys):
+    ours = traced(grad=False)[2]
     ours.head.bias.data *= 2
     ours.save_pretrained(tmp_path / "doubled")
-    assert main(["trace", "--model", str(tmp_path / "doubled"), "--out", files[1]]) == 0
+    file = str(tmp_path / "t.safetensors")
+    assert main(["trace", "--model", str(tmp_path / "doubled"), "--out", file]) == 0
     capsys.readouterr()
-    assert main(["diagnose", files[1], "--model", str(folder), "--json"]) == 1
+    assert main(["diagnose", file, *model, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert (report["ok"], report["first_wrong"], report["found"]) == (False, "logits", [["MLM bias doubled"]])
     assert any("add it once" in line for line in report["lines"])
-    assert main(["diagnose", files[0], "--model", str(folder), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert (report["ok"], report["first_wrong"], report["found"]) == (True, None, [])
