@@ -42,16 +42,6 @@ def test_it_is_read_as_transformers_reads_its_own(pair):
             out["elephants"]
 
 
-def test_it_can_be_taken_apart(pair):
-    given = make_batch(SIZES, "dense", (3, 7))
-    loss, logits = pair[0](given["input_ids"], labels=given["labels"]).to_tuple()
-    assert loss.dim() == 0
-    assert logits.shape == (3, 7, SIZES["vocab_size"])
-    out = pair[0](given["input_ids"], labels=given["labels"], return_dict=False)
-    assert type(out) is tuple
-    assert torch.equal(out[0], loss)
-
-
 def walked(value, change):
     """Rebuilt as accelerate, Lightning and torchinfo do it: a Mapping from its entries, a tuple from its elements."""
     if isinstance(value, Mapping):
@@ -135,17 +125,6 @@ def test_entries_and_attributes_are_one_thing(pair):
         out.elephants  # noqa: B018
 
 
-@pytest.mark.parametrize("how", ["export", "jit"])
-def test_a_recorded_program_gives_it(how, pair):
-    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    if how == "export":
-        got = torch.export.export(pair[0], (ids,)).module()(ids)
-        assert type(got) is type(pair[0](ids))
-    else:
-        got = torch.jit.trace(pair[0], ids, strict=False)(ids)
-    torch.testing.assert_close(got["logits"], pair[0](ids).logits, rtol=0, atol=1e-5)  # sums in other orders
-
-
 @pytest.mark.parametrize("mask", MASKS)
 def test_hidden_states_and_attentions_are_those_of_transformers(pair, mask):
     ours, theirs = pair
@@ -173,28 +152,3 @@ def test_what_a_tokenizer_of_transformers_gives_may_be_passed_on(pair):
     assert len(given) >= 5
     expected = pair[0](given["input_ids"], given["attention_mask"], given["token_type_ids"])
     assert torch.equal(pair[0](**given).logits, expected.logits)
-
-
-@pytest.mark.parametrize(
-    ("argument", "said"),
-    [
-        ("head_mask", "set the head's columns"),
-        ("inputs_embeds", "model.embeddings.word.register_forward_hook"),
-        ("encoder_hidden_states", "BERT is an encoder"),
-        ("attention_masks", "did you mean attention_mask"),
-        ("elephants", "its docstring lists"),
-    ],
-)
-def test_other_arguments_are_refused_with_what_to_use(pair, argument, said):
-    with pytest.raises(TypeError, match=said):
-        pair[0](torch.tensor([[1, 2, 3]]), **{argument: torch.ones(1, 3)})
-
-
-def test_what_is_no_tensor_is_refused_with_how_to_make_one(pair):
-    numpy = pytest.importorskip("numpy")
-    with pytest.raises(TypeError, match=r"input_ids must be a tensor, not list: torch.tensor"):
-        pair[0]([[1, 2, 3]])
-    with pytest.raises(TypeError, match=r"attention_mask must be a tensor, not ndarray: torch.from_numpy"):
-        pair[0](torch.tensor([[1, 2]]), numpy.ones((1, 2)))
-    with pytest.raises(TypeError, match="input_ids is missing"):
-        pair[0](None)

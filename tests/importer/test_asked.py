@@ -19,20 +19,6 @@ def pair():
     return twins(SIZES)
 
 
-def test_device_dtype_and_number_of_parameters_are_those_of_transformers(pair):
-    ours, theirs = pair
-    assert ours.device == theirs.device == torch.device("cpu")
-    assert ours.to("meta").device == torch.device("meta")
-    assert ours.dtype == theirs.dtype == torch.float32
-    assert ours.to(torch.bfloat16).dtype == torch.bfloat16
-    assert ours.num_parameters() == theirs.num_parameters()
-    for model in pair:
-        model.get_input_embeddings().requires_grad_(False)
-    assert ours.num_parameters(only_trainable=True) == theirs.num_parameters(only_trainable=True)
-    assert ours.num_parameters(only_trainable=True) == ours.num_parameters() - 99 * 32
-    assert ours.config.model_type == theirs.config.model_type
-
-
 @pytest.mark.parametrize("size", [103, 99, 50])
 def test_another_vocabulary_gives_what_transformers_gives(pair, size):
     ours, theirs = pair
@@ -168,21 +154,3 @@ def test_a_state_dict_that_is_not_this_model_is_one_sentence(pair):
         from_transformers({**state, "cls.predictions.decoder.bias": torch.zeros(99)})
     with pytest.raises(RuntimeError, match="Missing key"):
         ours.load_state_dict(from_transformers({key: x for key, x in state.items() if ".layer.1." not in key}))
-
-
-def test_accelerates_arguments(pair, tmp_path):
-    model = pair[0]
-    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
-    model.save_pretrained(tmp_path / "other", is_main_process=False, state_dict=state, save_function=torch.save)
-    assert not (tmp_path / "other").exists()
-    model.save_pretrained(tmp_path, is_main_process=True, state_dict=state, save_function=torch.save)
-    again = BertForMaskedLM.from_pretrained(tmp_path, low_cpu_mem_usage=True, use_safetensors=True, device_map=None)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
-    model.save_pretrained(tmp_path, safe_serialization=True, push_to_hub=False)
-    assert BertForMaskedLM.from_pretrained(tmp_path).config == model.config
-
-
-def test_a_dtype_is_said_once(pair, tmp_path):
-    pair[0].save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"bfloat16.*float64.*give one"):
-        BertForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16, torch_dtype=torch.float64)

@@ -254,50 +254,91 @@ def load(folder, under="cpu", **more):
         return BertForMaskedLM.from_pretrained(folder, **more)
 
 
-# What is typed, and what the error names as the remedy; None: it works.
+def its(name):
+    return lambda m, f: getattr(m, name)
+
+
+def loads(**how):
+    return lambda m, f: load(f, **how)
+
+
+def saves(**how):
+    return lambda m, f: m.save_pretrained(f / "other", **how)
+
+
+# What is typed, and what the error names as the remedy.
 TYPED = {
-    **{f"load({name}={value!r})": (lambda m, f, name=name, value=value: load(f, **{name: value}), None)
-       for name, value in dict(output_attentions=True, output_hidden_states=True, return_dict=False, device_map="cpu",
-                               attn_implementation="eager", low_cpu_mem_usage=False, token=False, subfolder="",
-                               from_tf=False, use_cache=False, hidden_dropout_prob=0.0).items()},
-    "load(num_labels=2)": (lambda m, f: load(f, num_labels=2), "has no classifier"),
-    "load(device_map='auto')": (lambda m, f: load(f, device_map="auto"), "device="),
-    "load(attn_implementation='flash')": (lambda m, f: load(f, attn_implementation="flash"), "use_kernel"),
+    "num_labels": (loads(num_labels=2), "has no classifier"),
+    "device_map='auto'": (loads(device_map="auto"), 'give device="cuda"'),
+    "two devices": (loads(device_map="cpu", device="cuda"), "give one of the two"),
+    "two dtypes": (loads(dtype=torch.bfloat16, torch_dtype=torch.float64), r"bfloat16.*float64.*give one"),
+    "attn_implementation='flash'": (loads(attn_implementation="flash"), "use_kernel"),
+    "trust_remote_code": (loads(trust_remote_code=True), "trust_remote_code=False only, not True: no code"),
+    "use_safetensors=False": (loads(use_safetensors=False), "use_safetensors=True only"),
+    "add_pooling_layer": (loads(add_pooling_layer=True), "hidden_states"),
+    "state_dict": (loads(state_dict={}), "load_state_dict"),
+    "layer_norm_eps": (loads(layer_norm_eps=1e-5), "what the file says"),
+    "a config": (loads(config=BertConfig(**SIZES)), r"BertForMaskedLM\(config\)"),
+    "a slip": (loads(local_file_only=True), "did you mean local_files_only"),
+    "length": (loads(length=3), "its docstring lists"),
+    "under meta": (lambda m, f: load(f, "meta"), r"BertForMaskedLM\(config\)"),
+    "device='meta'": (loads(device="meta"), r"BertForMaskedLM\(config\)"),
+    "device_map='meta'": (loads(device_map="meta"), r"BertForMaskedLM\(config\)"),
+    "max_shard_size": (saves(max_shard_size="5GB"), "takes no argument 'max_shard_size': one file"),
+    "push_to_hub=True": (saves(push_to_hub=True), "hf upload"),
+    "tokeniser": (saves(tokeniser=1), "did you mean tokenizer"),
     "masked_lm_labels": (lambda m, f: m(IDS, masked_lm_labels=IDS), "called labels"),
+    "attention_masks": (lambda m, f: m(IDS, attention_masks=MASK), "did you mean attention_mask"),
+    "logits_to_keep": (lambda m, f: m(IDS, logits_to_keep=1), "predict"),
     "model(enc)": (lambda m, f: m(transformers.BatchEncoding({"input_ids": IDS})), r"model\(\*\*"),
-    "inputs_embeds": (lambda m, f: m(inputs_embeds=m.embeddings.word(IDS)), "register_forward_hook"),
-    "their config": (lambda m, f: BertForMaskedLM(transformers.BertConfig(**SIZES)), None),
+    "a list": (lambda m, f: m([[1, 2, 3]]), "input_ids must be a tensor, not list: torch.tensor"),
+    "an array": (lambda m, f: m(IDS, MASK.numpy()), "attention_mask must be a tensor, not ndarray: torch.from_numpy"),
+    "nothing": (lambda m, f: m(), "input_ids is missing"),
+    "by place": (lambda m, f: m(IDS, MASK, ZEROS, None, None, None), "minibert export"),
     "FillMask(their model)": (lambda m, f: FillMask(twins(SIZES)[1], TOKENIZER), r"from_pretrained\(folder\)"),
     "FillMask(folder)": (lambda m, f: FillMask(str(f), TOKENIZER), r"from_pretrained\(folder\)"),
-    "resize(multiple)": (lambda m, f: m.resize_token_embeddings(100, pad_to_multiple_of=64), None),
-    "resize(mean_resizing)": (lambda m, f: m.resize_token_embeddings(100, mean_resizing=False), "word.weight"),
-    "resize()": (lambda m, f: m.resize_token_embeddings(), None),
-    "under meta": (lambda m, f: load(f, "meta"), r"BertForMaskedLM\(config\)"),
-    "load(device='meta')": (lambda m, f: load(f, device="meta"), r"BertForMaskedLM\(config\)"),
-    "load(device_map='meta')": (lambda m, f: load(f, device_map="meta"), r"BertForMaskedLM\(config\)"),
-    "by place": (lambda m, f: m(IDS, MASK, ZEROS, None, None, None), "minibert export"),
-    **{name: (lambda m, f, name=name: getattr(m, name), None)
-       for name in ("bert", "cls", "base_model", "tie_weights", "gradient_checkpointing_enable")},
-    **{name: (lambda m, f, name=name: getattr(m, name), remedy) for name, remedy in {
-        "get_output_embeddings": "model.word_embeddings", "set_input_embeddings": "model.embeddings.word",
-        "enable_input_require_grads": "gradient_checkpointing_enable", "set_attn_implementation": "use_kernel",
-        "activation_checkpointing_enable": "gradient_checkpointing_enable", "push_to_hub": "save_pretrained",
-        "init_weights": r"BertForMaskedLM\(config\)", "generate": "FillMask",
-        "pooler": "output_hidden_states"}.items()},
-}  # fmt: skip
+    "BertForMaskedLM(name)": (lambda m, f: BertForMaskedLM("bert-base-uncased"), "from_pretrained"),
+    "mean_resizing=False": (lambda m, f: m.resize_token_embeddings(100, mean_resizing=False), "word.weight"),
+    "enable_input_require_grads": (its("enable_input_require_grads"), "gradient_checkpointing_enable"),
+    "activation_checkpointing_enable": (its("activation_checkpointing_enable"), "gradient_checkpointing_enable"),
+    "set_attn_implementation": (its("set_attn_implementation"), "use_kernel"),
+    "push_to_hub": (its("push_to_hub"), "save_pretrained"),
+    "init_weights": (its("init_weights"), r"BertForMaskedLM\(config\)"),
+    "pooler": (its("pooler"), "output_hidden_states"),
+    "get_memory_footprint": (its("get_memory_footprint"), "nbytes"),
+    "elephants": (its("elephants"), "BertForMaskedLM has no 'elephants'"),
+    "last_hidden_state": (lambda m, f: m(IDS).last_hidden_state, "hidden_states"),
+}
+
+WORKS = dict(output_attentions=True, output_hidden_states=True, return_dict=False, device_map="cpu", token=False,
+             attn_implementation="eager", low_cpu_mem_usage=False, subfolder="", from_tf=False, use_cache=False,
+             hidden_dropout_prob=0.0, is_decoder=False, tie_word_embeddings=True, resume_download=True,
+             trust_remote_code=False, cache_dir=None)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("habits")
+    twins(SIZES)[0].save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize("typed", TYPED)
-def test_what_is_typed_by_habit_works_or_names_what_to_type(typed, pair, tmp_path_factory):
+def test_what_is_typed_by_habit_names_what_to_type(typed, pair, folder):
     call, remedy = TYPED[typed]
-    folder = tmp_path_factory.getbasetemp() / "habits"
-    if not folder.exists():
-        pair[0].save_pretrained(folder)
-    if remedy is None:
-        assert call(pair[0], folder) is not None
-        return
     with pytest.raises((TypeError, ValueError, AttributeError), match=remedy):
         call(pair[0], folder)
+    assert not (folder / "other").exists()
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_what_changes_nothing_here_is_taken(name, folder):
+    assert load(folder, **{name: WORKS[name]}).config.vocab_size == 99
+
+
+def test_the_call_takes_use_cache_and_a_configuration_of_transformers_makes_a_model(pair):
+    assert torch.equal(pair[0](IDS, use_cache=False).logits, pair[0](IDS).logits)
+    assert BertForMaskedLM(transformers.BertConfig(**SIZES)).config == BertForMaskedLM(SIZES).config
 
 
 def test_what_loading_was_told_holds_in_each_call(pair, tmp_path):

@@ -124,6 +124,16 @@ def test_a_save_that_fails_leaves_model_and_tokenizer_as_they_were(tmp_path, mon
 # ----------------------------------------------------------------------------------------------- accelerate's arguments
 
 
+def test_what_accelerate_gives_is_written_by_the_main_process(tmp_path):
+    model = make_model()
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    for main, folder in ((False, tmp_path / "other"), (True, tmp_path / "main")):
+        model.save_pretrained(folder, is_main_process=main, state_dict=state, save_function=torch.save)
+    assert not (tmp_path / "other").exists()
+    again = BertForMaskedLM.from_pretrained(tmp_path / "main")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+
+
 def test_tensors_of_another_model_are_not_written(tmp_path):
     model = make_model()
     state = model.state_dict()
@@ -139,39 +149,6 @@ def test_tensors_of_another_model_are_not_written(tmp_path):
         with pytest.raises(ValueError, match=said):
             model.save_pretrained(tmp_path, state_dict=wrong)
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("argument", "said"),
-    [
-        ({"safe_serialization": False}, "has safe_serialization=True only"),
-        ({"max_shard_size": "5GB"}, "takes no argument 'max_shard_size': one file"),
-        ({"push_to_hub": True}, "hf upload"),
-        ({"tokeniser": 1}, "did you mean tokenizer"),
-        ({"elephants": 1}, "its docstring lists"),
-    ],
-)
-def test_other_arguments_of_saving_are_refused(argument, said, tmp_path):
-    with pytest.raises(TypeError, match=said):
-        make_model().save_pretrained(tmp_path, **argument)
-    assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("argument", "said"),
-    [
-        ({"device_map": "auto"}, 'give device="cuda"'),
-        ({"attn_implementation": "flash_attention_2"}, "use_kernel"),
-        ({"trust_remote_code": True}, "trust_remote_code=False only, not True: no code"),
-        ({"use_safetensors": False}, "use_safetensors=True only"),
-        ({"config": BertConfig()}, r"BertForMaskedLM\(config\)"),
-        ({"local_file_only": True}, "did you mean local_files_only"),
-        ({"length": 3}, "takes no argument 'length'"),
-    ],
-)
-def test_other_arguments_of_loading_are_refused(argument, said):
-    with pytest.raises(TypeError, match=said):
-        BertForMaskedLM.from_pretrained("minibert-uncased", **argument)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
