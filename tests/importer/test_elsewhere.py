@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.distributed
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
 from twins import CONFIGS, make_batch, pack, twins
 
 import minibert
@@ -209,6 +211,61 @@ def test_fsdp_with_the_packed_call(pair, given, mesh):
         fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(ours, "predict")
     torch.testing.assert_close(ours.predict(pack(given), torch.tensor([0, 3])), expected)
+
+
+# ------------------------------------------------------------------------------------- torch's own, and what explains
+
+
+class Around(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **given):
+        return self.model(**given).loss
+
+
+def test_an_optimizers_state_is_set_again_for_a_module_around_the_model(pair, given):
+    whole, again = Around(pair[0]), Around(copy.deepcopy(pair[0]))
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01) for model in (whole, again)]
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(**given).backward()
+        optimizer.step()
+
+    step(whole, optimizers[0])
+    weights, state = get_state_dict(whole, optimizers[0])
+    set_state_dict(again, optimizers[1], model_state_dict=weights, optim_state_dict=copy.deepcopy(state))
+    for model, optimizer in zip((whole, again), optimizers, strict=True):
+        step(model, optimizer)
+    assert same(whole, again)
+    bare = torch.optim.AdamW(pair[0].parameters())
+    pair[0](**given).loss.backward()
+    bare.step()
+    weights, state = get_state_dict(pair[0], bare)
+    with pytest.raises(RuntimeError, match="Missing optimizer state"):  # not in silence
+        set_state_dict(pair[0], bare, model_state_dict=weights, optim_state_dict=state)
+
+
+def test_distributed_data_parallel_has_the_gradients_of_the_model(pair, given, mesh):
+    ours, whole = pair[0], copy.deepcopy(pair[0])
+    whole(**given).loss.backward()
+    DistributedDataParallel(ours)(**given).loss.backward()
+    for one, other in zip(ours.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)  # sums in other orders
+
+
+def test_captum_shares_an_answer_out_among_the_tokens(pair, given):
+    attr = pytest.importorskip("captum.attr")
+    ids, mask = given["input_ids"], given["attention_mask"]
+    answer = lambda ids, mask: pair[0](ids, attention_mask=mask).logits[:, 0, 7]  # noqa: E731
+    shares = attr.LayerIntegratedGradients(answer, pair[0].embeddings).attribute(
+        ids, baselines=torch.zeros_like(ids), additional_forward_args=(mask,), n_steps=64
+    )
+    assert shares.shape == (*ids.shape, SIZES["hidden_size"])
+    expected = answer(ids, mask) - answer(torch.zeros_like(ids), mask)
+    torch.testing.assert_close(shares.sum((1, 2)).float(), expected, rtol=0.05, atol=0.05)  # 64 steps of an integral
 
 
 # ----------------------------------------------------------------------------------------------------- other processes

@@ -1,10 +1,13 @@
 """What transformers' users do by habit: offloading, attribution, torch.func, order, sizes, names, arguments."""
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from torch import nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from twins import CONFIGS, make_batch, twins
 
@@ -244,6 +247,52 @@ def test_the_usual_loop_with_weight_decay_and_a_frozen_layer_trains_as_in_transf
             optimizer.step()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)  # the decay of the norms alone makes 0.06
+
+
+def test_the_cookbooks_table_of_names_is_true(pair):
+    page = (Path(minibert.__file__).parent / "cookbook.md").read_text(encoding="utf-8")
+    table = page.partition("| transformers | `named_parameters()` |")[2].partition("\n\n")[0]
+    found = [set(), set()]
+    for line in table.splitlines()[2:]:
+        for names, column in zip(found, line.strip("| ").split(" | "), strict=True):
+            first, *others = re.findall("`(.*?)`", column)
+            names |= {first, *(f"{first.rpartition('.')[0]}.{other}" for other in others)}
+    for names, model in zip(found, reversed(pair), strict=True):
+        parts = {
+            re.sub(r"\d+", "N", name).removesuffix(".weight").removesuffix(".bias")
+            for name, _ in model.named_parameters()
+        }
+        assert {name.removesuffix(".bias") for name in names} == parts
+
+
+def test_in_a_module_around_the_model_its_own_names_choose(pair):
+    around = nn.ModuleDict({"model": pair[0]})
+    for name, x in around.model.named_parameters():
+        x.requires_grad = not name.startswith("bert.encoder.layer.0.")
+    frozen = {name for name, x in around.named_parameters() if not x.requires_grad}
+    assert frozen == {name for name, _ in around.named_parameters() if name.startswith("model.layers.0.")} != set()
+
+
+# ------------------------------------------------------------------------------------------------------------- by hooks
+
+
+def test_hooks_see_rows_in_the_padded_call_and_tokens_in_the_packed_one(pair):
+    seen = []
+    for part in (pair[0].embeddings, pair[0].layers[0]):
+        part.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape)))
+    batch = PackedBatch.from_padded(IDS, MASK)
+    assert pair[0](IDS, MASK).logits.shape[:2] == (3, 7)
+    pair[0].encode(batch)
+    assert seen == [(3, 7, 32)] * 2 + [(batch.num_tokens, 32)] * 2
+
+
+def test_a_head_is_masked_by_its_columns(pair):
+    ours, theirs = pair
+    with torch.no_grad():
+        ours.layers[1].attention.output.weight[:, 8:16] = 0  # the second of 4 heads of 8
+    keeps = torch.ones(32).index_fill(0, torch.arange(8, 16), 0)
+    theirs.bert.encoder.layer[1].attention.output.dense.register_forward_pre_hook(lambda _, given: given[0] * keeps)
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=0, atol=1e-5)  # sums in other orders
 
 
 # ---------------------------------------------------------------------------------------------------------------- hints
