@@ -99,6 +99,8 @@ def test_each_epoch_is_cut_shuffled_and_masked_afresh_and_the_same_again():
     assert torch.equal(first(made, 5).batch.input_ids, first(again, 5).batch.input_ids)
     rows = [{tuple(row) for row in rows_of(made.examples(epoch, everything(made, epoch)))} for epoch in (0, 1)]
     assert len(rows[0] & rows[1]) < 0.5 * len(rows[0]), "cut afresh; a line that is alone both times is the same row"
+    lines_alone = corpus(file, short_fraction=1.0)  # cut alike in every epoch
+    assert list(lines_alone.steps(0)) != list(lines_alone.steps(1))
     # With one row there is nothing to cut or shuffle: what differs is the mask.
     alone = corpus(token_file([30]), short_fraction=1.0)
     masks = {tuple(alone.examples(epoch, [0]).positions.tolist()) for epoch in range(20)}
