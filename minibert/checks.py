@@ -204,7 +204,9 @@ def lengths_of_lists(name: str, lists: Sequence[Sequence[int]]) -> tuple[int, ..
     with suppress(TypeError):  # what has no length
         if not any(isinstance(ids, str) for ids in lists):
             return tuple(len(ids) for ids in lists)
-    raise TypeError(f"{name} must be a list for each text, such as [[101, 7592, 102]], not {lists!r:.60}")
+    shown = repr(lists)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}…"
+    raise TypeError(f"{name} must be a list for each text, such as [[101, 7592, 102]], not {shown}")
 
 
 def padded_inputs(
