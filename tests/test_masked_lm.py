@@ -1,10 +1,13 @@
-"""What a user asks of a model beside its logits: hidden states, guesses of each layer."""
+"""What a user asks of a model beside its logits: hidden states, guesses of each layer; and what it refuses to answer in
+training mode, where dropout makes answers random.
+"""
 
 import pytest
 import torch
 from twins import CONFIGS, make_batch, twins
 
-from minibert import PackedBatch, prepare_for_inference
+from minibert import FillMask, PackedBatch, prepare_for_inference
+from minibert.tokenizer import from_vocabulary
 
 SIZES = CONFIGS["batch 13, gelu"]
 
@@ -72,3 +75,44 @@ def test_an_empty_batch_has_an_empty_answer(pair, training):
 def test_maps_of_layers_that_are_not_there_are_refused(layers, pair, given):
     with pytest.raises(ValueError, match="0 to 4"):
         pair[0].attention_maps(packed(given), layers)
+
+
+# -------------------------------------------------------------------------------------------------------- training mode
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(20))]
+TEXT = "w3 [MASK] w5"
+
+
+@pytest.fixture
+def model():
+    return twins({**CONFIGS["batch 13, gelu"], "vocab_size": len(WORDS)})[0]
+
+
+def test_fill_mask_refuses_a_model_in_training_mode(model):
+    fill = FillMask(model, from_vocabulary(WORDS))
+    expected = fill(TEXT)
+    model.train()
+    with pytest.raises(ValueError, match=r"training mode .*dropout of 0\.1.* call model\.eval\(\)"):
+        fill(TEXT)
+    assert model.training, "it is not touched: another thread may be training it"
+    assert fill.model.eval()
+    assert fill(TEXT) == expected
+
+
+def test_fill_mask_notices_it_in_the_middle_of_a_stream(model, monkeypatch):
+    monkeypatch.setattr("minibert.fill_mask.WINDOW", 1)
+    answers = FillMask(model, from_vocabulary(WORDS)).stream([TEXT, TEXT])
+    next(answers)
+    model.layers[0].train()  # one part is enough
+    with pytest.raises(ValueError, match=r"layers\.0\..*dropout"):
+        next(answers)
+
+
+def test_without_dropout_training_mode_does_no_harm(model):
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    fill = FillMask(model, from_vocabulary(WORDS))
+    expected = fill(TEXT)
+    model.train()
+    assert fill(TEXT) == expected

@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 import transformers
-from twins import CONFIGS, copy_weights, make_batch, twins
+from twins import CONFIGS, make_batch, twins
 
-from minibert import BertConfig, BertForMaskedLM, prepare_for_inference
+from minibert import BertConfig, BertForMaskedLM
 from minibert.checkpoint.names import from_transformers
 
 SIZES = CONFIGS["batch 13, gelu"]
@@ -19,26 +19,16 @@ def pair():
     return twins(SIZES)
 
 
-@pytest.mark.parametrize("size", [103, 99, 50])
-def test_another_vocabulary_gives_what_transformers_gives(pair, size):
+def test_new_tokens_start_as_the_mean_of_the_old_ones(pair):
     ours, theirs = pair
     rows, bias = ours.embeddings.word.weight.detach().clone(), ours.head.bias.detach().clone()
     for model in pair:
-        got = model.resize_token_embeddings(size)
-        assert got is model.get_input_embeddings()
-    assert got.weight.shape == ours.embeddings.word.weight.shape == (size, 32)
-    assert ours.config.vocab_size == ours.embeddings.word.num_embeddings == size
-    if size > 99:  # transformers draws the new rows, around the mean and very near to it: take ours
-        torch.testing.assert_close(ours.embeddings.word.weight[99:], rows.mean(0).expand(4, 32))
-        torch.testing.assert_close(ours.head.bias[99:], bias.mean().expand(4))
-        near = theirs.get_input_embeddings().weight[99:]
-        torch.testing.assert_close(ours.embeddings.word.weight[99:], near, rtol=0, atol=1e-3)
-        copy_weights(ours, theirs)
-    given = make_batch({**SIZES, "vocab_size": min(size, 99)}, "holes", (5, 7))
-    got, expected = ours(**given), theirs(**given)
-    seen = given["attention_mask"].bool()
-    torch.testing.assert_close(got.logits[seen], expected.logits[seen], rtol=0, atol=1e-5)
-    torch.testing.assert_close(got.loss, expected.loss, rtol=0, atol=2e-6)
+        model.resize_token_embeddings(103)
+    torch.testing.assert_close(ours.embeddings.word.weight[99:], rows.mean(0).expand(4, 32))
+    torch.testing.assert_close(ours.head.bias[99:], bias.mean().expand(4))
+    near = theirs.get_input_embeddings().weight[99:]  # drawn around the mean, and very near to it
+    torch.testing.assert_close(ours.embeddings.word.weight[99:], near, rtol=0, atol=1e-3)
+    assert ours.embeddings.word.num_embeddings == 103
 
 
 def test_a_resized_model_trains_and_is_saved(pair, tmp_path):
@@ -113,17 +103,6 @@ def test_a_checkpointed_model_is_copied_pickled_and_hooked_as_before(pair):
         assert model.is_gradient_checkpointing
         got = gradients(model, given)
         assert all(torch.equal(got[name], expected[name]) for name in expected)
-
-
-def test_checkpointing_of_another_kind_is_refused(pair):
-    ours, _ = pair
-    with pytest.raises(ValueError, match="use_reentrant"):
-        ours.gradient_checkpointing_enable({"use_reentrant": True})
-    prepared = prepare_for_inference(ours)
-    for call in (prepared.gradient_checkpointing_enable, lambda: prepared.resize_token_embeddings(3)):
-        with pytest.raises(ValueError, match="the one it was made from"):
-            call()
-    assert not ours.is_gradient_checkpointing
 
 
 # ---------------------------------------------------------------------------------------------------------- state dicts
