@@ -62,7 +62,7 @@ def write(folder, **files):
     for key, value in files.items():
         if key == "vocab":
             text = value if isinstance(value, str) else "".join(f"{token}\n" for token in value)
-            (folder / "vocab.txt").write_bytes(text.encode())
+            (folder / "vocab.txt").write_bytes(text.encode(errors="surrogateescape"))
         elif key == "whole":
             value.save(str(folder / "tokenizer.json"))
         elif key == "config":
@@ -75,30 +75,42 @@ def write(folder, **files):
 
 BERT = {"tokenizer_class": "BertTokenizer"}
 CASED = {"do_lower_case": False}
+# vocab.txt, and in tokenizer_config.json the class of BERT and this.
+BY_SETTINGS = {
+    "a class and nothing else": {},
+    "the fast class": {"tokenizer_class": "BertTokenizerFast", **CASED},
+    "another name of the class": {"tokenizer_class": "DistilBertTokenizer", **CASED},
+    "accents kept": {"strip_accents": False},
+    "cased, without accents": {**CASED, "strip_accents": True},
+    "Chinese not split": {"tokenize_chinese_chars": False},
+    "added tokens": {"added_tokens_decoder": {**DECODER, **ADDED}},
+    "added tokens, cased": {**CASED, "added_tokens_decoder": {**DECODER, **ADDED}},
+    "only the added ones listed": {"added_tokens_decoder": ADDED},
+    "added tokens that strip": {
+        "added_tokens_decoder": {**DECODER, "4": flags("[MASK]", lstrip=True, rstrip=True), **ADDED}
+    },
+    "added tokens, single words": {
+        "added_tokens_decoder": {**DECODER, str(len(TOKENS)): flags("[E1]", single_word=True)}
+    },
+    "a word of the vocabulary as an added token": {
+        "added_tokens_decoder": {**DECODER, "7": flags("cat", special=False)}
+    },
+    "a mask that was added": {
+        "mask_token": "<mask>",
+        "added_tokens_decoder": {str(len(TOKENS)): flags("<mask>")},
+    },
+    "extra special tokens": {"extra_special_tokens": ["[E1]", "<image>"]},
+    "extra special tokens with names": {"extra_special_tokens": {"entity_token": "[E1]"}},
+    "a token of another kind of model": {"image_token": "<image>"},
+    "an end that is not in the vocabulary": {"eos_token": "</s>", "extra_special_tokens": ["[E1]"]},
+    "special tokens are split": {"split_special_tokens": True},
+    "settings that do not matter": {"model_max_length": 5, "padding_side": "left", "do_basic_tokenize": True},
+}
 FOLDERS = {
+    **{name: dict(vocab=TOKENS, settings={**BERT, **settings}) for name, settings in BY_SETTINGS.items()},
     "vocab.txt alone": dict(vocab=TOKENS),
     "settings without a class": dict(vocab=TOKENS, settings=CASED),
-    "a class and nothing else": dict(vocab=TOKENS, settings=BERT),
-    "the fast class": dict(vocab=TOKENS, settings={"tokenizer_class": "BertTokenizerFast", **CASED}),
     "the class in config.json": dict(vocab=TOKENS, settings=CASED, config=BERT),
-    "another name of the class": dict(vocab=TOKENS, settings={"tokenizer_class": "DistilBertTokenizer", **CASED}),
-    "accents kept": dict(vocab=TOKENS, settings={**BERT, "strip_accents": False}),
-    "cased, without accents": dict(vocab=TOKENS, settings={**BERT, **CASED, "strip_accents": True}),
-    "Chinese not split": dict(vocab=TOKENS, settings={**BERT, "tokenize_chinese_chars": False}),
-    "added tokens": dict(vocab=TOKENS, settings={**BERT, "added_tokens_decoder": {**DECODER, **ADDED}}),
-    "added tokens, cased": dict(vocab=TOKENS, settings={**BERT, **CASED, "added_tokens_decoder": {**DECODER, **ADDED}}),
-    "only the added ones listed": dict(vocab=TOKENS, settings={**BERT, "added_tokens_decoder": ADDED}),
-    "added tokens that strip": dict(
-        vocab=TOKENS,
-        settings={**BERT, "added_tokens_decoder": {**DECODER, "4": flags("[MASK]", lstrip=True, rstrip=True), **ADDED}},
-    ),
-    "added tokens, single words": dict(
-        vocab=TOKENS,
-        settings={**BERT, "added_tokens_decoder": {**DECODER, str(len(TOKENS)): flags("[E1]", single_word=True)}},
-    ),
-    "a word of the vocabulary as an added token": dict(
-        vocab=TOKENS, settings={**BERT, "added_tokens_decoder": {**DECODER, "7": flags("cat", special=False)}}
-    ),
     "added_tokens.json": dict(vocab=TOKENS, settings=BERT, added=OLD_ADDED),
     "added_tokens.json without settings": dict(vocab=TOKENS, added=OLD_ADDED),
     "added_tokens.json and special_tokens_map.json": dict(
@@ -107,42 +119,14 @@ FOLDERS = {
     "special tokens in the settings": dict(
         vocab=TOKENS, added=OLD_ADDED, settings={**BERT, "additional_special_tokens": ["[E1]"]}
     ),
-    "extra special tokens": dict(vocab=TOKENS, settings={**BERT, "extra_special_tokens": ["[E1]", "<image>"]}),
-    "extra special tokens with names": dict(
-        vocab=TOKENS, settings={**BERT, "extra_special_tokens": {"entity_token": "[E1]"}}
-    ),
-    "a token of another kind of model": dict(vocab=TOKENS, settings={**BERT, "image_token": "<image>"}),
-    "begin and end": dict(vocab=[*TOKENS, "</s>"], settings={**BERT, "bos_token": "[CLS]", "eos_token": "</s>"}),
-    "an end that is not in the vocabulary": dict(
-        vocab=TOKENS, settings={**BERT, "eos_token": "</s>", "extra_special_tokens": ["[E1]"]}
-    ),
-    "a mask that was added": dict(
-        vocab=TOKENS,
-        settings={**BERT, "mask_token": "<mask>", "added_tokens_decoder": {str(len(TOKENS)): flags("<mask>")}},
-    ),
     "other names in the settings": dict(vocab=RENAMED, settings={**BERT, **NAMES}),
     "other names in special_tokens_map.json": dict(vocab=RENAMED, settings=BERT, special_map=NAMES),
+    "other names in both": dict(vocab=RENAMED, settings={**BERT, "mask_token": "[X]"}, special_map=NAMES),
     "other names in special_tokens_map.json alone": dict(vocab=RENAMED, special_map=NAMES),
-    "other names with flags": dict(
-        vocab=RENAMED,
-        settings={**BERT, **NAMES, "mask_token": {"__type": "AddedToken", **flags("<mask>", lstrip=True)}},
-    ),
     "other names with flags in special_tokens_map.json": dict(
-        vocab=RENAMED, special_map={**NAMES, "mask_token": flags("<mask>", lstrip=True)}
+        vocab=RENAMED, special_map={**NAMES, "mask_token": {"__type": "AddedToken", **flags("<mask>", lstrip=True)}}
     ),
     "special tokens last": dict(vocab=WORDS + BASE, settings=BERT),
-    "special tokens are split": dict(vocab=TOKENS, settings={**BERT, "split_special_tokens": True}),
-    "settings that do not matter": dict(
-        vocab=TOKENS,
-        settings={
-            **BERT,
-            "model_max_length": 5,
-            "padding_side": "left",
-            "never_split": None,
-            "add_bos_token": False,
-            "do_basic_tokenize": True,
-        },
-    ),
     "lines end as on Windows": dict(vocab="\r\n".join(TOKENS) + "\r\n"),
     "no end of the last line": dict(vocab="\n".join(TOKENS)),
     "spaces after the tokens": dict(vocab="".join(f"{token}  \n" for token in TOKENS)),
@@ -246,21 +230,21 @@ def test_the_report_says_what_was_read(folder):
 
 # ---------------------------------------------------------------------------------------------------------------- saved
 
+MORE = {
+    "sides": {"padding_side": "left", "truncation_side": "left"},
+    "a length": {"model_max_length": 17},
+    "spaces are cleaned up": {"clean_up_tokenization_spaces": True},
+    "spaces are left": {"clean_up_tokenization_spaces": False},
+    "inputs": {"model_input_names": ["input_ids"]},
+    "what nobody knows": {"chat_template": "{{ x }}", "of_theirs": [1, {"a": 2}]},
+}
+BY_ROLE = {f"{role}_token": f"[{role.upper()}]" for role in ROLES}
 SAID = {
-    **{name: files for name, files in FOLDERS.items() if "settings" in files},
-    "sides": dict(vocab=TOKENS, settings={**BERT, "padding_side": "left", "truncation_side": "left"}),
-    "a length": dict(vocab=TOKENS, settings={**BERT, "model_max_length": 17}),
-    "spaces are cleaned up": dict(vocab=TOKENS, settings={**BERT, "clean_up_tokenization_spaces": True}),
-    "spaces are left": dict(vocab=TOKENS, settings={**BERT, "clean_up_tokenization_spaces": False}),
-    "inputs": dict(vocab=TOKENS, settings={**BERT, "model_input_names": ["input_ids"]}),
-    "what nobody knows": dict(vocab=TOKENS, settings={**BERT, "chat_template": "{{ x }}", "of_theirs": [1, {"a": 2}]}),
+    **{name: files for name, files in FOLDERS.items() if "settings" in files and "both" not in name},
+    **{name: dict(vocab=TOKENS, settings={**BERT, **settings}) for name, settings in MORE.items()},
     "tokenizer.json as it stands": dict(
         whole=from_vocabulary(TOKENS, CASED),
-        settings={
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "padding_side": "left",
-            **{f"{role}_token": f"[{role.upper()}]" for role in ROLES},
-        },
+        settings={"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left", **BY_ROLE},
     ),
 }
 ATTRIBUTES = (
@@ -321,51 +305,45 @@ def test_spaces_before_a_full_stop_are_the_pipelines(folder, value):
 # -------------------------------------------------------------------------------------------------------------- refused
 
 JAPANESE = {"tokenizer_class": "BertJapaneseTokenizer"}
+WHOLE, NO_MASK = from_vocabulary(TOKENS), r"mask_token '<mask>' is not in the vocabulary"
+LSTRIP = {"mask_token": {"content": "[MASK]", "lstrip": "yes"}}
+AT_SEVEN = {"added_tokens_decoder": {"7": flags("covid19")}}
+# What is in the files, and the cause: the file comes first if the case is of one file.
 REFUSED = {
-    "Japanese": (dict(vocab=TOKENS, settings={**JAPANESE, "word_tokenizer_type": "mecab"}), "BertJapaneseTokenizer"),
-    "Japanese, by its settings": (
-        dict(vocab=TOKENS, settings={"subword_tokenizer_type": "character"}),
-        "subword_token",
-    ),
-    "Japanese, said in config.json": (dict(vocab=TOKENS, settings=CASED, config=JAPANESE), "BertJapaneseTokenizer"),
-    "Japanese with a tokenizer.json": (dict(whole=from_vocabulary(TOKENS), settings=JAPANESE), "BertJapaneseTokenizer"),
-    "another class": (dict(vocab=TOKENS, settings={"tokenizer_class": "AlbertTokenizer"}), "AlbertTokenizer"),
-    "no class": (dict(vocab=TOKENS, settings={"tokenizer_class": 7}), "tokenizer_class must be a name, not 7"),
+    "Japanese": (dict(settings={**JAPANESE, "word_tokenizer_type": "mecab"}), "BertJapaneseTokenizer"),
+    "Japanese, by its settings": (dict(settings={"subword_tokenizer_type": "character"}), "subword_token"),
+    "Japanese, said in config.json": (dict(settings=CASED, config=JAPANESE), "BertJapaneseTokenizer"),
+    "Japanese with a tokenizer.json": (dict(whole=WHOLE, settings=JAPANESE), "BertJapaneseTokenizer"),
+    "another class": (dict(settings={"tokenizer_class": "AlbertTokenizer"}), "AlbertTokenizer"),
+    "no class": (dict(settings={"tokenizer_class": 7}), "tokenizer_class must be a name, not 7"),
     "a token twice": (dict(vocab=[*TOKENS, "cat"]), r"vocab\.txt: 'cat' stands there 2 times, in lines 8 and 27"),
     "two blank lines": (dict(vocab=[*TOKENS, "", "", "x"]), r"'' stands there 2 times, in lines 27 and 28"),
-    "no mask": (dict(vocab=TOKENS[:4] + WORDS), r"mask_token '\[MASK\]' is not in the vocabulary"),
-    "another mask that is not there": (
-        dict(vocab=TOKENS, settings={"mask_token": "<mask>"}),
-        "mask_token '<mask>' is not in the vocabulary",
-    ),
+    "not UTF-8": (dict(vocab="[PAD]\n[UNK]\ncaf\udce9\n"), r"vocab\.txt: .*line 3 has the byte 0xe9"),
+    "nothing": (dict(vocab=""), "unk_token .* not in the vocabulary of 0 tokens"),
+    "no mask": (dict(vocab=TOKENS[:4] + WORDS), r"mask_token '\[MASK\]' is not in the vocabulary of 25 tokens"),
+    "another mask that is not there": (dict(settings={"mask_token": "<mask>"}), NO_MASK),
     "a mask that is not in tokenizer.json": (
-        dict(whole=from_vocabulary(TOKENS), settings={"tokenizer_class": "TokenizersBackend", "mask_token": "<mask>"}),
-        "mask_token '<mask>' is not in the vocabulary",
+        dict(whole=WHOLE, settings={"tokenizer_class": "TokenizersBackend", "mask_token": "<mask>"}),
+        NO_MASK,
     ),
-    "an added token with another id": (
-        dict(vocab=TOKENS, added={"covid19": len(TOKENS) + 5}),
-        rf"'covid19' has the id {len(TOKENS) + 5}, but would get {len(TOKENS)}",
-    ),
-    "an added token with the id of another": (
-        dict(vocab=TOKENS, settings={"added_tokens_decoder": {"7": flags("covid19")}}),
-        "'covid19' has the id 7, but would get",
-    ),
-    "an id that is none": (dict(vocab=TOKENS, added={"x": "y"}), r"added_tokens\.json: 'y' is no id"),
-    "a token that is none": (dict(vocab=TOKENS, settings={"mask_token": 5}), r"tokenizer_config\.json: 5 is no token"),
+    "an added token with another id": (dict(added={"covid19": 31}), "'covid19' has the id 31, but would get 26"),
+    "an added token with the id of another": (dict(settings=AT_SEVEN), "'covid19' has the id 7, but would get"),
+    "added tokens in a list": (dict(settings={"added_tokens_decoder": ["x"]}), "must map ids to tokens"),
+    "an id that is none": (dict(added={"x": "y"}), r"added_tokens\.json: 'y' is no id"),
+    "a token that is none": (dict(settings={"mask_token": 5}), r"tokenizer_config\.json: 5 is no token"),
     "flags that are none": (
-        dict(vocab=TOKENS, special_map={"mask_token": {"content": "[MASK]", "lstrip": "yes"}}),
-        r"special_tokens_map\.json: lstrip of the token '\[MASK\]' must be true or false",
+        dict(special_map=LSTRIP),
+        r"special_tokens_map\.json: lstrip of the token '\[MASK\]' must",
     ),
-    "not UTF-8": (dict(vocab=TOKENS), r"line 3 has the byte 0xe9"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_the_real_cause(folder, name):
     files, cause = REFUSED[name]
-    write(folder, **files)
-    if name == "not UTF-8":
-        (folder / "vocab.txt").write_bytes("[PAD]\n[UNK]\ncafé\n".encode("latin-1"))
+    write(folder, **({} if "whole" in files else {"vocab": TOKENS}), **{k: v for k, v in files.items() if k != "vocab"})
+    if "vocab" in files:
+        write(folder, vocab=files["vocab"])
     with pytest.raises(ValueError, match=cause) as caught:
         load_tokenizer(folder)
     assert str(folder) in str(caught.value)
