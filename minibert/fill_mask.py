@@ -158,13 +158,15 @@ def known_words(tokenizer: Tokenizer, config: BertConfig) -> Tensor | None:
 
 def best_words(logits: Tensor, top_k: int, among: Tensor | None) -> tuple[Tensor, Tensor]:
     """The likeliest words of each row of logits (M, V), best first: their probabilities and their ids, both (M, top_k)
-    and on the host. among: the ids that may be answers, or None for all. A probability is over the whole vocabulary,
-    computed in float32; where fewer than top_k ids may be answers, all of them are given.
+    and on the host. among: the ids that may be answers, or None for all; where they are fewer than top_k, all of them
+    are given. A probability is over the whole vocabulary, and in float32.
     """
-    probabilities = logits.float().softmax(-1)  # (M, V)
+    logits = logits.float()
+    probabilities = logits.softmax(-1)  # (M, V)
     if among is not None:
-        probabilities = probabilities[:, among.to(probabilities.device)]  # (M, number of ids)
-    scores, chosen = (x.cpu() for x in probabilities.topk(min(top_k, probabilities.shape[-1])))  # both (M, top_k)
+        logits, probabilities = (x[:, among.to(x.device)] for x in (logits, probabilities))  # (M, number of ids)
+    chosen = logits.topk(min(top_k, logits.shape[-1])).indices  # (M, top_k): logits differ where probabilities are 0
+    scores, chosen = probabilities.gather(-1, chosen).cpu(), chosen.cpu()
     return scores, chosen if among is None else among[chosen]
 
 

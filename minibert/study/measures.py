@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minibert.config import BertConfig
+from minibert.fill_mask import best_words
 from minibert.masked_lm import BertForMaskedLM
 from minibert.model import Bert
 from minibert.packing import PackedBatch
@@ -102,9 +103,8 @@ def guesses(
     rank of a word = 1 + the number of words with a higher logit
     """
     probabilities = logits.float().softmax(-1)  # (steps, V)
+    best, chosen = best_words(logits, top_k, vocabulary.known)  # both (steps, top_k)
     logits = vocabulary.only_words(logits, -torch.inf)
-    chosen = logits.topk(min(top_k, vocabulary.size)).indices  # (steps, top_k)
-    best = probabilities.gather(-1, chosen)  # (steps, top_k)
     answer = int(chosen[-1, 0])
     followed = [answer, *targets]
     ranks = (1 + (logits[:, None, :] > logits[:, followed, None]).sum(-1)).tolist()  # (steps, 1 + targets)

@@ -13,8 +13,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from minibert import checks
 from minibert.config import BertConfig
+from minibert.fill_mask import known_words
 from minibert.tokenizer import encode, own_mask, require_id, words_of
 
 
@@ -146,14 +146,9 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer | None, config: BertConfig) -> None:
         self.tokenizer = tokenizer
         self.words: Tensor | None = None  # (V,) bool; None if all ids are words
-        self.size = config.vocab_size
-        known = [] if tokenizer is None else sorted(tokenizer.get_vocab().values())
-        if known:
-            checks.require_vocabulary(known[-1] + 1, config)
-        if known and len(known) < config.vocab_size:
-            self.size = len(known)
-            nothing = torch.zeros(config.vocab_size, dtype=torch.bool)
-            self.words = nothing.index_fill(0, torch.tensor(known), True)
+        self.known = None if tokenizer is None else known_words(tokenizer, config)  # ids; None if all are words
+        if self.known is not None:
+            self.words = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, self.known, True)
 
     def name(self, token: int) -> str:
         return (self.tokenizer.id_to_token(token) if self.tokenizer is not None else None) or f"#{token}"

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from minibert import checks
-from minibert.fill_mask import target_ids
+from minibert.fill_mask import require_top_k, target_ids
 from minibert.masked_lm import BertForMaskedLM
 from minibert.study import page, views
 from minibert.study.measures import Facts, Model, cost, influence, neighbours
@@ -152,8 +152,7 @@ def _study(
     name: str,
 ) -> Study:
     """Everything but the experiments of view 3."""
-    if not 1 <= top_k <= MOST_BEST:
-        raise ValueError(f"top_k must be 1 to {MOST_BEST}, not {top_k}")
+    require_top_k(top_k, MOST_BEST)
     config, left_out = row.config, views.left_out(row, reading, model)
     with torch.inference_mode():
         found: dict[str, Any] = {}

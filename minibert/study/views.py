@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minibert.fill_mask import best_words
 from minibert.loss import IGNORE
 from minibert.masked_lm import BertForMaskedLM
 from minibert.packing import PackedBatch
@@ -112,8 +113,7 @@ def answers(
         logits = model.head(row.read(last)[reading.masks].to(weight), weight).float().cpu()
     else:
         return []
-    chosen = vocabulary.only_words(logits, -torch.inf).topk(min(top_k, vocabulary.size)).indices  # (M, top_k)
-    best = logits.softmax(-1).gather(-1, chosen)  # (M, top_k)
+    best, chosen = best_words(logits, top_k, vocabulary.known)  # both (M, top_k)
     pairs = zip(reading.masks, chosen.tolist(), best.tolist(), strict=True)
     return [
         Answer(place, [Guess(vocabulary.name(token), token, p) for token, p in zip(tokens, scores, strict=True)])
