@@ -134,11 +134,19 @@ class Rectangle:
         return equation_1(q, k, v, mask, keep)[0].transpose(1, 2)
 
 
+class Named(nn.Module):
+    """A module that says what to use in place of an attribute that transformers' module has."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise checks.no_attribute(type(self).__name__, name) from None
+
+
 class Layer(EncoderLayer):
     """An encoder layer that may keep only what it read, and is then computed again for the gradient (activation
-    checkpointing). It takes more time and less memory; dropout draws the same numbers again.
-
-    Chen et al.: "Training Deep Nets with Sublinear Memory Cost", 2016, https://arxiv.org/abs/1604.06174.
+    checkpointing): Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016, https://arxiv.org/abs/1604.06174.
     """
 
     is_computed_again = False
@@ -152,7 +160,7 @@ class Layer(EncoderLayer):
         return self.once(x, batch)
 
 
-class Parts(nn.ModuleDict):
+class Parts(Named, nn.ModuleDict):
     """Parts of a model under the names that transformers has for them, to look at and to freeze. No computing."""
 
     def forward(self, *_: object, **__: object) -> NoReturn:
@@ -164,7 +172,7 @@ class Parts(nn.ModuleDict):
     register_forward_hook = register_forward_pre_hook = register_full_backward_hook = forward
 
 
-class BertForMaskedLM(Bert):
+class BertForMaskedLM(Named, Bert):
     """BERT with two ways to call it.
 
     The padded call is `model(input_ids, …)`, as transformers' BertForMaskedLM has it: a logit for every word at every
@@ -173,17 +181,10 @@ class BertForMaskedLM(Bert):
 
     layers: Sequence[Layer]
     load_report: LoadReport | None = None
-    # What a call gives that does not say; from_pretrained sets them.
-    output_hidden_states, output_attentions, return_dict = False, False, True
+    output_hidden_states, output_attentions, return_dict = False, False, True  # of a call that does not say
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(checks.own_config(config), Layer)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            raise checks.no_attribute("BertForMaskedLM", name) from None
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +196,7 @@ class BertForMaskedLM(Bert):
 
     @property
     def word_embeddings(self) -> Tensor:
-        word = self.embeddings.word  # which accelerate's offloading may keep elsewhere: then all are looked up
+        word = self.embeddings.word  # accelerate may keep them elsewhere: then all are looked up
         return word(torch.arange(self.config.vocab_size)) if word.weight.is_meta else word.weight
 
     def forward(
@@ -393,9 +394,8 @@ class BertForMaskedLM(Bert):
     ) -> None:
         """Write config.json and model.safetensors, under the names that transformers (and `from_pretrained`) reads.
 
-        tokenizer: a tokenizers.Tokenizer, or a fast tokenizer of transformers, to be written beside them. The others
-        are those of accelerate. state_dict: write these tensors, and not the model's own, which may be spread over
-        several processes. is_main_process: another one writes nothing. save_function: no effect, as in transformers.
+        tokenizer: to be written beside them, a fast one of transformers, too. The others are those of accelerate.
+        state_dict: write these tensors, and not the model's own. is_main_process: another one writes nothing.
 
         Raises ValueError if the tensors are not those of a model of this size, OSError if they cannot be written.
         """
@@ -447,13 +447,13 @@ class BertForMaskedLM(Bert):
         return self.embeddings.word
 
     def tie_weights(self, **_: object) -> None:
-        """Nothing to do: the head reads the matrix of the words."""
+        """Nothing to do: they are one."""
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Give the model so many tokens, filled up to a multiple if asked. New ones start as the mean of the old ones,
-        no likelier than others (Hewitt 2021). The weights become new tensors: make the optimizer afterwards.
+        """New tokens start as the mean of the old ones, no likelier than others (Hewitt 2021). The weights become new
+        tensors: make the optimizer afterwards.
 
         Raises ValueError if pad_token_id would be cut off.
         """
@@ -474,12 +474,12 @@ class BertForMaskedLM(Bert):
         return word
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
-        """From now on, in training, each layer keeps only what it read, and is computed again for the gradient: a third
-        more time, and far less memory. It is done as with {"use_reentrant": False}.
+        """From now on each layer is computed again for the gradient, as with {"use_reentrant": False}: a third more
+        time, and far less memory.
         """
         if dict(gradient_checkpointing_kwargs or {}) not in ({}, {"use_reentrant": False}):
             raise ValueError(f"there is use_reentrant=False alone: leave {gradient_checkpointing_kwargs} out")
-        for part in self.modules():  # a layer may be wrapped by now
+        for part in self.modules():
             if isinstance(part, Layer):
                 part.is_computed_again = True
 

@@ -354,6 +354,7 @@ TYPED = {
     "push_to_hub": (its("push_to_hub"), "save_pretrained"),
     "init_weights": (its("init_weights"), r"BertForMaskedLM\(config\)"),
     "pooler": (its("pooler"), "output_hidden_states"),
+    "bert.pooler": (lambda m, f: m.bert.pooler, "output_hidden_states"),
     "get_memory_footprint": (its("get_memory_footprint"), "nbytes"),
     "elephants": (its("elephants"), "BertForMaskedLM has no 'elephants'"),
     "last_hidden_state": (lambda m, f: m(IDS).last_hidden_state, "hidden_states"),
