@@ -1,8 +1,10 @@
 """What the tests of study share: a tokenizer with few words, twins of a model for it, and the page in a browser."""
 
+import base64
 import os
 import shutil
 import tempfile
+import zlib
 from contextlib import contextmanager
 
 import torch
@@ -38,6 +40,11 @@ def pair_of_models(**sizes):
 def inputs(reading):
     """A reading as both models take it."""
     return dict(input_ids=torch.tensor([reading.ids]), token_type_ids=torch.tensor([reading.segments]))
+
+
+def unpack(text):
+    """The weights that `heads.pack` was given, (n,), to 0.004."""
+    return torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8).div(255).square()
 
 
 @contextmanager

@@ -25,8 +25,8 @@ NAMED_FROM = 0.4  # a habit is given as the head's name when this share of the w
 
 @dataclass(frozen=True)
 class Head:
-    """name: the strongest habit if it has NAMED_FROM of the weight, else "". spread: over how many tokens the weight
-    is spread. Everything is about one text, and about its ordinary tokens.
+    """layer and head count from 1. name: the strongest habit if it has NAMED_FROM of the weight, else "". spread: over
+    how many tokens the weight is spread. Everything is about one text, and about its ordinary tokens.
     """
 
     layer: int
@@ -130,11 +130,6 @@ class Maps:
 def pack(p: Tensor) -> str:
     """Weights between 0 and 1, as text. Their order is that of the tensor."""
     return _text((p.sqrt() * 255).round().to(torch.uint8))
-
-
-def unpack(text: str) -> Tensor:
-    """The weights that `pack` was given, (n,), to 0.004."""
-    return torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8).div(255).square()
 
 
 def maps(weights: Sequence[Tensor], takes: Sequence[Tensor], lengths: Sequence[Tensor], asked: Sequence[int]) -> Maps:

@@ -2,7 +2,7 @@
 fills it in, text.py and page.py show it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -155,7 +155,7 @@ def influence(
     answers: Sequence[int],
     mask_id: int,
     vocabulary: Vocabulary,
-    watch: Callable[[list[list[int]]], Sequence[list[int]]] = lambda batches: batches,
+    progress: bool = False,
 ) -> list[Influence]:
     """For each group of places, and for the answer at each position (M of both):
 
@@ -163,8 +163,10 @@ def influence(
         alone  = log p(answer | the group alone) − log p(answer | no word at all)
 
     "Without" and "no word" mean: the mask token stands there. Added tokens always stay. A word that helps has a
-    negative `hidden` and a positive `alone`. `watch` goes through the batches, and may show how far they are.
+    negative `hidden` and a positive `alone`. progress: show a bar where it takes long.
     """
+    from tqdm import tqdm
+
     hideable = {place for group in groups for place in group}
     nothing = [mask_id if place in hideable else token for place, token in enumerate(ids)]
     rows = [list(ids), nothing]
@@ -173,8 +175,9 @@ def influence(
         rows.append([token if place in group else nothing[place] for place, token in enumerate(ids)])
     size = max(1, TOKENS_AT_ONCE // max(len(ids), 8 * len(positions)))
     values, winners = [], []
-    for batch in watch([list(range(len(rows)))[i : i + size] for i in range(0, len(rows), size)]):
-        value, winner = _answers(model, [rows[number] for number in batch], segments, positions, answers, vocabulary)
+    starts = range(0, len(rows), size)
+    for batch in tqdm([rows[i : i + size] for i in starts], "hiding words", delay=1, leave=False, disable=not progress):
+        value, winner = _answers(model, batch, segments, positions, answers, vocabulary)
         values.append(value)
         winners += winner.tolist()
     log_p = torch.cat(values)  # (rows, M)

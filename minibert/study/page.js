@@ -371,9 +371,6 @@ async function start() {
   });
   if (!data.maps) {
     body("attention").replaceChildren(why("attention"));
-  } else if (typeof DecompressionStream === "undefined") {
-    body("attention").replaceChildren(make("p", { class: "note" },
-      "This browser cannot unpack the maps (it has no DecompressionStream, which all have had since 2023). The rest is here."));
   } else {
     redrawAttention = buildAttention(await openMaps());
     redrawAttention();

@@ -78,9 +78,8 @@ def save(html: str, path: str | PathLike[str], *, force: bool = False) -> None:
 
 def in_a_notebook(html: str) -> str:
     """The page as an element of another page, which it cannot reach."""
-    return (
-        f'<iframe srcdoc="{escape(html)}" sandbox="allow-scripts" width="100%" height="900" frameborder="0"></iframe>'
-    )
+    size = 'width="100%" height="900" frameborder="0"'
+    return f'<iframe srcdoc="{escape(html)}" sandbox="allow-scripts" {size}></iframe>'
 
 
 def _place(function: Callable[..., Any]) -> str:

@@ -1,7 +1,7 @@
 """`study`: all numbers of one text, from a model or from a trace, and the ways to show them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -91,7 +91,6 @@ def study(
     found = _study(row, reading, model, vocabulary, top_k, followed, name)
     if not found.guesses:
         return found
-    watch: Callable[[list[list[int]]], Sequence[list[int]]] = _bar if progress else _quiet
     words = influence(
         model,
         reading.ids,
@@ -101,7 +100,7 @@ def study(
         [one.answer.id for one in found.guesses],
         mask_id(tokenizer),
         vocabulary,
-        watch,
+        progress,
     )
     left_out = {key: why for key, why in found.left_out.items() if key != "influence"}
     if not words:
@@ -181,17 +180,6 @@ def _study(
     )
     words = [vocabulary.name(token) for token in targets]
     return Study(size, reading, words, **found, cost=parts_of_cost, left_out=left_out)
-
-
-def _quiet(batches: list[list[int]]) -> list[list[int]]:
-    return batches
-
-
-def _bar(batches: list[list[int]]) -> Sequence[list[int]]:
-    from tqdm import tqdm
-
-    bar: Sequence[list[int]] = tqdm(batches, desc="hiding words", unit=" passes", delay=1, leave=False)
-    return bar
 
 
 def _rounded(value: Any) -> Any:

@@ -124,10 +124,6 @@ def _say_influence(facts: Facts, number: int) -> str:
     )
 
 
-def _heads_that(count: int, verb: str) -> str:
-    return f"{count} head {verb}s" if count == 1 else f"{count} heads {verb}"
-
-
 def _say_heads(facts: Facts) -> str:
     previous = with_habit(facts.looks, PREVIOUS)
     said = f"None of the {len(facts.looks)} heads looks mainly at the previous token."
@@ -145,7 +141,7 @@ def _say_heads(facts: Facts) -> str:
     if not common or common[0][0] == PREVIOUS:
         return said
     name, count = common[0]
-    said += f" {_heads_that(count, 'rest')} mainly on {name}"
+    said += f" {count} {'head rests' if count == 1 else 'heads rest'} mainly on {name}"
     if not facts.takes:
         return f"{said}."
     takes = len(with_habit(facts.takes, name))

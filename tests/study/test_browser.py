@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from studied import PAIR, TEXT, browser, inputs, pair_of_models, tokenizer
+from studied import PAIR, TEXT, browser, inputs, pair_of_models, tokenizer, unpack
 
 import minibert
 from minibert import BertForMaskedLM, load_tokenizer
 from minibert.study import study, study_trace
-from minibert.study.heads import taken, unpack, written
+from minibert.study.heads import taken, written
 from minibert.study.text import percent, signed
 from minibert.trace import trace
 
 pytestmark = pytest.mark.browser
-HOSTILE = "</script><img src=x onerror=alert(1)> <b>bold</b> \u202eevil [MASK]"
 READY = 3.0  # seconds, for 512 tokens
 
 
@@ -38,7 +37,7 @@ def long_page(tmp_path_factory):
     """Of the bundled model, whose words are as long as words are, with one mask and more tokens than fit its views."""
     path = tmp_path_factory.mktemp("page") / "long.html"
     model, words = BertForMaskedLM.from_pretrained("minibert-uncased"), load_tokenizer("minibert-uncased")
-    text = "The [MASK] of Czechoslovakia walked incomprehensibly " + "through an uncharacteristically cold country " * 7
+    text = "The [MASK] of Czechoslovakia walked incomprehensibly " + "through an uncharacteristically cold country " * 4
     study(model, words, text, targets=["transportation", "a"], top_k=6).save(path)
     return path
 
@@ -170,7 +169,7 @@ def test_a_token_under_the_mouse_is_seen_everywhere(driver, page, found):
 def test_no_button_does_nothing(driver, page, long_page):
     """Each that is not pressed already changes what is shown."""
     script = """
-        const look = () => document.body.innerHTML + document.querySelector('.large').toDataURL();
+        const look = () => document.querySelector('main').innerHTML + document.querySelector('.large').toDataURL();
         const all = () => [...document.querySelectorAll('button')];
         return all().map((_, place) => {
             const button = all()[place];
@@ -239,24 +238,15 @@ def test_a_walk_by_keyboard(driver, page):
     start = find(driver, ".heads .chosen")[0]
     assert [b.get_attribute("tabindex") for b in find(driver, ".heads button")].count("0") == 1
     start.send_keys(Keys.HOME)
-    for key, wanted in (
-        (Keys.ARROW_RIGHT, "1.2"),
-        (Keys.ARROW_DOWN, "2.2"),
-        (Keys.ARROW_LEFT, "2.1"),
-        (Keys.END, "3.4"),
-    ):
+    walk = ((Keys.ARROW_RIGHT, "1.2"), (Keys.ARROW_DOWN, "2.2"), (Keys.ARROW_LEFT, "2.1"), (Keys.END, "3.4"))
+    for key, wanted in walk:
         driver.switch_to.active_element.send_keys(key)
         assert driver.switch_to.active_element.get_attribute("data-head") == wanted
         assert find(driver, ".heads .chosen")[0].get_attribute("data-head") == wanted
-    label = driver.switch_to.active_element.get_attribute("aria-label")
-    assert label.startswith("layer 3, head 4")
-    reached = set()
-    for _ in range(60):
-        driver.switch_to.active_element.send_keys(Keys.TAB)
-        reached.add(
-            driver.execute_script("const e = document.activeElement; return e.closest('.strip') ? 'strip' : e.tagName")
-        )
-    assert "strip" in reached
+    assert driver.switch_to.active_element.get_attribute("aria-label").startswith("layer 3, head 4")
+    find(driver, ".strip .chosen")[0].send_keys(Keys.HOME, Keys.ARROW_RIGHT)
+    assert driver.switch_to.active_element.get_attribute("data-token") == "1"
+    assert "(token 1) reads" in find(driver, "#reads")[0].text
 
 
 # What is wider than its view; a scroll that nothing shows; a text outside of its chart; and the texts whose contrast
@@ -300,8 +290,11 @@ return wrong;
 """
 
 
-@pytest.mark.parametrize("width", [390, 800, 1400])
-@pytest.mark.parametrize("dark", [False, True])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("width", [390, pytest.param(800, marks=SLOW), 1400])
+@pytest.mark.parametrize("dark", [False, pytest.param(True, marks=SLOW)])
 def test_all_can_be_seen(page, long_page, width, dark):
     """Nothing is cut off, and every text stands out from its ground: shaded, chosen and pointed at as well."""
     with browser(width, dark=dark) as driver:
@@ -323,18 +316,7 @@ def test_all_can_be_seen(page, long_page, width, dark):
         assert (least < 128) == dark
 
 
-def test_a_hostile_text_stays_text(tmp_path):
-    found = study(pair_of_models()[0], tokenizer(), HOSTILE)
-    found.save(tmp_path / "page.html")
-    with browser() as driver:
-        open_page(driver, tmp_path / "page.html")
-        assert driver.get_log("browser") == []
-        assert find(driver, "img") == []
-        assert len(find(driver, "script")) == 2
-        heading = find(driver, "#sentence")[0].get_attribute("textContent")
-        assert heading.startswith("</script><img src=x onerror=alert(1)> <b>bold</b> evil ")
-
-
+@pytest.mark.slow
 def test_512_tokens_are_ready_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr("minibert.study.measures.MOST_TOKENS", 1024)  # the experiments are not what is timed
     ours, _ = pair_of_models(num_hidden_layers=12, num_attention_heads=12, hidden_size=24, max_position_embeddings=512)
@@ -372,28 +354,13 @@ def test_a_trace_alone_is_a_page(driver, tmp_path):
     assert "needs the weights" in find(driver, "#attention .body > .note")[0].text
 
 
-def test_without_decompression_the_rest_is_shown(driver, page):
-    script = "delete window.DecompressionStream"
-    found = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
-    try:
-        open_page(driver, page)
-        assert "cannot unpack the maps" in find(driver, "#attention .body")[0].text
-        assert find(driver, "#guesses tbody tr")
-    finally:
-        driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", found)
-
-
 def test_a_view_is_printed_on_one_page(driver, page):
     open_page(driver, page)
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     try:
-        kinds = driver.execute_script(
-            "return [...document.querySelectorAll('section')].map(e => getComputedStyle(e).breakInside)"
-        )
-        assert kinds == ["avoid"] * 7
+        script = "return [...document.querySelectorAll('section')].map(e => getComputedStyle(e).breakInside)"
+        assert driver.execute_script(script) == ["avoid"] * 7
         assert not find(driver, "#tokens")[0].is_displayed()
-        assert (
-            driver.execute_script("return getComputedStyle(document.querySelector('.scroll.high')).maxHeight") == "none"
-        )
+        assert find(driver, ".scroll.high")[0].value_of_css_property("max-height") == "none"
     finally:
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

@@ -7,13 +7,13 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from studied import PAIR, SIZES, TEXT, VOCABULARY, inputs, pair_of_models, tokenizer
+from studied import PAIR, SIZES, TEXT, VOCABULARY, inputs, pair_of_models, tokenizer, unpack
 from torch.utils.flop_counter import FlopCounterMode
 
 from minibert import FillMask, PackedBatch
 from minibert.attention import use_kernel
 from minibert.study import heads, study, study_trace
-from minibert.study.heads import fold, habits, maps, pack, spread, taken, unpack, written
+from minibert.study.heads import fold, habits, maps, pack, spread, taken, written
 from minibert.study.measures import MOST_TOKENS, cost, mixing_ratio, neighbours, shares
 from minibert.study.reading import read_text
 from minibert.trace import trace

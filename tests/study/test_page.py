@@ -13,11 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from studied import PAIR, TEXT, pair_of_models, tokenizer
+from studied import PAIR, TEXT, pair_of_models, tokenizer, unpack
 
 import minibert
 from minibert.study import study
-from minibert.study.heads import unpack
 
 MOST_BYTES = 3_000_000  # of a page
 FETCHES = re.compile(
@@ -57,11 +56,6 @@ class Elements(HTMLParser):
 
 def data_of(page):
     return json.loads(Elements(page).texts["application/json"])
-
-
-def test_the_data_of_the_page_are_the_json(model, page):
-    found = study(model, tokenizer(), TEXT, PAIR)
-    assert data_of(page) == found.to_dict() == json.loads(found.to_json())
 
 
 def test_the_same_text_gives_the_same_bytes(model, page):
@@ -106,7 +100,7 @@ HOSTILE = [
 ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(exclude_categories=["Cs"]), max_size=20)),
     st.booleans(),
@@ -128,7 +122,11 @@ def test_a_hostile_text_stays_text(text, second):
 
 @pytest.mark.parametrize(
     ("layers", "heads", "tokens", "full"),
-    [(6, 12, 128, True), (12, 12, 128, True), (12, 12, 512, False), (24, 16, 256, False)],
+    [
+        (6, 12, 128, True),
+        pytest.param(12, 12, 512, False, marks=pytest.mark.slow),
+        pytest.param(24, 16, 256, False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_page_is_never_larger_than_3_mb(layers, heads, tokens, full, monkeypatch):
     monkeypatch.setattr("minibert.study.measures.MOST_TOKENS", 1024)  # fewer passes: they add little to the page
@@ -171,6 +169,7 @@ def test_in_a_notebook_the_page_is_a_frame_of_its_own(model, page):
     assert attributes["sandbox"] == "allow-scripts"
 
 
+@pytest.mark.slow
 def test_the_wheel_has_the_page_and_not_the_picture(tmp_path):
     hatchling = pytest.importorskip("hatchling.builders.wheel")
     root = Path(minibert.__file__).parents[1]
