@@ -28,36 +28,27 @@ from minibert.trace.stores import require_file
 from minibert.trace.table import GRADIENT, INPUTS, SHAPES, check_inputs, dtype_name, hide_padding, row_of
 from minibert.trace.tracefile import FORMAT, HOW_TO_WRITE, VERSION, Trace
 
-# A module of ours, and of the hub's BERT, "in" or "out", and the trace's name for its input or its output. N is a
-# layer's number. Our layer calls one dropout module in two places; the two names are in the order of the calls.
-OURS = (
-    ("embeddings.LayerNorm", "in", "embeddings.sum"),
-    ("embeddings.dropout", "out", "embeddings.norm"),
-    ("layers.N.attention.output", "in", "layers.N.context"),
-    ("layers.N.dropout", "out", "layers.N.attention_output layers.N.feed_forward"),
-    ("layers.N.attention_LayerNorm", "out", "layers.N.attention_norm"),
-    ("layers.N.feed_forward.intermediate", "out", "layers.N.intermediate"),
-    ("layers.N.feed_forward.output", "in", "layers.N.activation"),
-    ("layers.N.feed_forward_LayerNorm", "out", "layers.N.feed_forward_norm"),
-    ("head.dense", "out", "head.dense"),
-    ("head.LayerNorm", "in", "head.activation"),
-    ("head.LayerNorm", "out", "head.norm"),
-    ("head", "out", "logits"),
-)
-THEIRS = (
-    ("bert.embeddings.LayerNorm", "in", "embeddings.sum"),
-    ("bert.embeddings.dropout", "out", "embeddings.norm"),
-    ("bert.encoder.layer.N.attention.output.dense", "in", "layers.N.context"),
-    ("bert.encoder.layer.N.attention.output.dropout", "out", "layers.N.attention_output"),
-    ("bert.encoder.layer.N.attention.output.LayerNorm", "out", "layers.N.attention_norm"),
-    ("bert.encoder.layer.N.intermediate.dense", "out", "layers.N.intermediate"),
-    ("bert.encoder.layer.N.output.dense", "in", "layers.N.activation"),
-    ("bert.encoder.layer.N.output.dropout", "out", "layers.N.feed_forward"),
-    ("bert.encoder.layer.N.output.LayerNorm", "out", "layers.N.feed_forward_norm"),
-    ("cls.predictions.transform.dense", "out", "head.dense"),
-    ("cls.predictions.transform.LayerNorm", "in", "head.activation"),
-    ("cls.predictions.transform.LayerNorm", "out", "head.norm"),
-    ("cls.predictions", "out", "logits"),
+# The trace's name for what goes into or comes out of a module of ours, and of the hub's BERT. N is a layer's number.
+# Our layer calls one dropout module in two places, in the order of the two rows.
+PLACES = (
+    ("embeddings.sum", "in", "embeddings.LayerNorm", "bert.embeddings.LayerNorm"),
+    ("embeddings.norm", "out", "embeddings.dropout", "bert.embeddings.dropout"),
+    ("layers.N.context", "in", "layers.N.attention.output", "bert.encoder.layer.N.attention.output.dense"),
+    ("layers.N.attention_output", "out", "layers.N.dropout", "bert.encoder.layer.N.attention.output.dropout"),
+    (
+        "layers.N.attention_norm",
+        "out",
+        "layers.N.attention_LayerNorm",
+        "bert.encoder.layer.N.attention.output.LayerNorm",
+    ),
+    ("layers.N.intermediate", "out", "layers.N.feed_forward.intermediate", "bert.encoder.layer.N.intermediate.dense"),
+    ("layers.N.activation", "in", "layers.N.feed_forward.output", "bert.encoder.layer.N.output.dense"),
+    ("layers.N.feed_forward", "out", "layers.N.dropout", "bert.encoder.layer.N.output.dropout"),
+    ("layers.N.feed_forward_norm", "out", "layers.N.feed_forward_LayerNorm", "bert.encoder.layer.N.output.LayerNorm"),
+    ("head.dense", "out", "head.dense", "cls.predictions.transform.dense"),
+    ("head.activation", "in", "head.LayerNorm", "cls.predictions.transform.LayerNorm"),
+    ("head.norm", "out", "head.LayerNorm", "cls.predictions.transform.LayerNorm"),
+    ("logits", "out", "head", "cls.predictions"),
 )
 
 
@@ -123,7 +114,7 @@ def trace(
         settings = stack.enter_context(exact_arithmetic(device.type))
         stack.enter_context(torch.set_grad_enabled(grad))
         stack.enter_context(_written_out_attention(model))
-        stack.enter_context(_hooks(model, OURS if ours else THEIRS, config.num_hidden_layers, keep))
+        stack.enter_context(_hooks(model, config.num_hidden_layers, keep))
         loss = model(**{name: x for name, x in tensors.items() if name in INPUTS}).loss
         if loss is not None:
             tensors["loss"] = loss.detach()
@@ -203,32 +194,33 @@ def _from_packed(batch: PackedBatch, mask: Tensor, name: str, x: Tensor) -> Tens
 
 
 @contextmanager
-def _hooks(
-    model: nn.Module, places: tuple[tuple[str, str, str], ...], layers: int, keep: Callable[[str, Tensor], None]
-) -> Iterator[None]:
+def _hooks(model: nn.Module, layers: int, keep: Callable[[str, Tensor], None]) -> Iterator[None]:
+    ours = isinstance(model, BertForMaskedLM)
     handles = []
 
-    def add(path: str, side: str, names: str) -> None:
-        in_turn, module = iter(names.split()), model.get_submodule(path)
+    def add(path: str, side: str, names: list[str]) -> None:
+        in_turn, module = iter(names), model.get_submodule(path)
         if side == "in":
-            hook = module.register_forward_pre_hook(lambda module, inputs: keep(next(in_turn), inputs[0]))
+            handles.append(module.register_forward_pre_hook(lambda module, inputs: keep(next(in_turn), inputs[0])))
         else:
-            hook = module.register_forward_hook(lambda module, inputs, output: keep(next(in_turn), output))
-        handles.append(hook)
+            handles.append(module.register_forward_hook(lambda module, inputs, x: keep(next(in_turn), x)))
 
-    def watch(path: str, number: int) -> None:
+    def watch(number: int) -> None:
+        path = f"layers.{number}.attention" if ours else f"bert.encoder.layer.{number}.attention.self"
         module = model.get_submodule(path)
         handles.append(module.register_forward_pre_hook(lambda module, inputs: attention.enter(number)))
-        handles.append(module.register_forward_hook(lambda module, inputs, output: attention.enter(None)))
+        handles.append(module.register_forward_hook(lambda module, inputs, x: attention.enter(None)))
 
     attention = _Attention(keep)
-    inner = "layers.{}.attention" if isinstance(model, BertForMaskedLM) else "bert.encoder.layer.{}.attention.self"
+    places: dict[tuple[str, str], list[str]] = {}
+    for name, side, path, their_path in PLACES:
+        places.setdefault((path if ours else their_path, side), []).append(name)
     try:
-        for path, side, names in places:
+        for (path, side), names in places.items():
             for number in range(layers) if ".N." in path else [0]:
-                add(path.replace(".N.", f".{number}."), side, names.replace(".N.", f".{number}."))
+                add(path.replace(".N.", f".{number}."), side, [name.replace(".N.", f".{number}.") for name in names])
         for number in range(layers):
-            watch(inner.format(number), number)
+            watch(number)
         with attention:
             yield
     finally:

@@ -1,6 +1,5 @@
 """The table of a trace, in the code and in the README, and how a model's pass is recorded."""
 
-import importlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from twins import CONFIGS, make_batch, twins
 
 from minibert import BertConfig
 from minibert.trace import standard_inputs, trace
-from minibert.trace.recorder import THEIRS
+from minibert.trace.recorder import PLACES
 from minibert.trace.table import INPUTS, TABLE, check_inputs, expected_names, explain, row_of
 
 README = Path(__file__).parents[2] / "minibert" / "parity" / "README.md"
@@ -22,7 +21,7 @@ HALF_SUMS = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_preci
 
 def table_of_the_readme():
     """TABLE with the hub's module that gives or reads each tensor; where there is none, what the tensor is."""
-    modules = {name: module if side == "out" else f"into {module}" for module, side, name in THEIRS}
+    modules = {name: module if side == "out" else f"into {module}" for name, side, _, module in PLACES}
     modules |= {name: module.replace(".dropout", ".dense") for name, module in modules.items()}  # it does nothing here
     modules["embeddings.norm"] = "bert.embeddings.LayerNorm"
     for part in ("query", "key", "value"):
@@ -38,15 +37,6 @@ def test_every_tensor_is_explained():
     a, _, ours = traced()
     assert {row_of(name) for name in expected_names(ours.config)} == {name for name, _, _ in TABLE}
     assert all(explain(name) for name in a.names)
-
-
-@pytest.mark.parametrize("name", ["trace", "diff", "diagnose"])
-def test_no_function_hides_a_module(name):
-    import minibert.parity
-
-    assert callable(getattr(minibert.parity, name))
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module(f"minibert.parity.{name}")
 
 
 @pytest.mark.parametrize("mask", ["left", "holes"])
