@@ -1,12 +1,15 @@
 """Texts, models and traces that are unlike the usual ones."""
 
+import re
 from dataclasses import replace
+from math import exp
 
 import pytest
 import torch
 from studied import PAIR, SIZES, TEXT, VOCABULARY, inputs, pair_of_models, tokenizer
 
 from minibert.study import study, study_trace
+from minibert.study.text import percent
 from minibert.tokenizer import from_vocabulary
 from minibert.trace import TraceFile, trace
 
@@ -64,6 +67,24 @@ def test_a_text_of_unknown_words_alone(model):
     found = study(model, tokenizer(), "Zyzzyva qwertz")
     assert [found.reading.pieces[place] for place in (1, 2)] == ["[UNK]", "[UNK]"]
     assert shown(found) == {"shares", "looks", "takes", "changes", "cost"}
+
+
+@pytest.mark.parametrize("text", [TEXT, f"{TEXT} {PAIR}", "Paris is cold.", "[MASK] [MASK]", "paris", "zyzzyva [MASK]"])
+def test_every_sentence_says_what_its_numbers_say(model, text):
+    found = study(model, tokenizer(), text)
+    said = found.to_dict()["says"]
+    assert all(re.fullmatch(r"[A-Z“].*\.", sentence) for view in said.values() for sentence in view)
+    assert len(said.get("answer", [])) == len(found.answers) == len(found.reading.masks)
+    for answer, sentence in zip(found.answers, said.get("answer", []), strict=True):
+        best = answer.best[0]
+        assert f"“{best.token}”" in sentence
+        assert percent(best.probability) in sentence
+        assert ("sure of no word" in sentence) == (best.probability < 0.2)
+        assert (f"At token {answer.position}: " in sentence) == (len(found.answers) > 1)
+    for number, sentence in enumerate(said.get("influence", [])):
+        worst = min(word.hidden[number].nats for word in found.influence)
+        assert (f"{percent(exp(worst))} of what it was" in sentence) == (worst < 0)
+    assert ("little else to look at" in said["looks"][0]) == (found.reading.added.count(False) < 3)
 
 
 def test_no_name_of_a_special_token_is_taken_for_granted(model):

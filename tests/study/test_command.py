@@ -33,12 +33,24 @@ def test_the_text_view_answers_the_newcomer(capsys):
 
 def test_json_and_page_hold_the_same(folder, tmp_path, capsys):
     page = tmp_path / "page.html"
-    question = ["study", "It is cold.", "--pair", "She drank [MASK].", "--targets", "tea,water", "--model", folder]
-    assert main([*question, "--json", "--out", str(page)]) == 0
+    question = [
+        "study",
+        "It is cold. " * 20,
+        "--pair",
+        "She drank [MASK].",
+        "--targets",
+        "tea,water",
+        "--model",
+        folder,
+    ]
+    assert main([*question, "--truncate", "--top-k", "3", "--json", "--out", str(page)]) == 0
     out, err = capsys.readouterr()
     data = json.loads(out)
     assert data["targets"] == ["tea", "water"]
     assert data["model"]["layers"] == SIZES["num_hidden_layers"]
+    assert len(data["reading"]["ids"]) == SIZES["max_position_embeddings"]
+    assert data["reading"]["pair"] == "She drank [MASK]."
+    assert len(data["answers"][0]["best"]) == len(data["guesses"][0]["steps"][0]["best"]) == 3
     assert f"{page}: open it in a browser" in err
     written = page.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0]
     assert json.loads(written) == data
@@ -50,6 +62,11 @@ def test_a_trace_is_shown(folder, tmp_path, capsys):
     assert main(["study", "--trace", recorded, "--row", "1", "--model", folder, "--out", page]) == 0
     assert main(["study", "--trace", recorded, "--row", "1"]) == 0
     assert "(not here: it needs the weights: give the model)" in capsys.readouterr().out
+    options = ["--row", "1", "--model", folder, "--targets", "tea", "--top-k", "2", "--json"]
+    assert main(["study", "--trace", recorded, *options]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["reading"]["pieces"][1:4] == ["she", "drank", "[MASK]"]
+    assert (data["targets"], len(data["answers"][0]["best"])) == (["tea"], 2)
     assert main(["study", "--trace", recorded]) == 2
     assert "has 2 texts: say which with --row" in capsys.readouterr().err
 
