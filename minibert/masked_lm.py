@@ -255,12 +255,12 @@ class BertForMaskedLM(Named, Bert):
         def __call__(self, *given: Any, **named: Any) -> Any: ...
 
     def _looked_into(self, asked: bool) -> bool:
-        """Whether what the layers compute must be (B, S, …): somebody may ask for a gradient by it, or hooks see it."""
+        """Whether layers must compute (B, S, …), for a gradient by what they give, or for hooks (FSDP's see nothing)."""
         if asked and torch.is_grad_enabled() and any(x.requires_grad for x in self.parameters()):
             return True
         parts = [module for part in self.children() for module in part.modules()]
         hooks = [hook for x in parts for hook in (*x._forward_hooks.values(), *x._forward_pre_hooks.values())]
-        by_fsdp = [str(getattr(x, "__module__", "")).startswith("torch.distributed.") for x in hooks]  # it looks not
+        by_fsdp = [str(getattr(x, "__module__", "")).startswith("torch.distributed.") for x in hooks]
         return forced_kernel() is None and not all(by_fsdp)
 
     def _forward_packed(
@@ -447,7 +447,7 @@ class BertForMaskedLM(Named, Bert):
         return self.embeddings.word
 
     def tie_weights(self, **_: object) -> None:
-        """Nothing to do: they are one."""
+        """Nothing to do: the head reads the matrix of the words."""
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
