@@ -255,7 +255,7 @@ class BertForMaskedLM(Named, Bert):
         def __call__(self, *given: Any, **named: Any) -> Any: ...
 
     def _looked_into(self, asked: bool) -> bool:
-        """Whether layers must compute (B, S, …), for a gradient by what they give, or for hooks (FSDP's see nothing)."""
+        """Whether layers must compute (B, S, …), for a gradient by what they give, or hooks (FSDP's see nothing)."""
         if asked and torch.is_grad_enabled() and any(x.requires_grad for x in self.parameters()):
             return True
         parts = [module for part in self.children() for module in part.modules()]
