@@ -220,6 +220,9 @@ def test_how_far_from_rounding_is_wrong(made):
     name = "layers.0.feed_forward_norm"
     assert diff(a, one_entry_off(b, name, 3 * 1.2e-7), ours).ok
     assert diff(a, one_entry_off(b, name, 20 * 1.2e-7), ours).rows[-1].verdict == "B is wrong"
+    # Without a model, 64 roundings are let pass, and as many more for each layer before.
+    assert diff(a, one_entry_off(b, "embeddings.norm", 40 * 1.2e-7)).ok
+    assert diff(a, one_entry_off(b, "embeddings.norm", 90 * 1.2e-7)).rows[-1].verdict == "differs"
     everywhere = torch.where(torch.rand_like(b.tensors[name]) < 0.5, 1.0, -1.0) * 5e-7 * b.tensors[name].abs().max()
     assert diff(a, changed(b, **{name: b.tensors[name] + everywhere}), ours).rows[-1].verdict == "B is wrong"
 

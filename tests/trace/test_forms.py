@@ -171,6 +171,15 @@ def test_numpy_files_that_are_no_traces(given, tmp_path):
         TraceFile(tmp_path / "b.npz")
 
 
+def test_numpy_files_that_change_while_they_are_compared(given, tmp_path):
+    arrays = {name: x.numpy() for name, x in given[0].tensors.items()}
+    numpy.savez(tmp_path / "a.npz", metadata=json.dumps(given[0].metadata), **arrays)
+    read = TraceFile(tmp_path / "a.npz")
+    numpy.savez(tmp_path / "a.npz", metadata=json.dumps(given[0].metadata), mine=numpy.ones(3), **arrays)
+    with pytest.raises(ValueError, match=r"a\.npz: .* it has changed since it was opened"):
+        read.read("loss")
+
+
 def test_two_names_of_one_tensor(given, tmp_path):
     name = "gradient.bert.embeddings.LayerNorm.weight"
     older = name.replace("weight", "gamma")
