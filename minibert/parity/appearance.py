@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minibert.checkpoint.names import hub_names
 from minibert.masked_lm import BertForMaskedLM
-from minibert.parity.yardstick import Error, Gap
+from minibert.parity.yardstick import Error, rms
 from minibert.trace.table import GRADIENT, SHAPES, hide_padding, row_of
 from minibert.trace.tracefile import Trace
 
@@ -62,7 +62,7 @@ class Wrong(NamedTuple):
 
     def explained_by(self, guess: Tensor) -> bool:
         """Whether `guess`, a tensor for `x`, leaves next to nothing of the error."""
-        left, whole = (_rms(hide_padding(self.name, y, self.mask) - self.x) for y in (guess, self.truth))
+        left, whole = (rms(hide_padding(self.name, y, self.mask) - self.x) for y in (guess, self.truth))
         return left <= LEFT_OVER * whole or left <= min(self.limit.rms, whole / 3)
 
 
@@ -120,7 +120,7 @@ def _bias(wrong: Wrong) -> Iterator[str]:
         bias = wrong.model.get_parameter(f"{wrong.module}.bias").detach().chunk(len(hubs))[part]
         bias = bias.to(vector).reshape(vector.shape)
         times = _times(bias, vector)
-        if times and _rms(vector - times * bias) < 0.1 * _rms(vector):
+        if times and rms(vector - times * bias) < 0.1 * rms(vector):
             missing = abs(times + 1) < 0.05
             said = f"{hubs[part]} is missing" if missing else f"{hubs[part]} is added {times + 1:.3g} times"
     yield said
@@ -137,7 +137,7 @@ def fitted_eps(wrong: Wrong) -> float | None:
     weight, bias = (parameter.detach().to(x) for parameter in (norm.weight, norm.bias))
 
     def left(power: float) -> float:
-        return _rms(F.layer_norm(some, weight.shape, weight, bias, 10.0**power) - x)
+        return rms(F.layer_norm(some, weight.shape, weight, bias, 10.0**power) - x)
 
     best = min((step / 4 for step in range(-60, 1)), key=left)
     for width in (0.1, 0.02, 0.004, 8e-4, 1.6e-4, 3.2e-5, 6.4e-6):
@@ -190,9 +190,3 @@ def _times(one: Tensor, other: Tensor) -> float:
     """How many times `one` is in `other`, by least squares."""
     size = one.square().sum().item()
     return (one * other).sum().item() / size if size else 0.0
-
-
-def _rms(x: Tensor) -> float:
-    gap = Gap()
-    gap.add(x.double(), torch.zeros_like(x, dtype=torch.float64))
-    return gap.relative(1.0).rms

@@ -26,7 +26,7 @@ from minibert.parity.yardstick import (
     Measure,
     Yardstick,
     converted,
-    distance,
+    error_of,
     is_half,
     largest,
     require_same_size,
@@ -273,7 +273,8 @@ class Judge:
             pair = [one, two.transpose(i, j)] if shape == wanted else [one.transpose(i, j), two]
             if any(x.shape != wanted for x in pair):
                 continue
-            if distance(*(hide_padding(name, x, self.compared(name)) for x in pair)) <= limit:
+            first, second = (hide_padding(name, x, self.compared(name)) for x in pair)
+            if error_of(first, second).largest <= limit:
                 return f"B is A transposed: axes {i} and {j} are exchanged"
         return None
 
@@ -376,7 +377,7 @@ class _Sums:
         sizes = [span(one), span(two)]
         self.finite = [ok and size < float("inf") for ok, size in zip(self.finite, sizes, strict=True)]
         self.scale = max(self.scale, *(sizes if all(self.finite) else (largest(one), largest(two))))
-        self.max_abs = max(self.max_abs, distance(one, two))
+        self.max_abs = max(self.max_abs, error_of(one, two).largest)
         flat_a, flat_b = one.reshape(-1).double(), two.reshape(-1).double()
         self.dot += flat_a.dot(flat_b).item()
         self.squares = (self.squares[0] + flat_a.dot(flat_a).item(), self.squares[1] + flat_b.dot(flat_b).item())

@@ -24,7 +24,7 @@ from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.faults import CATALOGUE
 from minibert.parity.report import Line, Report
 from minibert.parity.steps import Steps
-from minibert.parity.yardstick import Error, Gap, Yardstick, converted, largest, measures
+from minibert.parity.yardstick import Yardstick, converted, error_of, largest, measures, rms
 from minibert.trace.stores import shown
 from minibert.trace.table import GRADIENT, INPUTS, SHAPES, covered, explain, hide_padding, row_of
 from minibert.trace.tracefile import Trace
@@ -251,11 +251,11 @@ def own_errors(yardstick: Yardstick, eight: BertForMaskedLM, kind: type[Steps] =
             (yardstick.hidden(name, each.own) for each in (exact, rounded)),
         )
         scale = largest(truth) or 1.0
-        error, explained = _distance(x, truth, scale), _distance(own, truth, scale)
+        error, explained = error_of(x, truth, scale), error_of(own, truth, scale)
         shares = [each / max(ALLOWED * most, 8 * eps) for each, most in zip(error, explained, strict=True)]
         share = max(shares) if bool(x.isfinite().all()) else float("inf")
         everywhere = _in_every_token(name, x - truth, given.compared(name, yardstick.mask), 8 * eps * scale)
-        yield Measured(name, error.rms * scale / _rms(truth), share, everywhere)
+        yield Measured(name, error.rms * scale / (rms(truth) or 1.0), share, everywhere)
 
 
 def _in_every_token(name: str, gap: Tensor, mask: Tensor, limit: float) -> bool:
@@ -267,16 +267,6 @@ def _in_every_token(name: str, gap: Tensor, mask: Tensor, limit: float) -> bool:
     return off.double().mean().item() >= 0.9
 
 
-def _distance(x: Tensor, truth: Tensor, scale: float) -> Error:
-    gap = Gap()
-    gap.add(x, truth)
-    return gap.relative(scale)
-
-
-def _rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item() or 1.0
-
-
 def quantised(given: Trace, model: BertForMaskedLM) -> Report:
     """Measure a quantised port's trace. Raises ValueError if it is of a model of another size, or has only inputs.
 
@@ -286,7 +276,9 @@ def quantised(given: Trace, model: BertForMaskedLM) -> Report:
     """
     yardstick, report = Yardstick(model, given, grad=False), Report((given.title,))
     eight = eight_bit_weights(yardstick.exact)
-    errors = {measure.name: error.rms * measure.scale / _rms(measure.truth) for measure, error in yardstick.errors()}
+    errors = {
+        measure.name: error.rms * measure.scale / (rms(measure.truth) or 1.0) for measure, error in yardstick.errors()
+    }
     report.rows += [replace(row, error=errors[row.name]) for row in own_errors(yardstick, eight)]
     if not report.rows:
         raise ValueError(f"{given.name} has only inputs: there is nothing to measure")

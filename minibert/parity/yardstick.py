@@ -69,9 +69,7 @@ class Measure(NamedTuple):
 
     def error(self, x: Tensor) -> Error:
         """How far `x` is from the truth."""
-        gap = Gap()
-        gap.add(x.to(self.truth.device), self.truth)
-        return gap.relative(self.scale)
+        return error_of(x.to(self.truth.device), self.truth, self.scale)
 
     def stored_in(self, dtype: torch.dtype | None, own: torch.dtype) -> "Measure":
         """The same for a tensor that is stored in a coarser dtype than the trace's own, as a loss often is."""
@@ -111,7 +109,7 @@ def measures(pairs: Iterable[tuple[str, Tensor, Tensor]], dtype: torch.dtype) ->
             error = Error(0.0, 0.0)
         row = "layers.N.feed_forward_norm" if name.startswith(("head.", "logits")) else row_of(name)
         earlier = layers.get(row, error)
-        least = Error(eps, max(eps * _rms(truth) / measure.scale, 1e-3 * max(eps, error.largest)))
+        least = Error(eps, max(eps * rms(truth) / measure.scale, 1e-3 * max(eps, error.largest)))
         explained = Error(*map(max, least, error, before, earlier))
         if name.startswith("layers."):
             layers[row] = Error(*map(max, error, earlier))
@@ -275,14 +273,13 @@ class Gap:
         return Error(self.largest / scale, (self.squares / max(1, self.entries)) ** 0.5 / scale)
 
 
-def distance(x: Tensor, y: Tensor) -> float:
-    """max |x − y|, as `Gap` has it."""
+def error_of(x: Tensor, truth: Tensor, scale: float = 1.0) -> Error:
     gap = Gap()
-    gap.add(x, y)
-    return gap.largest
+    gap.add(x, truth)
+    return gap.relative(scale)
 
 
-def _rms(x: Tensor) -> float:
+def rms(x: Tensor) -> float:
     """Over the finite entries."""
     pieces = (piece.double().nan_to_num(0.0, 0.0, 0.0) for (piece,) in _pieces(x))
     return (sum(piece.square().sum().item() for piece in pieces) / max(1, x.numel())) ** 0.5
