@@ -119,6 +119,7 @@ def test_without_transformers_the_golden_trace_is_used(capsys, monkeypatch, fold
     assert "an installed package has not): pip install transformers" in said
 
 
+@pytest.mark.slow
 def test_the_golden_trace_is_what_transformers_computes_with_the_bundled_weights(tmp_path):
     with safe_open(golden.PATH, framework="pt") as file:
         made_from = file.metadata()["sha256"]

@@ -68,7 +68,7 @@ def test_ids_that_are_wrong(tmp_path, fails, wrong, words):
     [
         (["--text", "a " * 600, "--out", "FOLDER/t"], "truncate"),  # too long for the model
         (["--out", "FOLDER/none/t"], "there is no folder"),
-        (["--out", "FOLDER"], "needs the name of a file"),
+        (["--out", "FOLDER"], "is a folder"),
         (["--out", "FOLDER/t", "--device", "meta:x"], "cpu is everywhere"),
         (["--out", "FOLDER/t", "--ids", "FOLDER"], "is a folder, and should be a JSON file of ids"),
         (["--revision", "v1", "--out", "FOLDER/t"], "revision 'v1' was given, but minibert-uncased"),
