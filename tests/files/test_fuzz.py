@@ -82,7 +82,7 @@ def files(tmp_path_factory):
     model.train()(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
     optimizer.step()
     saving.save_checkpoint(folder, model, from_vocabulary(TOKENS), optimizer, saving.Progress(1))
-    saving.open_run(folder, {"seed": 0, "dtype": "float32"})
+    saving.open_run(folder, RUN)
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "loss": 0.5}) + "\n" for n in range(3)))
     token_files([str(folder / "text.txt")], from_vocabulary(TOKENS), folder / "tokens", workers=1)
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -135,10 +135,6 @@ def json_places(raw, kind):
     return places
 
 
-def read_model(folder):
-    BertForMaskedLM.from_pretrained(folder)
-
-
 def read_tokens(folder):
     tokenizer = load_tokenizer(folder)
     special_ids(tokenizer)
@@ -158,8 +154,7 @@ def read_checkpoint(folder):
     saving.restore(folder, model, make_optimizer(model, Settings(steps=2)))
 
 
-def read_run(folder):
-    saving.open_run(folder, {"seed": 0, "dtype": "float32"})
+RUN = {"seed": 0, "dtype": "float32"}
 
 
 def read_text(path):
@@ -169,10 +164,10 @@ def read_text(path):
 # What is damaged, what else is there, what reads it, and from where.
 MODEL, BESIDE = ("config.json", WEIGHTS), ("special_tokens_map.json", "added_tokens.json")
 KINDS = [
-    ("config.json", MODEL, read_model, ""),
-    (WEIGHTS, MODEL, read_model, ""),
-    (INDEX, ("config.json", "one.safetensors"), read_model, ""),
-    (".config.json.next", MODEL, read_model, ""),
+    ("config.json", MODEL, BertForMaskedLM.from_pretrained, ""),
+    (WEIGHTS, MODEL, BertForMaskedLM.from_pretrained, ""),
+    (INDEX, ("config.json", "one.safetensors"), BertForMaskedLM.from_pretrained, ""),
+    (".config.json.next", MODEL, BertForMaskedLM.from_pretrained, ""),
     ("tokenizer.json", (), read_tokens, ""),
     ("tokenizer.json", ("tokenizer_config.json",), read_tokens, ""),
     ("tokenizer_config.json", ("tokenizer.json",), read_tokens, ""),
@@ -191,7 +186,7 @@ KINDS = [
     ("pairs.tsv", (), lambda path: list(read_pairs(str(path))), "pairs.tsv"),
     ("checkpoint-1/optimizer.safetensors", ("checkpoint-1/progress.json",), read_checkpoint, "checkpoint-1"),
     ("checkpoint-1/progress.json", ("checkpoint-1/optimizer.safetensors",), read_checkpoint, "checkpoint-1"),
-    ("run.json", (), read_run, ""),
+    ("run.json", (), lambda folder: saving.open_run(folder, RUN), ""),
     ("metrics.jsonl", (), lambda folder: saving.cut_metrics(folder, 1), ""),
     ("text.txt", (), read_text, "text.txt"),
     ("text.gz", (), read_text, "text.gz"),

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer
 
@@ -189,10 +190,10 @@ def test_what_transformers_saves(folder, tmp_path_factory, name, cls):
 
 
 def test_added_tokens_of_the_settings_and_of_tokenizer_json(folder):
-    write(folder, whole=from_vocabulary(TOKENS), settings={**BERT, "added_tokens_decoder": {**DECODER, **ADDED}})
-    same_ids(folder)
-    write(folder, settings={"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {**DECODER, **ADDED}})
-    same_ids(folder)
+    write(folder, whole=from_vocabulary(TOKENS))
+    for cls in ("BertTokenizer", "PreTrainedTokenizerFast"):
+        write(folder, settings={"tokenizer_class": cls, "added_tokens_decoder": {**DECODER, **ADDED}})
+        same_ids(folder)
 
 
 def test_tokenizer_json_alone_stands_as_it_is(folder):
@@ -387,26 +388,19 @@ def renamed(folder):
     return write(folder, vocab=RENAMED, settings={**BERT, **NAMES})
 
 
-def as_the_pipeline_has_it(folder, text):
-    import transformers
-
-    theirs = transformers.BertForMaskedLM.from_pretrained(folder)
-    fill = transformers.pipeline("fill-mask", model=theirs, tokenizer=AutoTokenizer.from_pretrained(folder))
-    return [
-        (each["token"], each["token_str"], each["sequence"], pytest.approx(each["score"], abs=1e-6))
-        for each in fill(text)
-    ]
-
-
 def answers(folder, text, tokenizer=None):
     fill = FillMask(BertForMaskedLM.from_pretrained(folder), tokenizer or load_tokenizer(folder))
     return [(each["token"], each["token_str"], each["sequence"], each["score"]) for each in fill(text)]
 
 
 def test_fill_mask_with_the_models_own_mask(renamed):
-    expected = as_the_pipeline_has_it(renamed, "the cat is in <mask> .")
-    assert answers(renamed, "the cat is in <mask> .") == expected
-    assert answers(renamed, "the cat is in [MASK] .") == expected  # there is no other token that it could mean
+    theirs = transformers.BertForMaskedLM.from_pretrained(renamed)
+    fill = transformers.pipeline("fill-mask", model=theirs, tokenizer=AutoTokenizer.from_pretrained(renamed))
+    found = answers(renamed, "the cat is in <mask> .")
+    for mine, other in zip(found, fill("the cat is in <mask> ."), strict=True):
+        assert mine[:3] == (other["token"], other["token_str"], other["sequence"])
+        assert mine[3] == pytest.approx(other["score"], abs=1e-6)
+    assert answers(renamed, "the cat is in [MASK] .") == found  # there is no other token that it could mean
     with pytest.raises(ValueError, match="there is no <mask> in 'the cat'"):
         answers(renamed, "the cat")
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import stat
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -439,6 +440,19 @@ def test_weights_that_are_written_over_while_they_are_read_are_refused(tmp_path,
     new, waits = new[:2000], [0]
     with pytest.raises(ValueError, match=r"model\.safetensors: "):
         BertForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_two_that_save_in_one_folder_come_one_after_the_other(tmp_path):
+    first, second = two_models()
+    first.save_pretrained(tmp_path)
+    saving = threading.Thread(target=second.save_pretrained, args=[tmp_path])
+    with files.locked(tmp_path, wait=True):  # as the first of them would hold it
+        saving.start()
+        saving.join(0.3)
+        assert saving.is_alive()
+        assert_same(BertForMaskedLM.from_pretrained(tmp_path), first)
+    saving.join()
+    assert_same(BertForMaskedLM.from_pretrained(tmp_path), second)
 
 
 def test_a_folder_that_never_stands_still_is_refused(tmp_path, monkeypatch):
