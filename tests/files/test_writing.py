@@ -26,6 +26,12 @@ from minibert.study import study
 CONFIG = BertConfig(**SIZES)
 
 
+def holds(folder, model):
+    loaded = BertForMaskedLM.from_pretrained(folder)
+    assert loaded.config == model.config
+    assert_same(loaded, model)
+
+
 @pytest.fixture(scope="module")
 def page():
     return study(BertForMaskedLM.from_pretrained("minibert-uncased"), load_tokenizer("minibert-uncased"), "the [MASK]")
@@ -216,9 +222,9 @@ def test_interrupted_writing(ours, tmp_path, monkeypatch, before, steps, moment,
     if expected is None:
         refused(tmp_path, "config.json", FileNotFoundError)
     else:
-        assert_same(BertForMaskedLM.from_pretrained(tmp_path), expected)
+        holds(tmp_path, expected)
     ours.save_pretrained(tmp_path)  # and the next attempt makes it whole
-    assert_same(BertForMaskedLM.from_pretrained(tmp_path), ours)
+    holds(tmp_path, ours)
 
 
 def die_at(moment):
@@ -241,7 +247,7 @@ def left_by_a_killed_save(folder, first, second):
     waiting = {"weights_sha256": files.sha256(folder / WEIGHTS), "config": first.config.to_dict()}
     (folder / hub.NEXT).write_text(json.dumps(waiting))
     (folder / "config.json").write_text(json.dumps(second.config.to_dict()))
-    assert_same(BertForMaskedLM.from_pretrained(folder), first)
+    holds(folder, first)
 
 
 @pytest.mark.slow
@@ -271,7 +277,7 @@ def test_killed_at_any_moment_of_a_save_a_folder_holds_the_old_model_or_the_new(
         assert loaded.config == (ours if found[-1] == "new" else old).config
         assert_same(loaded, ours if found[-1] == "new" else old)
         ours.save_pretrained(folder)  # and the next attempt makes it whole
-        assert_same(BertForMaskedLM.from_pretrained(folder), ours)
+        holds(folder, ours)
         shutil.rmtree(folder)
         moment += 1
     assert status == 0, "there are more moments than this test has tried"
@@ -286,12 +292,12 @@ def test_a_save_that_fails_after_a_killed_save(ours, tmp_path, monkeypatch):
         fail_at(patch, 3, OSError("full"))  # after the first save's configuration, and NEXT
         with pytest.raises(OSError, match="full"):
             ours.save_pretrained(tmp_path)
-    assert_same(BertForMaskedLM.from_pretrained(tmp_path), first)
+    holds(tmp_path, first)
     left_by_a_killed_save(tmp_path, first, smaller(num_attention_heads=2))
     ours.save_pretrained(tmp_path / "other")
     (tmp_path / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
     (tmp_path / "config.json").write_bytes((tmp_path / "other" / "config.json").read_bytes())
-    assert_same(BertForMaskedLM.from_pretrained(tmp_path), ours)  # what it left is void: other weights are there
+    holds(tmp_path, ours)  # what it left is void: other weights are there
     ours.save_pretrained(tmp_path)
     assert not (tmp_path / hub.NEXT).exists()
 
@@ -304,10 +310,10 @@ def test_a_save_where_a_folder_cannot_be_made_or_a_file_has_one_name_only(ours, 
             patch.setattr(os, "mkdir", Mock(side_effect=error))
             with pytest.raises(OSError, match=error.strerror):
                 ours.save_pretrained(tmp_path)
-        assert_same(BertForMaskedLM.from_pretrained(tmp_path), old)
+        holds(tmp_path, old)
     monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError("no hard links here")))  # as on FAT
     ours.save_pretrained(tmp_path)
-    assert_same(BertForMaskedLM.from_pretrained(tmp_path), ours)
+    holds(tmp_path, ours)
 
 
 # -------------------------------------------------------------------------------------------------- ended in the middle
@@ -450,9 +456,9 @@ def test_two_that_save_in_one_folder_come_one_after_the_other(tmp_path):
         saving.start()
         saving.join(0.3)
         assert saving.is_alive()
-        assert_same(BertForMaskedLM.from_pretrained(tmp_path), first)
+        holds(tmp_path, first)
     saving.join()
-    assert_same(BertForMaskedLM.from_pretrained(tmp_path), second)
+    holds(tmp_path, second)
 
 
 def test_a_folder_that_never_stands_still_is_refused(tmp_path, monkeypatch):
