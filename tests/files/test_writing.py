@@ -402,7 +402,7 @@ def two_models(**change):
     return models
 
 
-@pytest.mark.parametrize("change", [{}, {"layer_norm_eps": 0.5}], ids=str)
+@pytest.mark.parametrize("change", [{}, {"layer_norm_eps": 0.5}, {"num_hidden_layers": 1}], ids=str)
 @pytest.mark.parametrize("moment", ["config_of", "weight_files", "read_names", "_require_shapes", "hub_names"])
 def test_what_is_loaded_while_another_process_saves_is_one_model(tmp_path, monkeypatch, change, moment):
     """moment: what from_pretrained is about to call when the other model appears."""
