@@ -65,9 +65,10 @@ class _Logits(nn.Module):
         return self.model(input_ids, attention_mask, token_type_ids, return_dict=True).logits
 
 
-def export(model: BertForMaskedLM, path: str | PathLike[str], *, device: torch.device | str | None = None) -> Exported:
-    """Write `model` as a program to `path`, which ends in .onnx or .pt2, and run the file on odd shapes, on `device`
-    (None: the CPU). The file itself is recorded on the CPU, and runs on other devices, too.
+def export(model: BertForMaskedLM, path: str | PathLike[str], *, device: torch.device | str = "cpu") -> Exported:
+    """Write `model` as a program to `path`, which ends in .onnx or .pt2, and run the file on odd shapes, on `device`.
+    The file itself is the CPU's: a program takes it elsewhere by torch.export.passes.move_to_device_pass, or by
+    onnxruntime's providers.
 
     Raises ValueError for another ending, for a model that is not in float32 on the CPU, for a package or a device that
     is missing, and for a program that does not give what the model gives; OSError if the file cannot be written. In
@@ -83,7 +84,7 @@ def export(model: BertForMaskedLM, path: str | PathLike[str], *, device: torch.d
     for package in ("onnx", "onnxscript", "onnxruntime") if target.suffix == ".onnx" else ():
         if importlib.util.find_spec(package) is None:
             raise ValueError(f'{package} is not installed: pip install -c constraints.txt -e ".[export]"')
-    place = checks.find_device("cpu" if device is None else device)
+    place = checks.find_device(device)
     training = model.training
     model.eval()
     try:
