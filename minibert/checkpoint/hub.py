@@ -51,9 +51,7 @@ class Source:
     only_cached: str = ""  # if the hub is not asked: what to add to "there is no …", with the reason
 
     def file(self, filename: str) -> Path | None:
-        """The path of one file, downloaded into the hub's ordinary cache if need be; None if the checkpoint has
-        none.
-        """
+        """The path of one file, downloaded into the hub's ordinary cache if need be; None if there is none."""
         if self.folder is not None:
             path = self.folder / filename
             return path if path.is_file() else None
@@ -69,9 +67,7 @@ class Source:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether its files are known: only those are read that can be checked, against PINNED_SHA256 or, of
-        config.json, by its values.
-        """
+        """Whether its files are known, by PINNED_SHA256 or, of config.json, by its values; no other is read then."""
         return self.commit in PINNED_REVISION.values()
 
 

@@ -65,9 +65,7 @@ class LoadReport:
 
     @cached_property
     def sha256(self) -> dict[str, str]:
-        """File name → SHA-256, read from the disk at the first time of asking. Raises ValueError if a file is
-        no longer the one that was loaded.
-        """
+        """File name → SHA-256, read when asked for. Raises ValueError if a file has changed since it was loaded."""
         for path, before in zip(self.files, self.stamps, strict=True):
             if stamp(path) != before:
                 raise ValueError(f"{path} has changed since it was loaded")
@@ -338,9 +336,7 @@ def _has_non_finite(tensor: Tensor) -> bool:
 
 
 def _initial(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-    """An untrained head: the transformation is the identity, the scores are dot products with the word
-    embeddings.
-    """
+    """An untrained head: the transformation is the identity, the scores are dot products with the word vectors."""
     if name == "head.dense.weight":
         return torch.eye(shape[0], dtype=dtype, device=device)
     return (torch.ones if name == "head.LayerNorm.weight" else torch.zeros)(shape, dtype=dtype, device=device)
