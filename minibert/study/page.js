@@ -268,11 +268,11 @@ function drawGuesses() {
   cell(step.after), number(whole(step.answer.rank)), cell(bar([[1 - Math.log(step.answer.rank) / most, step.answer.rank === 1 ? "asked" : "word"]]), "bars"),
   number(percent(step.answer.probability)),
   make("td", { class: "best" }, make("div", {}, ...step.best.map((guess) => make("span", {
-    class: `piece short ${heat(Math.sqrt(guess.probability))}`, title: percent(guess.probability) }, make("bdi", {}, guess.token))))),
-  ...(data.targets.length ? [make("td", { class: "follow" }, ...step.targets.map((followed, place) =>
-    make("span", {}, word(data.targets[place]), ` ${whole(followed.rank)} (${percent(followed.probability)}) `)))] : [])));
+    class: `piece short ${heat(Math.sqrt(guess.probability))}`, title: percent(guess.probability) }, make("bdi", {}, guess.token)))),
+  data.targets.length ? make("p", { class: "follow" }, ...step.targets.map((followed, place) =>
+    make("span", {}, word(data.targets[place]), ` ${whole(followed.rank)} (${percent(followed.probability)}) `))) : null)));
   const heads = [["after", ""], ["rank", "number"], [`of “${one.answer.token}”`, "bars wrap"], ["its p", "number"],
-    ["the best words there", "best"], ...(data.targets.length ? [["followed: rank (p)", "follow"]] : [])];
+    [`the best words there${data.targets.length ? "; below them the followed ones, with rank and p" : ""}`, "best"]];
   body("guesses").replaceChildren(rankChart(one), table(heads, rows));
 }
 

@@ -100,11 +100,11 @@ def test_the_numbers_on_the_page_are_those_of_the_json(driver, page, found):
         cells = [cell.get_attribute("textContent") for cell in row.find_elements("css selector", "td")]
         assert cells[:2] == [step["after"], f"{step['answer']['rank']:,}"]
         assert cells[3] == percent(step["answer"]["probability"])
-        assert [word.text for word in row.find_elements("css selector", ".best .piece")] == [
+        assert [word.text for word in row.find_elements("css selector", ".best div .piece")] == [
             guess["token"] for guess in step["best"]
         ]
         followed = step["targets"][0]
-        assert cells[5:] == [f"tea {followed['rank']:,} ({percent(followed['probability'])}) "]
+        assert texts(row, ".follow") == [f"tea {followed['rank']:,} ({percent(followed['probability'])}) "]
     for row, word in zip(find(driver, "#influence tbody tr"), data["influence"], strict=True):
         cells = [cell.get_attribute("textContent") for cell in row.find_elements("css selector", "td")]
         assert [cells[1], cells[4]] == [signed(word["hidden"][0]["nats"]), signed(word["alone"][0]["nats"])]
@@ -301,7 +301,10 @@ def test_all_can_be_seen(page, long_page, width, dark):
         for path in (page, long_page):
             open_page(driver, path)
             assert driver.execute_script("return document.documentElement.scrollWidth") <= width
-            driver.execute_script("point(1)")
+            shades = "e.classList.replace([...e.classList].find((c) => c.startsWith('heat')), `heat${place % 11}`)"
+            driver.execute_script(
+                f"point(1); document.querySelectorAll('.best div .piece[title]').forEach((e, place) => {shades})"
+            )
             time.sleep(0.1)  # the hints below the views are drawn with the next frame
             wrong = driver.execute_script(MEASURE)
             assert not wrong, "\n".join(wrong)
