@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minibert.inference.compiled import load_program
 from minibert.inference.int8 import Int8Linear
 from minibert.inference.onednn import FUSED, ConvolvedLinear, PrepackedLinear, has_bfloat16, has_int8
 from minibert.inference.prepared import PreparedBert
@@ -28,11 +29,13 @@ def prepare_for_inference(
     dtype: of the weights and the arithmetic; None is the model's own on the CPU, bfloat16 on CUDA. torch.int8, on the
     CPU: the weights and what they are multiplied with have 8 bits, the rest float32 or bfloat16.
     linear: how linear layers are computed. "torch": as torch has them. "product" and "convolution": the two ways of
-    oneDNN, on the CPU. "auto": the fastest, which is measured once in a process. Two ways round differently in the last
-    digits, so name one where results must be the same in each run; `prepared.linear` is the one that was taken.
+    oneDNN, on the CPU. "auto": the fastest, which is measured once in a process. "compiled": up to 128 tokens at once
+    go through one compiled program, and more of them the fastest of these ways. It needs a C++ compiler and takes a
+    minute or two, once on a machine (compiled.py); where that was done, "auto" takes it too. Two ways round differently
+    in the last digits, so name one where results must be the same in each run; `prepared.linear` is what was taken.
 
     Raises ValueError for a dtype or a way that this device does not have, for a prepared model if another dtype or way
-    is asked for, and for a model with forward hooks, which would not be called.
+    is asked for, for a model with forward hooks, which would not be called, and if there is no compiler.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype must be torch.int8 or a floating-point type such as torch.bfloat16, not {dtype!r}")
@@ -49,8 +52,10 @@ def prepare_for_inference(
         dtype = torch.bfloat16 if device.type == "cuda" else model.embeddings.word.weight.dtype
     _require_dtype(dtype, device)
     with torch.inference_mode(False):  # tensors that are made in inference mode could not be used outside it
-        way = _choose_way(linear, dtype, device)
-        return PreparedBert(model, dtype, way, linear_layer(way, dtype))
+        way, program = _choose_way(linear, dtype, device), None
+        if device.type == "cpu" and dtype in COMPILED and linear in ("auto", "compiled"):
+            program = load_program(model, dtype, compile_it=linear == "compiled")
+        return PreparedBert(model, dtype, way if program is None else "compiled", linear_layer(way, dtype), program)
 
 
 def _require_dtype(dtype: torch.dtype, device: torch.device) -> None:
@@ -110,6 +115,7 @@ WAYS: dict[str, type[PrepackedLinear] | None] = {
     "product": PrepackedLinear,
     "convolution": ConvolvedLinear,
 }
+COMPILED = (torch.float32, torch.bfloat16, torch.int8)  # of which there is also a compiled program for few tokens
 POSSIBLE = {torch.float32: tuple(WAYS), torch.bfloat16: ("torch", "product"), torch.int8: ("product",)}
 # Of results of order 1. float32: the sums are added up in another order. bfloat16: a rounding or two to 2^-8. int8: the
 # roundings of 768 pairs add up to 0.015, and the largest of 200,000 of these sums to five times that.
@@ -117,16 +123,20 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.int8: 0.15}
 
 
 def _choose_way(linear: str, dtype: torch.dtype, device: torch.device) -> str:
-    """One of WAYS."""
-    if linear not in ("auto", *WAYS):
-        raise ValueError(f"linear must be one of auto, {', '.join(WAYS)}, not {linear!r}")
+    """One of WAYS; with "compiled", the one for more tokens than the compiled program takes."""
+    if linear not in ("auto", *WAYS, "compiled"):
+        raise ValueError(f"linear must be one of auto, {', '.join(WAYS)}, compiled, not {linear!r}")
     if device.type != "cpu" and linear == "auto":
         return "torch"
     there = working_ways(dtype) if device.type == "cpu" else ("torch",)
+    if device.type == "cpu" and dtype in COMPILED:
+        there = (*there, "compiled")
     if linear != "auto" and linear not in there:
         raise ValueError(
             f"linear={linear!r} cannot be had in {dtype} on this {device.type}: choose one of auto, {', '.join(there)}"
         )
+    if linear == "compiled":
+        return fastest_way(dtype)
     return fastest_way(dtype) if linear == "auto" else linear
 
 

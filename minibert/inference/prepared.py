@@ -20,6 +20,7 @@ from minibert import checks
 from minibert.attention import attention, forced_kernel, one_sequence
 from minibert.checkpoint.reading import shapes_only
 from minibert.config import BertConfig
+from minibert.inference.compiled import CompiledLayers
 from minibert.inference.cuda_graphs import Graphs, can_compile, has_flash_attention
 from minibert.inference.int8 import Int8Embedding, Int8Linear
 from minibert.inference.onednn import (
@@ -92,16 +93,24 @@ class PreparedBert(BertForMaskedLM):
     together with the addresses of the tensors that they read.
 
     linear: the way in which its linear layers are computed. packed: the class that computes them; None is torch's own.
+    program: computes all layers for few tokens.
     """
 
     layers: Sequence[PreparedLayer]
 
-    def __init__(self, model: BertForMaskedLM, dtype: torch.dtype, linear: str, packed: type[PrepackedLinear] | None):
+    def __init__(
+        self,
+        model: BertForMaskedLM,
+        dtype: torch.dtype,
+        linear: str,
+        packed: type[PrepackedLinear] | None,
+        program: CompiledLayers | None = None,
+    ) -> None:
         with shapes_only():
             super().__init__(model.config)
             layers = nn.ModuleList(PreparedLayer(model.config) for _ in model.layers)
             self.layers = layers  # type: ignore[assignment]
-        self.linear = linear
+        self.linear, self.program = linear, program
         # Its own copy of every tensor. A matrix that is put into oneDNN's order, or rounded, is copied by that.
         copied = {f"{name}.weight" for name, part in self.named_modules() if packed and isinstance(part, nn.Linear)}
         if dtype == torch.int8:
@@ -186,6 +195,8 @@ class PreparedBert(BertForMaskedLM):
     def encode(self, batch: PackedBatch) -> Tensor:
         """As in BertForMaskedLM: (T, D)."""
         checks.require_embeddings(batch.largest, self.config)
+        if self.program is not None and self.program.takes(batch):
+            return self.program(self.embeddings(batch), batch)
         filled = self._fill_up(batch)
         x = self.embeddings(filled)  # (T, D)
         for layer in self.layers:
@@ -196,6 +207,8 @@ class PreparedBert(BertForMaskedLM):
         """As in BertForMaskedLM: (M, V); the last layer runs for these positions only."""
         checks.require_positions(positions, batch.num_tokens)
         checks.require_embeddings(batch.largest, self.config)
+        if self.program is not None and self.program.takes(batch):
+            return self.head(self.program(self.embeddings(batch), batch)[positions], self.word_embeddings)
         if self._graphs is not None and len(positions):
             logits = self._graphs(self._predict, batch, positions, self.config.max_position_embeddings)
             if logits is not None:
