@@ -36,6 +36,7 @@ class Row:
     difference: float | None = None  # of its logits from ours in float32, over the largest
     tolerance: float | None = None  # of that difference; None: it has no gate
     tokens: int = 0  # real ones
+    first_answer: float | None = None  # seconds from the folder of weights to the first answer
     seconds: list[float] = field(default_factory=list)  # one for each round
     median: float | None = None
     quartiles: tuple[float, float] | None = None
@@ -98,8 +99,8 @@ def table(report: BenchReport) -> str:
                 "",
                 f"{task}, {shape}: {work['rows']} rows of {work['shortest']} to {work['longest']} tokens, "
                 f"{work['real_tokens']} real ({work['padded_tokens']} padded), asked at {work['asked']}",
-                f"  {'contender':<22} {'precision':<9} {'median ms':>10} {'quartiles':>17} {'tokens/s':>9} "
-                f"{'ours/its':>8} {'of matmul':>9} {'of peak':>8} {'differs':>8} {'peak MiB':>9}",
+                f"  {'contender':<22} {'precision':<9} {'first s':>8} {'median ms':>10} {'quartiles':>17} "
+                f"{'tokens/s':>9} {'ours/its':>8} {'of matmul':>9} {'of peak':>8} {'differs':>8} {'peak MiB':>9}",
                 *map(_line, rows),
             ]
     if lost := slower(report.rows):
@@ -121,8 +122,9 @@ def _line(row: Row) -> str:
     share = "–" if row.share_of_matmul is None else f"{row.share_of_matmul:.0%}"
     peak = "–" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
     memory = "–" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f}"
+    first = "–" if row.first_answer is None else f"{row.first_answer:.2f}"
     line = (
-        f"{start}{1e3 * row.median:>10.1f} {spread:>17} {row.tokens_per_second:>9.0f} {ratio:>8} {share:>9} "
+        f"{start}{first:>8} {1e3 * row.median:>10.1f} {spread:>17} {row.tokens_per_second:>9.0f} {ratio:>8} {share:>9} "
         f"{peak:>8} {row.difference:>8.0e} {memory:>9}"
     )
     return f"{line}  {row.reason}".rstrip()
@@ -130,10 +132,11 @@ def _line(row: Row) -> str:
 
 EXPLANATION = """\
 What this says. All contenders read one folder of weights and get the same padded ids; packing is part of minibert's
-time. "differs": the largest difference of a logit, at the asked positions, from minibert's in float32, over the largest
-logit. Who differs by more than 1e-4 in float32 or 5e-2 in bfloat16 is not timed; int8 has no gate. Dense shapes ask for
-logits everywhere, the others (and training) at 15 % of the tokens: there the peers compute them everywhere all the
-same, but for sdpa-asked, which calls the head of transformers where it is asked.
+time. "first s": from the folder to the first answer, once the libraries are loaded. "differs": the largest difference
+of a logit, at the asked positions, from minibert's in float32, over the largest logit. Who differs by more than 1e-4 in
+float32 or 5e-2 in bfloat16 is not timed; int8 has no gate. Dense shapes ask for logits everywhere, the others (and
+training) at 15 % of the tokens: there the peers compute them everywhere all the same, but for sdpa-asked, which calls
+the head of transformers where it is asked.
 ours/its: our median over that row's, below 1 where ours is faster (minibert prepared, in training minibert, in the same
 precision; beside int8, where there is none of ours, in bfloat16 or else float32). tokens/s: of real tokens. "of
 matmul": the arithmetic that was asked for (products only, no padding), a second, over the rate above; "of peak": over

@@ -9,7 +9,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
-from time import sleep
+from time import perf_counter, sleep
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from minibert.bench.report import (
 from minibert.bench.settings import BenchSettings
 from minibert.bench.workloads import SHAPES, TRAINING_SHAPES, Workload, make_workload
 from minibert.checks import find_device
+from minibert.inference import prepare_for_inference
 from minibert.masked_lm import BertForMaskedLM
 from minibert.training.processes import keep_freed_memory
 
@@ -56,6 +57,8 @@ def run(settings: BenchSettings) -> BenchReport:
         folder = Path(temporary)
         model.save_pretrained(folder)
         reference = model.to(settings.device).eval()
+        for precision in settings.precisions if settings.compile_layers else ():
+            prepare_for_inference(reference, getattr(torch, precision), linear="compiled")  # "auto" takes it then
         for task, works in plans.items():
             rows += _run_task(task, works, reference, folder, settings)
             gc.collect()
@@ -84,9 +87,12 @@ def _run_task(
     task: str, works: Sequence[Workload], reference: BertForMaskedLM, folder: Path, settings: BenchSettings
 ) -> list[Row]:
     contenders: dict[tuple[str, str], Contender | Exception] = {}
+    loading: dict[tuple[str, str], float] = {}  # seconds
     for name, precision in lineup(task, settings.peers, settings.precisions):
+        began = perf_counter()
         try:
             contenders[name, precision] = build(name, precision, task, folder, settings.device)
+            loading[name, precision] = perf_counter() - began
         except Exception as error:
             contenders[name, precision] = error
             _require_a_peer(name, error)
@@ -100,7 +106,9 @@ def _run_task(
                 _fail(row, contender)
             else:
                 row.contender = contender.name
+                began = perf_counter()
                 _gate(row, contender, work, expected[work.name])
+                row.first_answer = loading[name, precision] + perf_counter() - began
                 gated.append((row, contender))
     for work in tqdm(works, desc=task, unit=" shapes", disable=None):  # None: only who waits at a terminal sees it
         _time([(row, one) for row, one in gated if row.shape == work.name], work, settings)

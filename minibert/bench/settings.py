@@ -54,6 +54,7 @@ class BenchSettings:
         f"all, none, or some of {', '.join(PEERS)}; the first five are forms of transformers (default: all)",
         metavar="P,P",
     )
+    compile_layers: bool = option(False, "compile our layers for few tokens first, a minute or two for each type")
     memory: bool = option(False, "peak memory too, each contender in a process of its own")
 
     def __post_init__(self) -> None:

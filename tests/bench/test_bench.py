@@ -91,6 +91,7 @@ def test_every_row_is_timed_or_says_why_not(measured):
     notes = {row.reason for row in measured.rows if row.contender == "minibert prepared"}
     assert len(notes) == 1
     assert notes.pop().startswith("linear layers: ")
+    assert all(row.first_answer > 0 for row in measured.rows if row.median and row.task == "inference")
 
 
 def test_the_figures_follow_from_the_times(measured):
@@ -429,12 +430,12 @@ def test_the_table_is_for_people(measured):
     figures = dict(seconds=[0.25], quartiles=(0.125, 0.5), tokens_per_second=40.0, difference=1e-6, reason="a note")
     shares = dict(peak_memory_bytes=3 * 2**30, share_of_matmul=0.5, share_of_peak=0.25, ratio=0.75)
     work = {"rows": 1, "shortest": 10, "longest": 10, "real_tokens": 10, "padded_tokens": 10, "asked": 10}
-    rows = [row_of("sdpa", "float32", 0.25, **figures, **shares)]
+    rows = [row_of("sdpa", "float32", 0.25, first_answer=1.5, **figures, **shares)]
     text = table(
         BenchReport({"load": "0.1"}, BenchSettings(device="cpu"), {"float32": 2e9}, {"inference 1x3": work}, rows)
     )
     (line,) = (line.split() for line in text.splitlines() if line.startswith("  sdpa"))
-    assert line[2:] == ["250.0", "125.0–500.0", "40", "0.75", "50%", "25%", "1e-06", "3072", "a", "note"]
+    assert line[2:] == ["1.50", "250.0", "125.0–500.0", "40", "0.75", "50%", "25%", "1e-06", "3072", "a", "note"]
     assert "2 GFLOP/s in float32" in text
     assert "WARNING" not in text
     assert "WARNING" in table(BenchReport({"load": "1000.0"}, BenchSettings(device="cpu"), {}, {}, [])), (
@@ -487,9 +488,23 @@ def test_every_option_arrives():
     assert read("--task", "training").precisions == ("float32", "bfloat16"), "nothing is trained in int8"
     words = "--model m --revision r --device cpu --dtype bfloat16,int8 --task inference --shapes 1x2,mixed --rounds 4"
     expected = dict(model="m", revision="r", device="cpu", dtype=("bfloat16", "int8"), task="inference", rounds=4)
-    expected |= dict(shapes=("1x2", "mixed"), peers=("sdpa", "onnxruntime"), memory=True)
-    assert read(*words.split(), "--peers", "sdpa,onnxruntime", "--memory") == BenchSettings(**expected)
+    expected |= dict(shapes=("1x2", "mixed"), peers=("sdpa", "onnxruntime"), memory=True, compile_layers=True)
+    assert read(*words.split(), "--peers", "sdpa,onnxruntime", "--memory", "--compile-layers") == BenchSettings(
+        **expected
+    )
     assert read("--random", "--layers", "3", "--peers", "none") == BenchSettings(layers=3, peers=())
+
+
+def test_our_layers_are_compiled_first_if_that_is_asked(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "prepare_for_inference", lambda model, dtype, linear: asked.append((dtype, linear)))
+    monkeypatch.setattr(run, "matmul_rate", lambda *_: 0.0)
+    monkeypatch.setattr(run, "_run_task", lambda *_: [])
+    settings = dict(model=str(folder), device="cpu", dtype=("float32", "int8"), task="inference", shapes=("1x3",))
+    run.run(BenchSettings(**settings))
+    assert not asked
+    run.run(BenchSettings(**settings, compile_layers=True))
+    assert asked == [(torch.float32, "compiled"), (torch.int8, "compiled")]
 
 
 def test_shapes_that_nobody_names_are_all_but_fewer_in_training(folder, monkeypatch):
