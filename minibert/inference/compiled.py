@@ -29,7 +29,6 @@ from warnings import catch_warnings
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants
 from torch import Tensor, nn
 
 from minibert.attention import forced_kernel, has_amx
@@ -42,7 +41,7 @@ from minibert.packing import PackedBatch
 MOST = 128  # tokens; with more of them, one program is no faster than its steps
 TRIED = 32  # tokens with which the compiler tries which product is faster
 VERSION = 1  # of what this file compiles: another one is another program
-FOLDER = Path(constants.HF_HOME) / "minibert"
+FOLDER = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "minibert"
 OPTIONS = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
 
 
@@ -187,7 +186,7 @@ def _compile(model: BertForMaskedLM, dtype: torch.dtype, path: Path) -> None:
             recorded(model, dtype), (x, mask), dynamic_shapes=({0: tokens}, {0: tokens, 1: tokens})
         )
         package = torch._inductor.aoti_compile_and_package(
-            program, package_path=f"{folder}/layers.pt2", inductor_configs=OPTIONS
+            program, package_path=f"{folder}/layers.pt2", inductor_configs=dict(OPTIONS)
         )
         with zipfile.ZipFile(package) as files:
             library = next(name for name in files.namelist() if name.endswith(".so"))

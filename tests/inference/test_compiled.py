@@ -62,24 +62,6 @@ def recording(folder, monkeypatch):
     return runs
 
 
-@pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize("form", FORMS)
-def test_few_tokens_go_through_it(form, recording):
-    form_or_skip(form)
-    plain = twins(SIZES)[0]
-    fast = prepare_for_inference(plain, FORMS[form], linear="compiled")
-    assert fast.linear == "compiled"
-    assert_same_answers(fast, plain, FORMS[form])
-    assert recording == [tokens for tokens in (5, 10, 3, 120, 128) for _ in range(2)]
-    torch.testing.assert_close(
-        fast(torch.tensor([[5, 6, 7]])).logits.float(),
-        plain(torch.tensor([[5, 6, 7]])).logits,
-        rtol=0,
-        atol=TOLERANCE[FORMS[form]],
-    )
-    assert recording[-1] == 3
-
-
 def test_a_kernel_or_a_number_of_threads_of_ones_own(recording, monkeypatch):
     """The program has its own attention, and was made for a number of threads."""
     fast, batch = prepare_for_inference(twins(SIZES)[0], linear="compiled"), batch_of([7, 3])
@@ -154,7 +136,8 @@ def test_the_compiled_program(form, folder):
         pytest.skip(str(error))
     assert [path.suffix for path in folder.iterdir()] == [".so"], "and nothing else is left"
     assert_same_answers(fast, plain, dtype)
-    again = prepare_for_inference(plain, dtype)  # loaded
+    again = prepare_for_inference(plain, dtype)
+    assert again.linear == "compiled", "loaded"
     batch, first = batch_of([7, 3]), torch.tensor([0])
     expected = fast.predict(batch, first)
     assert torch.equal(again.predict(batch, first), expected)
@@ -170,3 +153,24 @@ def test_the_compiled_program(form, folder):
     child.join(60)
     assert child.exitcode == 0
     assert answers.get() == expected.tolist()
+
+
+# --------------------------------------------------- on exact products, which stay until the end of the module: so last
+
+
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("form", FORMS)
+def test_few_tokens_go_through_it(form, recording):
+    form_or_skip(form)
+    plain = twins(SIZES)[0]
+    fast = prepare_for_inference(plain, FORMS[form], linear="compiled")
+    assert fast.linear == "compiled"
+    assert_same_answers(fast, plain, FORMS[form])
+    assert recording == [tokens for tokens in (5, 10, 3, 120, 128) for _ in range(2)]
+    torch.testing.assert_close(
+        fast(torch.tensor([[5, 6, 7]])).logits.float(),
+        plain(torch.tensor([[5, 6, 7]])).logits,
+        rtol=0,
+        atol=TOLERANCE[FORMS[form]],
+    )
+    assert recording[-1] == 3
