@@ -207,12 +207,14 @@ class CompiledLayers:
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         self.runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
         self.mask_type = attention_type(dtype)
-        self.threads = torch.get_num_threads()
+        self.threads, self.process = torch.get_num_threads(), os.getpid()
 
     def takes(self, batch: PackedBatch) -> bool:
-        """Whether it is for this batch. The program was made for a number of threads."""
-        few = 2 <= batch.num_tokens <= MOST and torch.get_num_threads() == self.threads
-        return few and forced_kernel() is None
+        """Whether it is for this batch. The program was made for a number of threads, and in a process that was forked
+        off it would wait for those of its parent.
+        """
+        here = torch.get_num_threads() == self.threads and os.getpid() == self.process
+        return here and 2 <= batch.num_tokens <= MOST and forced_kernel() is None
 
     def __call__(self, x: Tensor, batch: PackedBatch) -> Tensor:
         """What the last layer gives for the embeddings x (T, D): (T, D)."""
