@@ -35,7 +35,7 @@ def test_info_counts_what_transformers_counts(run, hub_model, folder):
     assert text.endswith("".join(f"  {line}\n" for line in (*tokenizer["files"], *tokenizer["notes"])))
 
 
-def test_info_of_a_model_whose_tokenizer_is_missing_or_unknown(folder, tmp_path, capsys):
+def test_info_of_other_tokenizers_none_one_that_is_unknown_and_one_with_roles(folder, tmp_path, capsys):
     BertForMaskedLM.from_pretrained(folder).save_pretrained(tmp_path)
     for options, said in (([], "tokenizer\n  there is none\n"), (["--json"], '"tokenizer": null\n}\n')):
         assert main(["info", *options, "--model", str(tmp_path)]) == 0
@@ -44,6 +44,14 @@ def test_info_of_a_model_whose_tokenizer_is_missing_or_unknown(folder, tmp_path,
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}', encoding="utf-8")
     assert main(["info", "--model", str(tmp_path)]) == 0
     assert re.search(r"tensors loaded.*tokenizer\n  it cannot be read: .*Japanese", capsys.readouterr().out, re.DOTALL)
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"mask_token": "[MASK]"}', encoding="utf-8")
+    for options, said in (
+        ([], "\n  special tokens: mask [MASK]\n"),
+        (["--json"], '"roles": {\n      "mask": "[MASK]"\n'),
+    ):
+        assert main(["info", *options, "--model", str(tmp_path)]) == 0
+        assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -70,6 +78,7 @@ def test_info_of_a_model_whose_tokenizer_is_missing_or_unknown(folder, tmp_path,
         (["mlm", TEXT, "--seed", str(2**64)], "seed must fit in 64 bits"),
         (["mlm", " "], "no token to mask in ' '"),
         (["mlm", f"{LONG} [MASK]", "--truncate"], r"1 \[MASK\] in .* would be cut off"),
+        (["study", "[MASK]", "--top-k", "21"], "top_k must be 1 to 20, not 21"),
         (["study", "no mask here", "--targets", "rain"], "the text has none"),
         (["study", "--trace", ""], "should be a trace"),
         (["trace", "--text", "", "--out", "x"], "no token in the text ''"),

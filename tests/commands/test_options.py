@@ -83,6 +83,14 @@ def test_an_option_changes_the_answer(command, text, option, folder, tmp_path, c
     assert changed != plain
 
 
+@pytest.mark.parametrize("option", ["--top-k 2", "--targets rain,spain"])
+def test_study_takes_its_options_for_a_trace_too(option, words, tmp_path, run, capsys):
+    main([*words("trace"), "--text", "the [MASK]", "--out", str(tmp_path / "t")])
+    capsys.readouterr()
+    shown = run("study", "--trace", str(tmp_path / "t"), "--json")
+    assert run("study", "--trace", str(tmp_path / "t"), "--json", *option.split()) != shown
+
+
 def test_no_option_is_without_such_a_line():
     for command in ("fill-mask", "mlm", "score", "study", "info"):
         tried = {word for name, _, option in CHANGE if name == command for word in option.split() if word[:2] == "--"}
