@@ -58,6 +58,8 @@ def test_every_key_of_transformers_has_a_kind():
     for key in (found | KIND.keys()) - generation:
         assert kind(key) == KIND.get(key), key
     assert {kind(key) for key in generation - KIND.keys()} == {"harmless"}
+    for key in OWN_KEYS:  # and where a file leaves it out, the same value
+        assert getattr(BertConfig(), key) == getattr(transformers.BertConfig(), key), key
 
 
 def beside_transformers(folder):
