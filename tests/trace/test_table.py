@@ -75,6 +75,13 @@ def test_a_trace_holds_what_the_model_was_asked_and_computes(which):
     assert which == 0 or model.config._attn_implementation == "eager"
 
 
+def test_a_parameter_that_nothing_reads_has_the_gradient_0():
+    _, theirs = twins(SIZES)
+    theirs.cls.unread = torch.nn.Parameter(torch.ones(3))
+    found = trace(theirs, **make_batch(SIZES, "dense", (2, 7)), grad=True).tensors
+    assert found["gradient.cls.unread"].tolist() == [0, 0, 0]
+
+
 def test_dropout_is_recorded_where_the_model_trains():
     for model in twins(SIZES):
         batch = make_batch(SIZES, "dense", (2, 7))
