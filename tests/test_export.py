@@ -40,6 +40,7 @@ def test_a_pt2_file_runs_by_itself(model, folder, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
 
 
+@pytest.mark.slow
 def test_a_model_in_training_has_all_its_positions_in_the_file_and_trains_on(tmp_path):
     model = BertForMaskedLM(BertConfig(**{**SIZES, "num_hidden_layers": 1, "max_position_embeddings": 80}))
     export(model.train(), tmp_path / "model.pt2")
@@ -51,6 +52,7 @@ def test_a_model_in_training_has_all_its_positions_in_the_file_and_trains_on(tmp
     torch.testing.assert_close(got, model.eval()(ids).logits, rtol=0, atol=1e-5)  # sums in other orders
 
 
+@pytest.mark.slow
 def test_an_onnx_file_is_right_in_onnxruntime_on_ten_shapes(model, tmp_path):
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
@@ -67,6 +69,7 @@ def test_an_onnx_file_is_right_in_onnxruntime_on_ten_shapes(model, tmp_path):
         torch.testing.assert_close(got, model(ids, mask, types).logits, rtol=0, atol=1e-5)  # sums in other orders
 
 
+@pytest.mark.slow
 def test_a_program_that_is_wrong_is_not_kept(model, tmp_path, monkeypatch):
     path = tmp_path / "model.pt2"
     path.write_text("what was there before")
@@ -98,6 +101,7 @@ def test_a_missing_package_is_named(model, tmp_path, monkeypatch):
         export(model, tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 def test_the_file_is_tried_on_the_device_that_is_asked_for(model, tmp_path, monkeypatch):
     monkeypatch.setattr("minibert.checks.find_device", torch.device)
     with pytest.raises(NotImplementedError, match="meta"):  # which holds no numbers to compare

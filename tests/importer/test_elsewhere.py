@@ -247,6 +247,7 @@ def test_distributed_data_parallel_has_the_gradients_of_the_model(pair, given, m
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)  # sums in other orders
 
 
+@pytest.mark.slow
 def test_captum_shares_an_answer_out_among_the_tokens(pair, given):
     attr = pytest.importorskip("captum.attr")
     ids, mask = given["input_ids"], given["attention_mask"]
