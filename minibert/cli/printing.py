@@ -30,7 +30,7 @@ def print_json_list(values: Iterable[Any]) -> None:
 PATIENCE = 2.0  # seconds
 
 
-class Report(Protocol):
+class AnyReport(Protocol):
     @property
     def ok(self) -> bool: ...
 
@@ -41,7 +41,7 @@ class Report(Protocol):
     def to_dict(self) -> dict[str, object]: ...
 
 
-def shown(report: Report, form: str) -> int:
+def shown(report: AnyReport, form: str) -> int:
     """Print a report as `--format` says. The exit status: 1 if what was compared is not right."""
     if form == "json":
         print(as_json(report.to_dict()))
