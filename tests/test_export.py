@@ -27,6 +27,7 @@ def folder(model, tmp_path_factory):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_pt2_file_runs_by_itself(model, folder, tmp_path, capsys):
     path = tmp_path / "model.pt2"
     assert main(["export", "--model", folder, "--out", str(path), "--json"]) == 0

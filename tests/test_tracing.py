@@ -70,6 +70,7 @@ def test_compiled_whole_and_once_for_all_shapes(model):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_what_stands_in_the_padding_does_not_matter_to_a_recorded_program(model):
     ids, mask, types = next(batches([(3, 7)]))
     compiled = torch.compile(model, fullgraph=True, backend="eager")

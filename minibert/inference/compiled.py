@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert.attention import forced_kernel, has_amx
+from minibert.checkpoint.files import whole_file
 from minibert.inference.int8 import to_int8
 from minibert.inference.onednn import has_bfloat16, multiply_int8, order_int8
 from minibert.masked_lm import BertForMaskedLM
@@ -190,7 +191,8 @@ def _compile(model: BertForMaskedLM, dtype: torch.dtype, path: Path) -> None:
         )
         with zipfile.ZipFile(package) as files:
             library = next(name for name in files.namelist() if name.endswith(".so"))
-            os.replace(files.extract(library, folder), path)
+            with whole_file(path) as new:
+                os.replace(files.extract(library, folder), new)
 
 
 def _describe_order_int8() -> None:
@@ -205,7 +207,10 @@ class CompiledLayers:
     """A compiled program. Several threads may call it at once: then one waits for the other."""
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        self.runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+        try:
+            self.runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no compiled program that torch can load ({error}): delete it") from None
         self.mask_type = attention_type(dtype)
         self.threads, self.process = torch.get_num_threads(), os.getpid()
 

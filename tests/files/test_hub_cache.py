@@ -101,6 +101,7 @@ def test_the_command_that_converts_a_folder(files, tmp_path):
     assert_is(BertForMaskedLM.from_pretrained(path), files)
 
 
+@pytest.mark.slow
 def test_the_command_that_converts_a_repository(hub, files, tmp_path):
     repo = hub.repos[NAME][COMMIT]
     buffer = io.BytesIO()

@@ -74,6 +74,7 @@ def trained(model, out, resume=None, **settings):
     return [*losses, trainer.evaluate()["eval_loss"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"label_smoothing_factor": 0.1}])
 def test_the_trainer_trains_as_it_trains_transformers_own(settings, pair, tmp_path):
     pytest.importorskip("accelerate")

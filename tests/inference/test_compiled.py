@@ -75,6 +75,15 @@ def test_a_kernel_or_a_number_of_threads_of_ones_own(recording, monkeypatch):
     assert recording == [10]
 
 
+def test_a_damaged_program_is_named(folder):
+    model = twins(SIZES)[0]
+    path = compiled.program_path(model, torch.float32)
+    path.parent.mkdir()
+    path.write_bytes(b"half a program")
+    with pytest.raises(ValueError, match=rf"{path.name}.*delete it"):
+        prepare_for_inference(model)
+
+
 def test_it_is_compiled_once_and_then_auto_takes_it(recording, folder, capsys):
     model = twins(SIZES)[0]
     assert prepare_for_inference(model).linear in WAYS, "not there, so nobody waits for it"

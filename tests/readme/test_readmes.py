@@ -96,7 +96,12 @@ def run_command(command):
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("page", PAGES)
+QUICK = ("README.md", "minibert/study/README.md")
+
+
+@pytest.mark.parametrize(
+    "page", [page if page in QUICK else pytest.param(page, marks=pytest.mark.slow) for page in PAGES]
+)
 def test_a_page_does_what_it_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, printed, last, section = {"__name__": "__main__"}, None, None, 0

@@ -18,6 +18,7 @@ from minibert.trace import trace
 
 pytestmark = pytest.mark.browser
 READY = 3.0  # seconds, for 512 tokens
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,7 @@ def test_a_token_under_the_mouse_is_seen_everywhere(driver, page, found):
     assert re.search(r"\(token \d+\) reads .* \(token \d+\): .* %", find(driver, "#under")[0].text)
 
 
+@pytest.mark.slow
 def test_no_button_does_nothing(driver, page, long_page):
     """Each that is not pressed already changes what is shown."""
     script = """
@@ -290,10 +292,7 @@ return wrong;
 """
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("width", [390, pytest.param(800, marks=SLOW), 1400])
+@pytest.mark.parametrize("width", [390, pytest.param(800, marks=SLOW), pytest.param(1400, marks=SLOW)])
 @pytest.mark.parametrize("dark", [False, pytest.param(True, marks=SLOW)])
 def test_all_can_be_seen(page, long_page, width, dark):
     """Nothing is cut off, and every text stands out from its ground: shaded, chosen and pointed at as well."""
@@ -338,7 +337,9 @@ def test_512_tokens_are_ready_in_time(tmp_path, monkeypatch):
         assert f"(token {place}) reads" in find(driver, "#reads")[0].text
 
 
-@pytest.mark.parametrize("text", ["Paris is cold.", "[MASK] [MASK]", "zyzzyva"])
+@pytest.mark.parametrize(
+    "text", ["Paris is cold.", pytest.param("[MASK] [MASK]", marks=SLOW), pytest.param("zyzzyva", marks=SLOW)]
+)
 def test_pages_with_less_to_show(driver, tmp_path, text):
     study(pair_of_models()[0], tokenizer(), text).save(tmp_path / "page.html")
     driver.get_log("browser")
