@@ -60,6 +60,7 @@ def test_what_cannot_be_traced_raises(model):
         torch.jit.trace(lambda ids: fast(ids).logits, torch.tensor([[1, 2, 3]]))
 
 
+@pytest.mark.slow
 def test_compiled_whole_and_once_for_all_shapes(model):
     """Ten shapes, one graph; a batch or a length of 1 is a constant to torch.compile, and gives one of its own."""
     counter = CompileCounter()

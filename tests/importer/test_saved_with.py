@@ -158,6 +158,7 @@ def test_a_device_that_is_not_there_is_one_sentence(device):
         BertForMaskedLM.from_pretrained("minibert-uncased", device=device)
 
 
+@pytest.mark.slow
 def test_loading_while_other_threads_load_and_compute(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)

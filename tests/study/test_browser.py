@@ -77,6 +77,7 @@ def unbroken(said):
     return said.replace(" %", "\u00a0%")  # a number and its sign stay on one line
 
 
+@pytest.mark.slow
 def test_it_opens_from_the_disk_and_asks_for_nothing(driver, page):
     driver.get_log("browser"), driver.get_log("performance")
     open_page(driver, page)
@@ -86,6 +87,7 @@ def test_it_opens_from_the_disk_and_asks_for_nothing(driver, page):
     assert asked == [page.as_uri()]
 
 
+@pytest.mark.slow
 def test_the_numbers_on_the_page_are_those_of_the_json(driver, page, found):
     data = found.to_dict()
     open_page(driver, page)
@@ -117,6 +119,7 @@ def test_the_numbers_on_the_page_are_those_of_the_json(driver, page, found):
         assert texts(driver, f"[data-says={view}]") == [unbroken(said[0])]
 
 
+@pytest.mark.slow
 def test_a_click_on_a_head_and_on_a_token(driver, page, found):
     open_page(driver, page)
     find(driver, "[data-head='2.3']")[0].click()
@@ -132,6 +135,7 @@ def test_a_click_on_a_head_and_on_a_token(driver, page, found):
     assert find(driver, ".strip .chosen")[0].get_attribute("data-token") == "9"
 
 
+@pytest.mark.slow
 def test_the_words_under_the_map_are_the_weights(driver, page, found):
     """The root keeps a weight to 0.004, so to half a percent."""
     pieces, size = found.reading.pieces, len(found.reading.pieces)
@@ -150,6 +154,7 @@ def test_the_words_under_the_map_are_the_weights(driver, page, found):
     assert find(driver, "#head-title")[0].text.startswith("Layer 1, head 2")
 
 
+@pytest.mark.slow
 def test_a_token_under_the_mouse_is_seen_everywhere(driver, page, found):
     from selenium.webdriver import ActionChains
 
@@ -186,6 +191,7 @@ def test_no_button_does_nothing(driver, page, long_page):
         assert driver.execute_script(script) == []
 
 
+@pytest.mark.slow
 def test_a_link_leads_to_the_line_that_computes_it(driver, page):
     open_page(driver, page)
     for link in find(driver, "#guesses a, #attention a, #changes a"):
@@ -197,6 +203,7 @@ def test_a_link_leads_to_the_line_that_computes_it(driver, page):
         assert lines[int(number) - 1].strip() == code.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_the_switch_shows_what_is_taken(driver, page, found):
     open_page(driver, page)
     look, take = find(driver, "#attention .choices button")
@@ -222,6 +229,7 @@ def test_the_switch_shows_what_is_taken(driver, page, found):
     assert all(f"on {name}" in shown for name in named)
 
 
+@pytest.mark.slow
 def test_another_mask_changes_every_view_about_it(driver, page, found):
     open_page(driver, page)
     find(driver, "#masks button")[1].click()
@@ -233,6 +241,7 @@ def test_another_mask_changes_every_view_about_it(driver, page, found):
     assert first == signed(data["influence"][0]["hidden"][1]["nats"])
 
 
+@pytest.mark.slow
 def test_a_walk_by_keyboard(driver, page):
     from selenium.webdriver.common.keys import Keys
 
@@ -337,6 +346,7 @@ def test_512_tokens_are_ready_in_time(tmp_path, monkeypatch):
         assert f"(token {place}) reads" in find(driver, "#reads")[0].text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["Paris is cold.", pytest.param("[MASK] [MASK]", marks=SLOW), pytest.param("zyzzyva", marks=SLOW)]
 )
@@ -348,6 +358,7 @@ def test_pages_with_less_to_show(driver, tmp_path, text):
     assert any("Not here" in words for words in texts(driver, "section .note"))
 
 
+@pytest.mark.slow
 def test_a_trace_alone_is_a_page(driver, tmp_path):
     study_trace(trace(pair_of_models()[0], torch.tensor([[2, 5, 6, 4, 3]]))).save(tmp_path / "page.html")
     driver.get_log("browser")
@@ -358,6 +369,7 @@ def test_a_trace_alone_is_a_page(driver, tmp_path):
     assert "needs the weights" in find(driver, "#attention .body > .note")[0].text
 
 
+@pytest.mark.slow
 def test_a_view_is_printed_on_one_page(driver, page):
     open_page(driver, page)
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
