@@ -2,11 +2,14 @@
 training mode, where dropout makes answers random.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from twins import CONFIGS, make_batch, twins
 
-from minibert import FillMask, PackedBatch, prepare_for_inference
+from minibert import BertConfig, BertForMaskedLM, FillMask, PackedBatch, prepare_for_inference
+from minibert.attention import use_kernel
 from minibert.tokenizer import from_vocabulary
 
 SIZES = CONFIGS["batch 13, gelu"]
@@ -116,3 +119,15 @@ def test_without_dropout_training_mode_does_no_harm(model):
     expected = fill(TEXT)
     model.train()
     assert fill(TEXT) == expected
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "sequences", "formula", None])
+def test_attention_weights_are_dropped_in_training(kernel):
+    """By each kernel; and, without one, where the padding stays, since somebody looks at the hidden states."""
+    sizes = {**CONFIGS["batch 13, gelu"], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.5}
+    model, ids = BertForMaskedLM(BertConfig(**sizes)).train(), torch.arange(5, 12).expand(2, 7)
+    with use_kernel(kernel) if kernel else nullcontext():
+        first, second = (model(ids, output_hidden_states=kernel is None).logits for _ in range(2))
+        model.eval()
+        assert not torch.equal(first, second)
+        assert torch.equal(*(model(ids, output_hidden_states=kernel is None).logits for _ in range(2)))
