@@ -18,41 +18,30 @@ def mlm(run, *arguments):
 
 
 def require_loss(result, hub_model, labelled):
-    """The loss is transformers', with labels at these places."""
+    """The loss is transformers', with labels at these places, and the mean of those that are shown."""
     labels = [token if place in labelled else -100 for place, token in enumerate(result["ids"])]
     with torch.no_grad():
         expected = hub_model(torch.tensor([result["input_ids"]]), labels=torch.tensor([labels])).loss.item()
     assert result["loss"] == pytest.approx(expected, abs=1e-5)
+    shown = [row["loss"] for row in result["scored"] if row["loss"] is not None]
+    assert result["loss"] == pytest.approx(sum(shown) / len(labelled), abs=1e-5)
     assert result["count"] == len(labelled)
 
 
-def test_the_notebooks_loss_scores_every_position(run, hub_model, folder):
-    """Some positions replaced by [MASK], and all the original ids as labels."""
-    text = f"{TEXT} {TEXT}"
-    result = mlm(run, text, "--positions", "9,18,34", "--score", "all")
-    ids = load_tokenizer(folder).encode(text).ids
-    assert result["ids"] == ids
-    assert result["input_ids"] == [4 if place in (9, 18, 34) else token for place, token in enumerate(ids)]
-    require_loss(result, hub_model, range(len(ids)))
-    assert [row["position"] for row in result["scored"] if row["outcome"] == "mask"] == [9, 18, 34]
-
-
-def test_positions_score_the_masked_ones(run, hub_model):
-    result = mlm(run, TEXT, "--positions", "0,3,3,21")
-    require_loss(result, hub_model, {0, 3, 21})
-    assert result["input_ids"][0] == 4, "named positions may be [CLS]"
-
-
 @pytest.mark.parametrize("score", ["masked", "all"])
-@pytest.mark.parametrize("recipe", ["bert", "plain", "whole-word"])
-def test_every_recipes_loss_is_transformers(run, hub_model, recipe, score):
-    for seed in range(3):
-        result = mlm(run, TEXT, "--recipe", recipe, "--score", score, "--seed", str(seed), "--probability", "0.5")
-        chosen = {row["position"] for row in result["scored"] if row["outcome"] in ("mask", "random", "kept")}
-        assert chosen
-        require_loss(result, hub_model, range(len(result["ids"])) if score == "all" else chosen)
-        mean = sum(row["loss"] for row in result["scored"]) / result["count"]
-        assert result["loss"] == pytest.approx(mean, abs=1e-5)
+@pytest.mark.parametrize("recipe", ["bert", "plain", "whole-word", None])
+def test_the_loss_is_transformers(run, hub_model, folder, recipe, score):
+    """Over what was chosen, or over all: the notebook masks some positions, and has all the original ids as labels."""
+    draw = "--positions 0,9,9,18" if recipe is None else f"--recipe {recipe} --probability 0.5 --seed 1"
+    result = mlm(run, TEXT, "--score", score, *draw.split())
+    chosen = {row["position"] for row in result["scored"] if row["outcome"] in ("mask", "random", "kept")}
+    assert chosen
+    require_loss(result, hub_model, range(len(result["ids"])) if score == "all" else chosen)
+    if recipe is None:
+        ids = load_tokenizer(folder).encode(TEXT).ids
+        assert chosen == {0, 9, 18}, "named positions may be [CLS]"
+        assert result["ids"] == ids
+        assert result["input_ids"] == [4 if place in chosen else token for place, token in enumerate(ids)]
 
 
 def test_a_row_tells_what_happened_and_what_was_guessed(run, hub_model):
@@ -74,13 +63,12 @@ def test_a_row_tells_what_happened_and_what_was_guessed(run, hub_model):
     assert {row["outcome"] for row in result["scored"]} == {"mask", "random", "kept"}, "a seed that shows all three"
 
 
-def test_what_is_drawn(run, folder):
+def test_what_is_drawn(run):
     """The tokens of mask_tokens with that seed: 15 % by BERT's recipe, and the same ones each time."""
     special = len([word for word in VOCAB if word.startswith("[")])
     for seed, probability in ((0, 0.15), (5, 0.4)):
         options = [] if seed == 0 else ["--seed", str(seed), "--probability", str(probability)]
         result = mlm(run, TEXT, *options)
-        assert result == mlm(run, TEXT, *options)
         ids, sizes = torch.tensor([result["ids"]]), {"vocab_size": len(VOCAB), "mask_token_id": 4}
         draw = torch.Generator().manual_seed(seed)
         expected = mask_tokens(ids, ids < special, **sizes, probability=probability, generator=draw)
@@ -89,14 +77,11 @@ def test_what_is_drawn(run, folder):
     last = len(bert["ids"]) - 1
     assert [row["position"] for row in bert["scored"]] == list(range(1, last)), "no special tokens"
     assert plain["input_ids"] == [4] * (last + 1)
-    assert plain["count"] == last + 1
     seen = set()
-    for seed in range(12):
+    for seed in range(6):
         result = mlm(run, TEXT, "--recipe", "whole-word", "--probability", "0.5", "--seed", str(seed))
         pieces = {result["tokens"].index(piece) for piece in ("un", "##believ", "##able")}
-        chosen = pieces & {row["position"] for row in result["scored"]}
-        assert chosen in (set(), pieces)
-        seen.add(len(chosen))
+        seen.add(len(pieces & {row["position"] for row in result["scored"]}))
     assert seen == {0, 3}
 
 
@@ -104,25 +89,27 @@ def test_probability_0_asks_nothing_and_says_so(run, hub_model):
     result = mlm(run, TEXT, "--probability", "0")
     assert result["input_ids"] == result["ids"]
     assert (result["loss"], result["count"], result["scored"]) == (0, 0, [])
-    assert "no token was chosen" in run("mlm", TEXT, "--probability", "0")
+    assert "--probability" in run("mlm", TEXT, "--probability", "0")
     everything = mlm(run, TEXT, "--probability", "0", "--score", "all")
     require_loss(everything, hub_model, range(len(everything["ids"])))
 
 
 def test_mlm_prints_a_table(run):
-    result = mlm(run, TEXT, "--positions", "2,5")
-    text = run("mlm", TEXT, "--positions", "2,5")
+    typed = [TEXT, "--positions", "2,5", "--layers"]
+    result, text = mlm(run, *typed), run("mlm", *typed)
     assert " ".join(VOCAB[token] for token in result["input_ids"]) in text
-    heading, *rows = [line for line in text.splitlines() if re.match(r" +\d|position", line)]
+    heading, *rows = [line for line in text.splitlines() if re.match(r" +\d| *position +token", line)]
     assert heading.split() == "position token outcome its guess probability true token loss".split()
     for line, row in zip(rows, result["scored"], strict=True):
         best = row["predictions"][0]
-        expected = [str(row["position"]), row["token"], "mask", best["token_str"]]
-        assert line.split() == [
-            *expected,
-            *(f"{p:.1%}" for p in (best["score"], row["probability_of_token"])),
-            f"{row['loss']:.3f}",
-        ]
+        percents = [f"{p:.1%}" for p in (best["score"], row["probability_of_token"])]
+        words = [row["token"], "mask", best["token_str"]]
+        assert line.split() == [str(row["position"]), *words, *percents, f"{row['loss']:.3f}"]
+        start = text.splitlines().index(f"position {row['position']}, seen as [MASK]: the best guess after")
+        for number, guess in enumerate(row["layers"]):
+            name = f"layer {number}" if number else "embeddings"
+            shown = text.splitlines()[start + 1 + number]
+            assert shown.split() == [*name.split(), guess["token_str"], f"{guess['score']:.1%}"]
     right = sum(row["token"] == row["predictions"][0]["token_str"] for row in result["scored"])
     assert text.endswith(f"loss {result['loss']:.4f} over 2 tokens (masked), {right} guessed right\n")
 
@@ -144,58 +131,49 @@ def test_a_mask_of_the_texts_own_is_guessed_and_has_no_loss(run, fill, hub_model
         assert 4 in [row["position"] for row in result["scored"]]
 
 
-def test_layers_shows_the_best_guess_after_each(run, hub_model):
+def test_layers_gives_the_best_guess_after_each(run, hub_model):
     plain, result = (mlm(run, TEXT, "--positions", "2,5", *more) for more in ([], ["--layers"]))
-    assert all(row["layers"] is None for row in plain["scored"])
     with torch.no_grad():
         states = hub_model(torch.tensor([result["input_ids"]]), output_hidden_states=True).hidden_states
         expected = [hub_model.cls(state)[0].softmax(-1).max(-1) for state in states]  # of each (S,)
     for row, same in zip(result["scored"], plain["scored"], strict=True):
         assert {**row, "layers": None} == same
-        assert len(row["layers"]) == 3, "the embeddings and two layers"
         for guess, best in zip(row["layers"], expected, strict=True):
             assert guess["token_str"] == VOCAB[best.indices[row["position"]]]
             assert guess["score"] == pytest.approx(best.values[row["position"]].item(), abs=1e-6)
     assert result["loss"] == plain["loss"]
-    lines = run("mlm", TEXT, "--positions", "2,5", "--layers").splitlines()
-    start = lines.index("position 5, seen as [MASK]: the best guess after")
-    names = [line[2:18].strip() for line in lines[start + 1 : start + 4]]
-    assert names == ["embeddings", "layer 1", "layer 2"]
 
 
-def test_ids_without_a_word_are_no_answer(folder):
+def test_ids_without_a_word_are_no_answer(folder, fill):
     """A vocabulary that was filled up, as to a multiple of 64: the model is sure of a row that is no token."""
-    model, tokenizer = BertForMaskedLM.from_pretrained(folder), load_tokenizer(folder)
     larger = BertForMaskedLM.from_pretrained(folder)
     larger.resize_token_embeddings(64)
     with torch.no_grad():
         larger.head.bias[len(VOCAB) :] = 50.0
     for seed in range(5):
-        result = mask_and_guess(larger, tokenizer, TEXT, probability=0.9, seed=seed, layers=True, top_k=100)
-        same = mask_and_guess(model, tokenizer, TEXT, probability=0.9, seed=seed)
+        result = mask_and_guess(larger, fill.tokenizer, TEXT, probability=0.9, seed=seed, layers=True, top_k=100)
+        same = mask_and_guess(fill.model, fill.tokenizer, TEXT, probability=0.9, seed=seed)
         assert result.input_ids == same.input_ids, "a random token is one of the tokenizer's"
         for row in result.scored:
             assert sorted(guess.token_str for guess in row.predictions) == sorted(VOCAB)
             assert {guess.token_str for guess in row.layers} <= set(VOCAB)
-    with pytest.raises(ValueError, match=f"the tokenizer has {len(VOCAB)} tokens and the model 20"):
-        mask_and_guess(BertForMaskedLM(replace(model.config, vocab_size=20)).eval(), tokenizer, TEXT)
+    with pytest.raises(ValueError, match=f"{len(VOCAB)} tokens and the model 20"):
+        mask_and_guess(BertForMaskedLM(replace(fill.model.config, vocab_size=20)).eval(), fill.tokenizer, TEXT)
     with pytest.raises(ValueError, match="training mode"):
-        mask_and_guess(larger.train(), tokenizer, TEXT)
+        mask_and_guess(larger.train(), fill.tokenizer, TEXT)
 
 
 @pytest.mark.parametrize(
     ("text", "options", "words"),
     [
-        (TEXT, {"score": "some"}, "score must be one of masked, all, not 'some'"),
-        (TEXT, {"recipe": "mine"}, "recipe must be one of bert, plain, whole-word, not 'mine'"),
-        (TEXT, {"top_k": 0}, "top_k must be at least 1, not 0"),
-        (TEXT, {"positions": [-1]}, "position -1 is not in the text, which is 24 tokens"),
+        (TEXT, {"score": "some"}, "masked, all, not 'some'"),
+        (TEXT, {"recipe": "mine"}, "bert, plain, whole-word, not 'mine'"),
+        (TEXT, {"top_k": 0}, "at least 1, not 0"),
+        (TEXT, {"positions": [-1]}, "position -1 .* 24 tokens"),
         (f"{LONG} [MASK]", {"truncate": True}, "would be cut off"),
-        *(
-            (text, {**draw, "positions": positions}, f"{next(iter(draw))} .* says how tokens are drawn")
-            for draw in ({"probability": 0.5}, {"recipe": "plain"}, {"seed": 3})
-            for text, positions in (("the rain is", [1]), ("the [MASK] is", None))
-        ),
+        ("the rain", {"positions": [1], "probability": 0.5}, r"probability 0.5 .* positions"),
+        ("the rain", {"positions": [1], "recipe": "plain"}, r"recipe plain .* positions"),
+        ("the [MASK]", {"seed": 3}, r"seed 3 .* \[MASK\]"),
     ],
 )
 def test_arguments_that_do_not_fit(fill, text, options, words):

@@ -2,15 +2,16 @@
 
 import argparse
 import json
+from math import log
 
 import pytest
 import torch
-from small import LONG, LONGEST, TEXT
+from forms import form_or_skip
+from small import LONG, TEXT
 
-from minibert import BertForMaskedLM, load_tokenizer
+from minibert import BertForMaskedLM
 from minibert.checks import find_device
-from minibert.cli import COMMANDS, build_parser, main
-from minibert.tokenizer import encode
+from minibert.cli import COMMANDS, build_parser, main, masks, score
 
 
 def parsers():
@@ -53,6 +54,8 @@ CHANGE = [
     ("study", MASKED, "--targets rain,spain"),
     ("study", f"[MASK] {LONG}", "--truncate"),
     ("study", "", "--trace TRACE --row 1"),
+    ("study", "", "--trace TRACE --row 1 --top-k 2"),
+    ("study", "", "--trace TRACE --row 1 --targets rain,spain"),
     ("study", MASKED, "--out PAGE"),
     ("study", MASKED, "--out NOTES --force"),
 ]
@@ -77,46 +80,16 @@ def test_an_option_changes_the_answer(command, text, option, folder, tmp_path, c
         assert status in (0, 2), err
         return status, out
 
-    without = option.removesuffix(" --row 1") if "--row" in option else option.removesuffix(" --force")
-    plain, changed = answer("" if without == option else without), answer(option)
+    without = option.rpartition("--")[0] if option.count("--") > 1 else ""
+    plain, changed = answer(without), answer(option)
     assert changed[0] == 0
     assert changed != plain
-
-
-@pytest.mark.parametrize("option", ["--top-k 2", "--targets rain,spain"])
-def test_study_takes_its_options_for_a_trace_too(option, words, tmp_path, run, capsys):
-    main([*words("trace"), "--text", "the [MASK]", "--out", str(tmp_path / "t")])
-    capsys.readouterr()
-    shown = run("study", "--trace", str(tmp_path / "t"), "--json")
-    assert run("study", "--trace", str(tmp_path / "t"), "--json", *option.split()) != shown
 
 
 def test_no_option_is_without_such_a_line():
     for command in ("fill-mask", "mlm", "score", "study", "info"):
         tried = {word for name, _, option in CHANGE if name == command for word in option.split() if word[:2] == "--"}
         assert options_of(command) == tried | (EVERYWHERE & options_of(command)), command
-
-
-@pytest.mark.parametrize("pair", [False, True])
-def test_what_is_cut_off_is_the_same_in_every_command(pair, folder, run, fails):
-    """At the end of the text; of two, at the end of the longer one."""
-    text, second = f"the rain {LONG}", "paris is in france" if pair else None
-    kept = encode(load_tokenizer(folder), text, LONGEST, pair=second, truncate=True)
-    cut = {
-        "study": [text, *(["--pair", second] if pair else [])],
-        "score": [second, "--given", text] if pair else [text],
-    }
-    if not pair:
-        cut["mlm"] = [text, "--positions", "1"]
-    for command, arguments in cut.items():
-        assert f"and the model takes {LONGEST}" in fails(command, *arguments, "--model", str(folder))
-        found = json.loads(run(command, *arguments, "--truncate", "--json"))
-        if command == "score":
-            sentence = int(pair)
-            scored = [token for token, one in zip(kept.tokens, kept.sequence_ids, strict=True) if one == sentence]
-            assert [token["token"] for token in found[0]["tokens"]] == scored
-        else:
-            assert (found["tokens"] if command == "mlm" else found["reading"]["pieces"]) == kept.tokens
 
 
 WITH_A_MODEL = {  # with what each needs to get as far as the model
@@ -153,32 +126,23 @@ def words(folder, tmp_path, capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_revision_reaches_the_model_that_is_loaded(command, words, tmp_path, fails):
     """A folder has no revisions: a command that dropped the option would not notice."""
-    line = fails(*words(command), "--revision", "v1")
-    assert "revision 'v1'" in line
-    assert "revisions are the hub's" in line
+    assert "revision 'v1'" in fails(*words(command), "--revision", "v1")
     assert not (tmp_path / "out").is_file()
 
 
 def test_a_revision_reaches_the_tokenizer_and_transformers_too(words, folder, tmp_path, fails, monkeypatch, capsys):
     assert "'v1'" in fails(*words("trace"), "--backend", "transformers", "--revision", "v1")
-    asked = []
-    load, model = load_tokenizer, BertForMaskedLM.from_pretrained(folder)
+    model = BertForMaskedLM.from_pretrained(folder)
     monkeypatch.setattr("minibert.BertForMaskedLM.from_pretrained", lambda *_, **__: model)
-    monkeypatch.setattr(
-        "minibert.tokenizer.load_tokenizer", lambda name, revision: asked.append(revision) or load(name)
-    )
-    for command in ("fill-mask", "mlm", "score", "study", "info"):
-        assert main([*words(command), "--revision", "v1"]) == 0
-    assert asked == ["v1"] * 5
+    for command in ("fill-mask", "mlm", "score", "study"):
+        assert "'v1'" in fails(*words(command), "--revision", "v1")
+    assert main([*words("info"), "--revision", "v1"]) == 0
+    assert "it cannot be read: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["diff a b", "bench", "study --trace a"])
-def test_a_revision_of_no_model_is_an_error(command, tmp_path, fails, words, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        assert main([*words("trace"), "--out", name]) == 0
-    capsys.readouterr()
-    assert "no --model was given" in fails(*command.split(), "--revision", "v1")
+def test_a_revision_of_no_model_is_an_error(command, fails):
+    assert "--model" in fails(*command.split(), "--revision", "v1")
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if "--device" in options_of(name)])
@@ -207,7 +171,49 @@ def test_auto_is_cuda_where_there_is_one(there, monkeypatch):
     assert find_device("auto").type == ("cuda" if there else "cpu")
 
 
-def test_what_would_be_ignored_is_refused(fails, folder):
-    tokenizer = ["--tokenizer", str(folder / "tokenizer.json")]
-    for option in (["--dtype", "float16"], ["--device", "cuda"]):
-        assert f"{option[0]} is for comparing models" in fails("parity", *tokenizer, *option, "--model", str(folder))
+# ----------------------------------------------------------------------------------------------- prepared for inference
+
+
+def log_probabilities(printed):
+    """Of the answers of fill-mask, or of the tokens of score."""
+    results = [row for one in json.loads(printed) for row in one.get("answers", one.get("tokens"))]
+    return [log(row["score"]) if "score" in row else row["log_probability"] for row in results]
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "many"),
+    [("fill-mask", "the [MASK]", masks.WORTH_PREPARING), ("score", "the rain", score.WORTH_PREPARING)],
+)
+def test_many_texts_take_the_fast_form_and_answer_the_same(command, text, many, run, prepared):
+    few = log_probabilities(run(command, *[text] * (many - 1), "--json"))
+    assert not prepared, "for a few texts that would take longer than it saves"
+    found = log_probabilities(run(command, *[text] * many, "--json"))
+    assert prepared == [torch.float32], "on a GPU too: without --dtype the answers are the CPU's"
+    assert len(found) > len(few)
+    assert found[: len(few)] == pytest.approx(few, abs=1e-4)
+
+
+# nats, of a log-probability of the bundled model: rounding; some tens of roundings to 2^-8 of logits of order 10; and
+# of roundings to a 254th of the largest number of a row.
+NATS = {"float32": 1e-3, "bfloat16": 0.2, "int8": 0.6}
+
+
+@pytest.mark.parametrize("dtype", NATS)
+def test_a_dtype_answers_nearly_the_same(dtype, capsys):
+    """Also few texts, and it is that type: the last digits are others than those of float32."""
+    form_or_skip({"float32": "torch", "bfloat16": "bfloat16 torch", "int8": "int8"}[dtype])
+    for typed in (["fill-mask", "The capital of France is [MASK]."], ["score", "She has gone home."]):
+        answers = []
+        for options in ([], ["--dtype", dtype]):
+            assert main([*typed, *options, "--json", "--model", "minibert-uncased"]) == 0
+            answers.append(log_probabilities(capsys.readouterr().out))
+        assert answers[1] == pytest.approx(answers[0], abs=NATS[dtype])
+        assert (answers[1] == pytest.approx(answers[0], abs=NATS["float32"])) == (dtype == "float32")
+
+
+@pytest.mark.parametrize("command", ["fill-mask", "score"])
+def test_a_dtype_that_the_processor_has_not_is_one_line(command, fails, folder, monkeypatch):
+    monkeypatch.setattr("minibert.inference.prepare.has_bfloat16", lambda: False)
+    monkeypatch.setattr("minibert.inference.prepare.has_int8", lambda: False)
+    for dtype, said in (("bfloat16", "no instructions for bfloat16"), ("int8", "cannot multiply 8-bit numbers")):
+        assert said in fails(command, "the [MASK]", "--dtype", dtype, "--model", str(folder))
