@@ -9,35 +9,35 @@ from hypothesis import strategies as st
 from minibert import (
     BertConfig,
     BertForMaskedLM,
-    FillMask,
     PackedBatch,
     checks,
     mask_tokens,
     masked_lm_loss,
     pseudo_log_likelihood,
 )
-from minibert.checks import require_positions
 from minibert.fill_mask import batches_by_length
 from minibert.inference.onednn import filled_up
 from minibert.tokenizer import from_vocabulary
 
 LONGEST = 13
-CONFIG = BertConfig(
-    vocab_size=99,
-    hidden_size=20,
-    num_hidden_layers=3,
-    num_attention_heads=5,
-    intermediate_size=37,
-    max_position_embeddings=LONGEST,
-    type_vocab_size=2,
-    initializer_range=0.3,  # large enough that attention matters
-)
+IDS = torch.tensor([[11, 12, 13, 14], [21, 0, 22, 0], [0, 0, 0, 0], [0, 31, 32, 33]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]])
+ROW = torch.tensor([[1, 2, 3]])
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return BertForMaskedLM(CONFIG).eval().double()
+    config = BertConfig(
+        vocab_size=99,
+        hidden_size=20,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        intermediate_size=37,
+        max_position_embeddings=LONGEST,
+        initializer_range=0.3,  # large enough that attention matters
+    )
+    return BertForMaskedLM(config).eval().double()
 
 
 def close(actual, expected):
@@ -45,14 +45,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
 
 
-def random_ids(rows, length, seed=0):
-    return torch.randint(1, 99, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-# ------------------------------------------------------------------------------------------------------- hand-written
-
-IDS = torch.tensor([[11, 12, 13, 14], [21, 0, 22, 0], [0, 0, 0, 0], [0, 31, 32, 33]])
-MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 1]])
+# ---------------------------------------------------------------------------------------------------- what it holds
 
 
 def test_indices_of_a_small_batch():
@@ -62,54 +55,17 @@ def test_indices_of_a_small_batch():
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 2, 1, 2, 3], "the column, whatever the mask says"
     assert batch.cu_seqlens.tolist() == [0, 4, 6, 6, 9]
     assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.lengths == (4, 2, 0, 3)
-    assert batch.padded_shape == (4, 4)
     assert batch.padded_index.tolist() == [0, 1, 2, 3, 4, 6, 13, 14, 15]
-    assert batch.compact_index.tolist() == [0, 1, 2, 3, 4, 5, 12, 13, 14]
     assert batch.is_token.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]]
-    assert batch.max_seqlen == 4
-    assert not batch.uniform
-    assert batch.largest == (33, 2, 3)
-    assert (batch.num_tokens, batch.num_sequences) == (9, 4)
-
-
-def test_indices_where_the_rows_of_one_length_have_holes():
-    batch = PackedBatch.from_padded(torch.tensor([[5, 0, 6], [0, 7, 8]]), torch.tensor([[1, 0, 1], [0, 1, 1]]))
-    assert batch.uniform
-    assert batch.max_seqlen == 2
-    assert batch.compact_index.tolist() == [0, 1, 2, 3]
-    assert batch.padded_index.tolist() == [0, 2, 4, 5]
-    assert batch.is_token.all()
-
-
-def test_without_a_mask_every_token_is_kept():
-    batch = PackedBatch.from_padded(IDS)
-    assert batch.lengths == (4, 4, 4, 4)
-    assert batch.uniform
-    assert batch.input_ids.tolist() == IDS.flatten().tolist()
-    assert batch.token_type_ids.tolist() == [0] * 16
-    assert batch.position_ids.tolist() == [0, 1, 2, 3] * 4
-
-
-def test_own_positions_for_all_rows_or_for_each():
+    assert (batch.lengths, batch.padded_shape, batch.max_seqlen) == ((4, 2, 0, 3), (4, 4), 4)
+    assert (batch.largest, batch.num_tokens, batch.num_sequences) == ((33, 2, 3), 9, 4)
+    for wrong in (torch.zeros(4, 5), torch.zeros(3, 4, 2), torch.zeros(4)):
+        with pytest.raises(ValueError, match=r"expected \(batch, length\) = \(4, 4\)"):
+            batch.pack(wrong)
     shared = torch.tensor([[3, 1, 2, 0]])
-    each = shared.expand(4, 4)
-    for positions in (shared, each):
+    for positions in (shared, shared.expand(4, 4)):
         batch = PackedBatch.from_padded(IDS, MASK, position_ids=positions)
         assert batch.position_ids.tolist() == [3, 1, 2, 0, 3, 2, 1, 2, 0]
-
-
-def test_lists_of_a_small_batch():
-    batch = PackedBatch.from_lists([[5, 6], [], [7, 8, 9]], [[0, 1], [], [1, 1, 0]])
-    assert batch.input_ids.tolist() == [5, 6, 7, 8, 9]
-    assert batch.token_type_ids.tolist() == [0, 1, 1, 1, 0]
-    assert batch.position_ids.tolist() == [0, 1, 0, 1, 2]
-    assert batch.cu_seqlens.tolist() == [0, 2, 2, 5]
-    assert batch.padded_shape == (3, 3)
-    assert batch.padded_index.tolist() == [0, 1, 6, 7, 8]
-
-
-# -------------------------------------------------------------------------------------------------------- round trips
 
 
 @st.composite
@@ -117,15 +73,13 @@ def masks(draw):
     """(B, S) of 0 and 1: dense, padded right or left, with holes, with empty rows, without rows."""
     rows, length = draw(st.integers(0, 5)), draw(st.integers(0, 9))
     kind = draw(st.sampled_from(["dense", "right", "left", "holes"]))
-    lengths = draw(st.lists(st.integers(0, length), min_size=rows, max_size=rows))
-    mask = torch.zeros(rows, length, dtype=draw(st.sampled_from([torch.int64, torch.bool, torch.int32, torch.uint8])))
-    for row, n in enumerate(lengths):
-        if kind == "dense":
-            mask[row] = 1
-        elif kind == "holes":
-            mask[row] = torch.tensor(draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))).to(mask.dtype)
+    mask = torch.zeros(rows, length, dtype=draw(st.sampled_from([torch.int64, torch.bool, torch.uint8, torch.float16])))
+    for row in mask:
+        n = draw(st.integers(0, length))
+        if kind == "holes":
+            row[:] = torch.tensor(draw(st.lists(st.integers(0, 1), min_size=length, max_size=length)))
         else:
-            mask[row, slice(0, n) if kind == "right" else slice(length - n, length)] = 1
+            row[{"dense": slice(None), "right": slice(0, n), "left": slice(length - n, length)}[kind]] = 1
     if mask.numel() and not mask.any():  # no token at all is an error
         mask[0, 0] = 1
     return mask
@@ -134,18 +88,14 @@ def masks(draw):
 @settings(deadline=None, max_examples=100)
 @given(masks(), st.sampled_from([(), (3,), (2, 3)]))
 def test_pack_and_unpack_undo_each_other(mask, features):
-    ids = random_ids(*mask.shape)
+    ids, keep = torch.randint(1, 99, mask.shape), mask.bool()
     batch = PackedBatch.from_padded(ids, mask)
-    keep = mask.bool()
-    assert batch.num_tokens == int(keep.sum()) == sum(batch.lengths)
     assert batch.lengths == tuple(keep.sum(1).tolist())
     assert torch.equal(batch.input_ids, ids[keep])
     assert torch.equal(batch.unpack(batch.input_ids), ids * keep)
-
     padded = torch.randn(*mask.shape, *features)
     packed = batch.pack(padded)
     assert torch.equal(packed, padded[keep])
-    assert torch.equal(batch.pack(batch.unpack(packed)), packed)
     assert torch.equal(batch.unpack(packed)[keep], packed)
     assert (batch.unpack(packed)[~keep] == 0).all()
 
@@ -189,9 +139,31 @@ def test_to_a_device_keeps_everything():
     assert_same_batch(batch.to("cpu"), batch)
     for moved in (batch.to("meta"), PackedBatch.from_lists([[1, 2], [3]], device="meta")):
         tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-        assert len(tensors) == 5
-        assert {x.device.type for x in tensors} == {"meta"}
+        assert [x.device.type for x in tensors] == ["meta"] * 5
         assert moved.unpack(torch.empty(moved.num_tokens, 3, device="meta")).shape == (*moved.padded_shape, 3)
+
+
+def test_filled_up_with_a_sequence_of_its_own():
+    batch = PackedBatch.from_padded(IDS, MASK)
+    filled = filled_up(batch, 5)
+    assert (filled.lengths, filled.cu_seqlens.tolist()) == ((4, 2, 0, 3, 5), [0, 4, 6, 6, 9, 14])
+    assert (filled.num_tokens, filled.max_seqlen, filled.uniform) == (14, 5, False)
+    assert torch.equal(filled.input_ids[:9], batch.input_ids)
+    assert torch.equal(filled.position_ids[:9], batch.position_ids)
+    assert filled.unpack(torch.arange(14)).tolist() == [list(range(14))]
+
+
+@pytest.mark.parametrize(
+    ("most", "groups"),
+    [
+        (1, [[1], [3], [6], [4], [5], [0], [2]]),
+        (7, [[1, 3, 6, 4], [5], [0], [2]]),
+        (100, [[1, 3, 6, 4, 5, 0, 2]]),
+    ],
+)
+def test_texts_of_like_length_are_computed_together(most, groups):
+    """The texts' numbers, of at most so many tokens together."""
+    assert list(map(list, batches_by_length([5, 1, 9, 1, 3, 3, 2], most))) == groups
 
 
 # ----------------------------------------------------------------------------------------- no sequence sees another one
@@ -199,77 +171,56 @@ def test_to_a_device_keeps_everything():
 
 @settings(deadline=None, max_examples=25)
 @given(lists_of_ids)
+@torch.no_grad()
 def test_a_sequence_alone_gives_what_it_gives_in_company(model, lists):
-    with torch.no_grad():
-        hidden = model.encode(PackedBatch.from_lists(lists))
-        alone = [model.encode(PackedBatch.from_lists([row])) for row in lists]
-    close(hidden, torch.cat([hidden[:0], *alone]))
+    hidden = model.encode(PackedBatch.from_lists(lists))
+    close(hidden, torch.cat([hidden[:0], *(model.encode(PackedBatch.from_lists([row])) for row in lists)]))
 
 
+@torch.no_grad()
 def test_padding_changes_nothing(model):
-    ids = random_ids(3, 6)
-    with torch.no_grad():
-        expected = model(ids).logits
-        wide = torch.full((3, 10), 98)
-        for start in (0, 4):  # padded on the right, then on the left
-            wide[:, start : start + 6] = ids
-            mask = torch.zeros(3, 10, dtype=torch.int64)
-            mask[:, start : start + 6] = 1
-            positions = (torch.arange(10) - start).clamp(min=0)[None]
-            logits = model(wide, mask, position_ids=positions).logits
-            close(logits[:, start : start + 6], expected)
-            assert (logits[mask == 0] == 0).all()
+    ids = torch.arange(1, 19).view(3, 6)
+    expected = model(ids).logits
+    wide = torch.full((3, 10), 98)
+    for start in (0, 4):  # padded on the right, then on the left
+        wide[:, start : start + 6] = ids
+        mask = torch.zeros_like(wide)
+        mask[:, start : start + 6] = 1
+        logits = model(wide, mask, position_ids=(torch.arange(10) - start).clamp(min=0)[None]).logits
+        close(logits[:, start : start + 6], expected)
+        assert (logits[mask == 0] == 0).all()
 
 
+@torch.no_grad()
 def test_what_stands_under_the_mask_is_never_read(model):
-    mask = MASK
-    with torch.no_grad():
-        expected = model(IDS, mask).logits
-        assert torch.equal(model(IDS.masked_fill(mask == 0, 10**6), mask).logits, expected)
-        assert torch.equal(model(IDS.masked_fill(mask == 0, -5), mask).logits, expected)
-        assert torch.equal(model(IDS, mask, token_type_ids=(1 - mask) * 9).logits, expected)
-
-
-def test_predict_is_forward_where_asked(model):
-    batch = PackedBatch.from_padded(IDS, MASK)
-    positions = torch.tensor([8, 0, 4, 4])
-    with torch.no_grad():
-        logits = model.predict(batch, positions)
-        close(logits, batch.pack(model(IDS, MASK).logits)[positions])
-        assert model.predict(batch, positions[:0]).shape == (0, 99)
+    expected = model(IDS, MASK).logits
+    for other in (10**6, -5):
+        assert torch.equal(model(IDS.masked_fill(MASK == 0, other), MASK).logits, expected)
+    assert torch.equal(model(IDS, MASK, token_type_ids=(1 - MASK) * 9).logits, expected)
 
 
 def test_a_fully_masked_row_gives_zeros_and_no_nan(model):
-    labels = IDS.masked_fill(MASK == 0, -100)
     model.zero_grad()
-    out = model(IDS, MASK, labels=labels)
-    loss, logits = out.loss, out.logits
-    assert (logits[2] == 0).all()
-    assert torch.isfinite(logits).all()
-    assert loss > 0
-    loss.backward()
+    out = model(IDS, MASK, labels=IDS.masked_fill(MASK == 0, -100))
+    assert (out.logits[2] == 0).all()
+    assert torch.isfinite(out.logits).all()
+    out.loss.backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_a_batch_with_no_token_at_all_is_an_error_and_one_without_rows_has_a_loss_of_zero(model):
+def test_empty_batches(model):
     for mask in (torch.zeros_like(MASK), torch.zeros_like(MASK).float()):  # a float one may be meant to be added
         with pytest.raises(ValueError, match=r"attention_mask.*token_type_ids="):
-            model(IDS, mask, labels=torch.full_like(IDS, -100))
-    out = model(IDS[:0], labels=IDS[:0])
-    assert out.loss.item() == 0
-    out.loss.backward()
-
-
-@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
-def test_empty_batches_give_empty_logits(model, shape):
-    assert model(torch.zeros(shape, dtype=torch.int64)).logits.shape == (*shape, 99)
+            model(IDS, mask)
+    for shape in ((0, 4), (2, 0), (0, 0)):
+        assert model(torch.zeros(shape, dtype=torch.int64)).logits.shape == (*shape, 99)
+    loss = model(IDS[:0], labels=IDS[:0]).loss
+    assert loss.item() == 0
+    loss.backward()
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
-
-ROW = torch.tensor([[1, 2, 3]])
 
 
 @pytest.mark.parametrize(
@@ -278,18 +229,17 @@ ROW = torch.tensor([[1, 2, 3]])
         ({"input_ids": ROW[0]}, r"input_ids must be \(batch, length\), not \(3,\): add the batch dimension"),
         ({"input_ids": ROW.float()}, "input_ids must hold integers, not torch.float32"),
         ({"input_ids": -ROW}, "input_ids may not be negative, but holds -3"),
-        ({"input_ids": ROW + 96}, "token id 99 is unknown: the vocabulary has 99 entries, 0 to 98"),
-        (
-            {"input_ids": torch.ones(1, LONGEST + 1).long()},
-            f"reaches {LONGEST + 1} tokens, and the model has positions for {LONGEST}",
-        ),
+        ({"input_ids": ROW + 96}, "token id 99 is unknown: the vocabulary has 99 entries"),
+        ({"input_ids": torch.ones(1, 14).long()}, "reaches 14 tokens, and the model has positions for 13"),
         ({"attention_mask": torch.ones(1, 4).long()}, r"attention_mask is \(1, 4\), but input_ids is \(1, 3\)"),
         ({"attention_mask": torch.full((1, 3), 0.5)}, r"only 0 \(padding\) and 1 \(token\).*from 0\.5 to 0\.5"),
         ({"attention_mask": torch.tensor([[1, 2, 0]])}, "only 0 .* and 1 .*, but it ranges from 0 to 2"),
+        ({"attention_mask": torch.tensor([[0, -10000, 0]]).half()}, "only 0"),
+        ({"attention_mask": torch.tensor([[1, torch.nan, 1]])}, "only 0"),
         ({"token_type_ids": torch.tensor([[0, 1, 2]])}, "token type 2 is unknown: the model has 2"),
         ({"token_type_ids": -ROW}, "token_type_ids may not be negative"),
         ({"token_type_ids": ROW[:, :2]}, r"token_type_ids is \(1, 2\)"),
-        ({"position_ids": ROW + LONGEST - 3}, f"reaches {LONGEST + 1} tokens"),
+        ({"position_ids": ROW + 10}, "reaches 14 tokens"),
         ({"position_ids": -ROW}, "position_ids may not be negative"),
         ({"position_ids": ROW[0]}, r"position_ids is \(3,\)"),
         ({"labels": ROW[:, :2]}, r"labels is \(1, 2\), but input_ids is \(1, 3\)"),
@@ -302,101 +252,39 @@ def test_the_model_says_what_is_wrong(model, arguments, words):
         model(**{"input_ids": ROW, **arguments})
 
 
-def test_lists_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"token_type_ids has lengths \[1\], input_ids has \[2\]"):
-        PackedBatch.from_lists([[1, 2]], [[0]])
-    with pytest.raises(ValueError, match="input_ids may not be negative, but holds -4"):
-        PackedBatch.from_lists([[1, -4]])
-    with pytest.raises(ValueError, match=r"whole numbers, not torch\.float32"):
-        PackedBatch.from_lists([[1.5]])
-    with pytest.raises(ValueError, match="add up to 5, and input_ids has 3"):
-        PackedBatch.from_flat(torch.tensor([1, 2, 3]), [2, 3])
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(95))]
-    for ask in (FillMask, lambda *given: list(pseudo_log_likelihood(*given, ["w1"]))):
-        ask(model, from_vocabulary(words[:99]))
-        with pytest.raises(ValueError, match="the tokenizer has 100 tokens and the model 99"):
-            ask(model, from_vocabulary(words))
-
-
-@pytest.mark.parametrize("name", checks.HOLDS)
-def test_an_argument_that_holds_anyway_takes_no_other_value(name, checkpoint, tmp_path):
-    """As load_in_8bit=True, which would be ignored."""
-    values = checks.HOLDS[name]
-    other = next(value for value in (True, False, "another") if value not in values)
-    if name in ("safe_serialization", "push_to_hub"):
-        call, given = BertForMaskedLM.from_pretrained(checkpoint).save_pretrained, tmp_path
-    else:
-        call, given = BertForMaskedLM.from_pretrained, checkpoint
-    for value in values:
-        call(given, **{name: value})
-    with pytest.raises(TypeError, match=f"{name}=.*{values[0]!r}.* only, not {other!r}: "):
-        call(given, **{name: other})
-
-
-@pytest.mark.parametrize("most", [1, 7, 100])
-def test_texts_of_like_length_are_computed_together(most):
-    lengths = [5, 1, 9, 1, 3, 3, 2]
-    groups = list(batches_by_length(lengths, most))
-    rows = [row for group in groups for row in group]
-    assert sorted(rows) == list(range(7))
-    assert [lengths[row] for row in rows] == sorted(lengths)
-    assert all(len(group) == 1 or sum(lengths[row] for row in group) <= most for group in groups)
-    assert len(groups) == {1: 7, 7: 4, 100: 1}[most]
+LISTS = PackedBatch.from_lists
 
 
 @pytest.mark.parametrize(
-    ("given", "shown"),
-    [([101, 102], r"\[101, 102\]"), (5, "5"), (["ab"], r"\['ab'\]"), ([101] * 99, r"\[101, (101, )*10?1?,?…")],
+    ("call", "kind", "words"),
+    [
+        (lambda: LISTS([[1, 2]], [[0]]), ValueError, r"token_type_ids has lengths \[1\], input_ids has \[2\]"),
+        (lambda: LISTS([[1, -4]]), ValueError, "input_ids may not be negative, but holds -4"),
+        (lambda: LISTS([[1.5]]), ValueError, r"whole numbers, not torch\.float32"),
+        (lambda: PackedBatch.from_flat(ROW[0], [2, 3]), ValueError, "add up to 5, and input_ids has 3"),
+        (lambda: LISTS([101, 102]), TypeError, r"input_ids must be a list for each text, .*, not \[101, 102\]$"),
+        (lambda: LISTS(["ab"]), TypeError, r"input_ids must be a list for each text, .*, not \['ab'\]$"),
+        (lambda: LISTS([[1]], [101] * 99), TypeError, r"token_type_ids must .*, not \[101, (101, )*10?1?,?…$"),
+    ],
 )
-def test_what_is_no_list_of_lists(given, shown):
-    with pytest.raises(TypeError, match=rf"input_ids must be a list for each text, such as .*, not {shown}$"):
-        PackedBatch.from_lists(given)
-    with pytest.raises(TypeError, match=rf"token_type_ids must be a list for each text, .*, not {shown}$"):
-        PackedBatch.from_lists([[1, 2]], given)
+def test_lists_that_do_not_fit(call, kind, words):
+    with pytest.raises(kind, match=words):
+        call()
 
 
-def test_packing_a_tensor_of_another_batch():
-    batch = PackedBatch.from_padded(IDS, MASK)
-    for wrong in (torch.zeros(4, 5), torch.zeros(3, 4, 2), torch.zeros(4)):
-        with pytest.raises(ValueError, match=r"expected \(batch, length\) = \(4, 4\)"):
-            batch.pack(wrong)
-
-
-@pytest.mark.parametrize("positions", [[-1], [5], [0, 99]])
-def test_positions_that_are_not_there(positions):
-    batch = PackedBatch.from_lists([[1, 2, 3], [4, 5]])
-    with pytest.raises(ValueError, match="count packed tokens, from 0 to 4"):
-        require_positions(torch.tensor(positions), batch.num_tokens)
-    for wrong in (torch.tensor(1), torch.tensor([True]), torch.tensor([1.0])):
-        with pytest.raises(ValueError, match=r"\(M,\) whole numbers"):
-            require_positions(wrong, batch.num_tokens)
-
-
-def test_filled_up_with_a_sequence_of_its_own():
-    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
-    batch = PackedBatch.from_padded(torch.arange(1, 13).view(3, 4), mask)
-    filled = filled_up(batch, 5)
-    assert filled.lengths == (3, 0, 4, 5)
-    assert filled.cu_seqlens.tolist() == [0, 3, 3, 7, 12]
-    assert (filled.num_tokens, filled.num_sequences, filled.max_seqlen, filled.uniform) == (12, 4, 5, False)
-    assert torch.equal(filled.input_ids[:7], batch.input_ids)
-    assert torch.equal(filled.position_ids[:7], batch.position_ids)
-    assert filled.unpack(torch.arange(12)).tolist() == [list(range(12))]
-    assert batch.unpack(torch.arange(1, 8)).tolist() == [[1, 2, 3, 0], [0] * 4, [4, 5, 6, 7]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_a_mask_of_zeros_and_ones_may_be_of_floats(dtype):
-    """As transformers takes it. Any other float is refused: it could be an additive mask, 0 where a token is."""
-    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    got = PackedBatch.from_padded(ids, mask.to(dtype))
-    assert torch.equal(got.input_ids, PackedBatch.from_padded(ids, mask).input_ids)
-    for wrong in (-10000.0, 0.5, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="attention_mask may hold only 0"):
-            PackedBatch.from_padded(ids, torch.where(mask == 1, 1.0, wrong).to(dtype))
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [
+        ([-1], "count packed tokens, from 0 to 4"),
+        ([0, 5], "count packed tokens, from 0 to 4"),
+        (1, r"\(M,\) whole numbers"),
+        ([True], r"\(M,\) whole numbers"),
+        ([1.0], r"\(M,\) whole numbers"),
+    ],
+)
+def test_positions_that_are_not_there(model, positions, words):
+    with pytest.raises(ValueError, match=words):
+        model.predict(PackedBatch.from_lists([[1, 2, 3], [4, 5]]), torch.tensor(positions))
 
 
 @pytest.mark.parametrize("value", [[[5, 6]], np.array([[5, 6]]), "text"], ids=["list", "array", "str"])
@@ -413,3 +301,24 @@ def test_what_is_no_tensor_gets_a_sentence(value):
     ):
         with pytest.raises(TypeError, match=rf"must be a tensor, not {type(value).__name__}: torch\."):
             call()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(95))]
+    list(pseudo_log_likelihood(model, from_vocabulary(words[:99]), ["w1"]))
+    with pytest.raises(ValueError, match="the tokenizer has 100 tokens and the model 99"):
+        list(pseudo_log_likelihood(model, from_vocabulary(words), ["w1"]))
+
+
+@pytest.mark.parametrize("name", checks.HOLDS)
+def test_an_argument_that_holds_anyway_takes_no_other_value(name, checkpoint, tmp_path):
+    """As load_in_8bit=True, which would be ignored."""
+    values = checks.HOLDS[name]
+    other = next(value for value in (True, False, "another") if value not in values)
+    call, given = BertForMaskedLM.from_pretrained, checkpoint
+    if name in ("safe_serialization", "push_to_hub"):
+        call, given = BertForMaskedLM.from_pretrained(checkpoint).save_pretrained, tmp_path
+    for value in values:
+        call(given, **{name: value})
+    with pytest.raises(TypeError, match=f"{name}=.*{values[0]!r}.* only, not {other!r}: "):
+        call(given, **{name: other})
