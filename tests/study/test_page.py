@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from studied import PAIR, TEXT, pair_of_models, tokenizer, unpack
+from studied import LONG, PAIR, TEXT, pair_of_models, tokenizer, unpack
 
 import minibert
 from minibert.study import study
@@ -22,16 +22,7 @@ MOST_BYTES = 3_000_000  # of a page
 FETCHES = re.compile(
     r"https?:|//[\w.]+/|url\(|@import|\bsrc=|\bhref=|\bfetch\(|XMLHttpRequest|WebSocket|import\(", re.I
 )
-
-
-@pytest.fixture(scope="module")
-def model():
-    return pair_of_models()[0]
-
-
-@pytest.fixture(scope="module")
-def page(model):
-    return study(model, tokenizer(), TEXT, PAIR).to_html()
+MARKUP = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function")
 
 
 class Elements(HTMLParser):
@@ -54,39 +45,24 @@ class Elements(HTMLParser):
         self.inside = None
 
 
-def data_of(page):
-    return json.loads(Elements(page).texts["application/json"])
-
-
-def test_the_same_text_gives_the_same_bytes(model, page):
-    assert study(model, tokenizer(), TEXT, PAIR).to_html() == page
-
-
-def test_nothing_can_be_fetched(page):
-    frame = page.replace(Elements(page).texts["application/json"], "")
-    known = frame.replace('"http://www.w3.org/2000/svg"', "")  # the name of SVG, which nobody opens
-    known = known.replace('href="#', "")  # a place in this page
-    assert not FETCHES.findall(known)
-    tags = {tag for tag, _ in Elements(page).found}
-    assert not tags & {"link", "img", "iframe", "object", "embed", "form", "base", "video", "audio"}
-
-
-def test_only_this_script_and_this_style_may_run(page):
+def test_nothing_can_be_fetched_and_only_this_script_and_this_style_may_run(model, found):
+    page = found.to_html()
+    assert study(model, tokenizer(), TEXT, PAIR, targets=found.targets).to_html() == page
     elements = Elements(page)
+    known = page.replace(elements.texts["application/json"], "")
+    known = known.replace('"http://www.w3.org/2000/svg"', "")  # the name of SVG, which nobody opens
+    assert not FETCHES.findall(known.replace('href="#', ""))  # a place in this page
+    tags = {tag for tag, _ in elements.found}
+    assert not tags & {"link", "img", "iframe", "object", "embed", "form", "base", "video", "audio"}
     policy = next(found["content"] for _, found in elements.found if "http-equiv" in found)
-    hashes = {
-        kind: base64.b64encode(hashlib.sha256(elements.texts[kind].encode()).digest()).decode()
+    script, style = (
+        base64.b64encode(hashlib.sha256(elements.texts[kind].encode()).digest()).decode()
         for kind in ("script", "style")
-    }
-    assert policy == f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'"
-    assert not [
-        found for _, found in elements.found if "style" in found or any(name.startswith("on") for name in found)
-    ]
-
-
-def test_the_script_sets_texts_and_never_markup(page):
-    script = Elements(page).texts["script"]
-    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", script)
+    )
+    assert policy == f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'"
+    names = {name for _, attributes in elements.found for name in attributes}
+    assert not [name for name in names if name == "style" or name.startswith("on")]
+    assert not MARKUP.findall(elements.texts["script"])  # it sets texts alone
 
 
 HOSTILE = [
@@ -116,8 +92,14 @@ def test_a_hostile_text_stays_text(text, second):
     assert not re.findall(  # controls, and what turns the direction of writing
         "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", unescape(page) + found.to_text()
     )
-    shown = data_of(page)["reading"]
+    shown = json.loads(elements.texts["application/json"])["reading"]
     assert len(shown["pieces"]) == len(found.reading.pieces)
+
+
+def test_markup_in_a_text_reaches_the_page_as_text(model):
+    found = study(model, tokenizer(), f"{HOSTILE[0]}{HOSTILE[1]} [MASK]")
+    inside = found.to_html().split('type="application/json"')[1].split(">", 1)[1].split("</script>")[0]
+    assert json.loads(inside)["reading"] == found.to_dict()["reading"]
 
 
 @pytest.mark.parametrize(
@@ -136,37 +118,27 @@ def test_a_page_is_never_larger_than_3_mb(layers, heads, tokens, full, monkeypat
     with torch.no_grad():
         for layer in ours.layers:
             layer.attention.qkv.weight.mul_(2)  # attention that is neither even nor on one token: hard to compress
-    words = "she drank a cup before breakfast of cold tea , the capital of france is paris .".split()
-    text = " ".join((words * 40)[: tokens - 6]) + " [MASK] [MASK] [MASK] [MASK]"
-    found = study(ours, tokenizer(), text)
+    found = study(ours, tokenizer(), " ".join(LONG[: tokens - 6]) + " [MASK] [MASK] [MASK] [MASK]")
     assert len(found.reading.ids) == tokens
     assert (found.maps.side == tokens) == full
-    page = found.to_html()
-    assert len(page.encode()) < MOST_BYTES
+    assert len(found.to_html().encode()) < MOST_BYTES
     if not full:
         rows = unpack(found.maps.rows).view(layers, heads, -1, tokens)
         assert found.maps.row_places == found.reading.masks[: rows.shape[2]]
         assert (rows.sum(-1) - 1).abs().max() < 0.05  # the root keeps a row of many small weights
 
 
-def test_saving(model, page, tmp_path):
-    found, target = study(model, tokenizer(), TEXT, PAIR), tmp_path / "page.html"
-    found.save(target)
-    assert target.read_text(encoding="utf-8") == page
-    found.save(target)  # a page of ours may be replaced
-    assert list(tmp_path.iterdir()) == [target]
-    with pytest.raises(IsADirectoryError):
-        found.save(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        found.save(tmp_path / "nowhere" / "page.html")
-
-
-def test_in_a_notebook_the_page_is_a_frame_of_its_own(model, page):
-    frame = study(model, tokenizer(), TEXT, PAIR)._repr_html_()
-    ((tag, attributes),) = Elements(frame).found
+def test_saving_and_showing_in_a_notebook(found, tmp_path):
+    found.save(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page == found.to_html()
+    ((tag, attributes),) = Elements(found._repr_html_()).found  # a frame of its own
     assert tag == "iframe"
-    assert attributes["srcdoc"] == page
-    assert attributes["sandbox"] == "allow-scripts"
+    assert (attributes["srcdoc"], attributes["sandbox"]) == (page, "allow-scripts")
+    (tmp_path / "page.html").write_text("my notes", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="--force"):
+        found.save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "my notes"
 
 
 @pytest.mark.slow
