@@ -15,8 +15,8 @@ import io
 import re
 import shlex
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -45,10 +45,8 @@ NOT_RUN = {
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
-@dataclass
-class Block:
-    page: str
-    line: int
+class Block(NamedTuple):
+    where: str  # the page and the line
     kind: str
     text: str
     section: int  # how many headings stand above
@@ -58,7 +56,7 @@ def blocks(page):
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         above = text[: match.start()]
-        yield Block(page, above.count("\n") + 1, match[1], match[2], above.count("\n## "))
+        yield Block(f"{page}:{above.count(chr(10)) + 1}", match[1], match[2], above.count("\n## "))
 
 
 def require_like(printed, shown, where):
@@ -78,9 +76,9 @@ def require_like(printed, shown, where):
             assert abs(float(a) - float(b)) <= tolerance, f"{where}: {a} is printed, and {b} shown"
 
 
-def commands(block):
+def commands(text):
     """(command, what is shown below it) of a console block. A command may go on after a backslash."""
-    for part in re.split(r"^\$ ", block.text.replace("\\\n", ""), flags=re.MULTILINE)[1:]:
+    for part in re.split(r"^\$ ", text.replace("\\\n", ""), flags=re.MULTILINE)[1:]:
         command, _, shown = part.partition("\n")
         yield command, shown
 
@@ -88,12 +86,16 @@ def commands(block):
 def run_command(command):
     """What a line of shell prints. `minibert` runs in this process, which saves the start; all else in a shell."""
     words = shlex.split(command, comments=True)
-    output = io.StringIO()
     if words[0] == "minibert" and not set(words) & {"|", "<", ">", "&&", ";"}:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            main(words[1:])
-        return output.getvalue()
+        return printed_by(lambda: main(words[1:]))
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+
+
+def printed_by(call):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        call()
+    return output.getvalue()
 
 
 QUICK = ("README.md", "minibert/study/README.md")
@@ -105,46 +107,36 @@ QUICK = ("README.md", "minibert/study/README.md")
 def test_a_page_does_what_it_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, printed, last, section = {"__name__": "__main__"}, None, None, 0
-    with torch.enable_grad():
-        for block in blocks(page):
-            where = f"{page}:{block.line}"
-            if page.endswith("cookbook.md") and block.section != section:  # each entry runs alone
-                names, section = {"__name__": "__main__"}, block.section
-            if block.kind == "python":
-                output = io.StringIO()
-                with contextlib.redirect_stdout(output):
-                    exec(compile(block.text, where, "exec"), names)
-                printed, last = output.getvalue(), where
-            elif block.kind == "text":
-                assert printed is not None, f"{where}: there is no Python above that prints this"
-                require_like(printed, block.text, last)
-                printed = None
-            elif block.kind == "console":
-                for command, shown in commands(block):
-                    require_like(run_command(command), shown, f"{where}, {command}")
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_what_is_not_run_has_a_reason(page):
-    text = (REPOSITORY / page).read_text(encoding="utf-8")
-    fences = re.findall(r"^```(\w*)$", text, re.MULTILINE)
-    assert len(fences) % 2 == 0, "a block that does not end"
     for block in blocks(page):
-        assert block.kind in ("python", "text", "console", "sh", "json", ""), f"{page}:{block.line}: {block.kind!r}"
-        if block.kind == "sh":
-            for line in block.text.replace("\\\n", " ").splitlines():
-                for command in line.split("&&"):
-                    known = any(command.strip().startswith(name) for name in NOT_RUN)
-                    assert known or "minibert fill-mask" in command, f"{page}:{block.line}: run {command!r}, or say why"
+        if page.endswith("cookbook.md") and block.section != section:  # each entry runs alone
+            names, section = {"__name__": "__main__"}, block.section
+        if block.kind == "python":
+            code, last = compile(block.text, block.where, "exec"), block.where
+            with torch.enable_grad():
+                printed = printed_by(lambda code=code, names=names: exec(code, names))
+        elif block.kind == "text":
+            assert printed is not None, f"{block.where}: there is no Python above that prints this"
+            require_like(printed, block.text, last)
+            printed = None
+        elif block.kind == "console":
+            for command, shown in commands(block.text):
+                require_like(run_command(command), shown, f"{block.where}, {command}")
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_what_is_not_run_has_a_reason_and_links_lead_somewhere(page):
     text = (REPOSITORY / page).read_text(encoding="utf-8")
+    assert len(re.findall("^```", text, re.MULTILINE)) % 2 == 0, "a block that does not end"
+    for block in blocks(page):
+        assert block.kind in ("python", "text", "console", "sh", "json", ""), f"{block.where}: {block.kind!r}"
+        typed = re.split("&&|\n", block.text.replace("\\\n", " ")) if block.kind == "sh" else []
+        for command in filter(None, map(str.strip, typed)):
+            known = command.startswith((*NOT_RUN, "minibert fill-mask"))
+            assert known, f"{block.where}: run {command!r}, or say why"
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)|src(?:set)?=\"([^\"]+)\"", text):
         name = "".join(target)
-        if not name.startswith(("http://", "https://")):
-            assert (REPOSITORY / page).parent.joinpath(name).exists(), f"{page} links to {name}, which is not there"
+        there = name.startswith(("http://", "https://")) or (REPOSITORY / page).parent.joinpath(name).exists()
+        assert there, f"{page} links to {name}, which is not there"
 
 
 def test_the_readme_is_short():

@@ -1,7 +1,9 @@
 """Pseudo-log-likelihood, token by token, against transformers: a masked copy for each token, in one padded batch."""
 
+import copy
 import gc
 import random
+from collections import Counter
 from contextlib import nullcontext
 from math import exp, log
 
@@ -9,7 +11,6 @@ import pytest
 import torch
 from forms import FORMS, TOLERANCE, form_or_skip
 from needs import lacking
-from tokenizers import Tokenizer, processors
 from transformers import BertTokenizerFast
 from twins import CONFIGS, twins
 
@@ -52,11 +53,6 @@ def plain(models):
     return models[0]
 
 
-@pytest.fixture(scope="module", params=["plain", "prepared"])
-def ours(request, plain):
-    return plain if request.param == "plain" else prepare_for_inference(plain)
-
-
 @pytest.fixture(scope="module")
 def loop(models, tmp_path_factory):
     """loop(text, within_word, given): what someone writes who has only transformers. For each token a masked copy, and
@@ -74,12 +70,12 @@ def loop(models, tmp_path_factory):
         asked = (1,) if given is not None else (0, 1)
         scored = [place for place, one in enumerate(sentence_of) if one in asked and ids[place] not in (0, 2, 3, 4)]
         copies = torch.tensor([ids] * len(scored)).view(-1, LONGEST)
-        for copy, place in zip(copies, scored, strict=True):
-            copy[place] = theirs.mask_token_id
+        for row, place in zip(copies, scored, strict=True):
+            row[place] = theirs.mask_token_id
             for right in range(place + 1, LONGEST) if within_word == "l2r" else []:
                 if encoding.token_to_word(place) != encoding.token_to_word(right):
                     break
-                copy[right] = theirs.mask_token_id
+                row[right] = theirs.mask_token_id
         if not scored:
             return []
         more = {name: torch.tensor([encoding[name]] * len(scored)) for name in ("token_type_ids", "attention_mask")}
@@ -102,69 +98,41 @@ def values(score):
 
 
 @pytest.mark.parametrize("within_word", WITHIN_WORD)
-def test_token_by_token_as_the_plain_loop(ours, tokenizer, loop, within_word):
-    scores = list(pseudo_log_likelihood(ours, tokenizer, TEXTS, within_word=within_word))
-    assert [score.text for score in scores] == TEXTS
-    for score in scores:
-        expected = loop(score.text, within_word)
-        assert values(score) == pytest.approx(expected, abs=NATS)
-        assert score.pll == pytest.approx(sum(expected), abs=NATS * max(1, len(expected)))
+@pytest.mark.parametrize("given", [None, "the unbelievable cat."])
+def test_token_by_token_as_the_plain_loop(plain, tokenizer, loop, within_word, given):
+    """Also of a prepared model. What is given is seen and not scored."""
+    texts = [text for text in TEXTS if given is None or isinstance(text, str)]
+    for model in (plain, prepare_for_inference(plain)):
+        scores = list(pseudo_log_likelihood(model, tokenizer, texts, within_word=within_word, given=given))
+        assert [score.text for score in scores] == texts
+        for score in scores:
+            expected = loop(score.text, within_word, given)
+            assert values(score) == pytest.approx(expected, abs=NATS)
+            assert score.pll == pytest.approx(sum(expected), abs=NATS * max(1, len(expected)))
     everything = [value for score in scores for value in values(score)]
-    corpus = pseudo_perplexity(sum(score.pll for score in scores), sum(len(score.tokens) for score in scores))
+    corpus = pseudo_perplexity(sum(score.pll for score in scores), len(everything))
     assert corpus == pytest.approx(exp(-sum(everything) / len(everything)))
-
-
-@pytest.mark.parametrize("within_word", WITHIN_WORD)
-def test_what_is_given_is_seen_and_not_scored(ours, tokenizer, loop, within_word):
-    texts = [text for text in TEXTS if isinstance(text, str)]
-    alone = pseudo_log_likelihood(ours, tokenizer, texts, within_word=within_word)
-    scores = pseudo_log_likelihood(ours, tokenizer, texts, within_word=within_word, given="the unbelievable cat.")
-    for score, without in zip(scores, alone, strict=True):
-        assert values(score) == pytest.approx(loop(score.text, within_word, "the unbelievable cat."), abs=NATS)
-        places = [(token.token, token.start, token.end, token.sentence) for token in score.tokens]
-        assert places == [(token.token, token.start, token.end, 0) for token in without.tokens]
-        if score.tokens:
-            assert abs(score.pll - without.pll) > 100 * NATS, "the context must matter"
-
-
-def test_words_end_with_their_sentence_where_no_separator_stands_between(plain, tokenizer):
-    bare = Tokenizer.from_str(tokenizer.to_str())
-    bare.post_processor = processors.TemplateProcessing(single="$A", pair="$A:0 $B:1", special_tokens=[])
-    left_to_right, original = (
-        score_one(plain, bare, ("the", "unbelieving"), within_word=variant).tokens for variant in ("l2r", "original")
-    )
-    assert [token.token for token in original] == ["the", "un", "##believ", "##ing"]
-    assert left_to_right[0].log_probability == pytest.approx(original[0].log_probability, abs=NATS)
-    assert left_to_right[1].log_probability != pytest.approx(original[1].log_probability, abs=10 * NATS)
-
-
-def in_another_dtype(model, form):
-    if form in FORMS:
-        dtype, linear = form_or_skip(form)
-        return prepare_for_inference(model, dtype, linear=linear)
-    copy = BertForMaskedLM(model.config).eval()
-    copy.load_state_dict(model.state_dict())
-    return copy.to(getattr(torch, form.split()[1]))
 
 
 @pytest.mark.parametrize("form", ["plain bfloat16", "plain float64", "float64", "bfloat16 product", "int8"])
 def test_other_dtypes(plain, tokenizer, form):
     """The log-probabilities of a model in bfloat16 are computed in float32 from its logits, those in float64 stay."""
-    model = in_another_dtype(plain, form)
+    if form in FORMS:
+        dtype, linear = form_or_skip(form)
+        model = prepare_for_inference(plain, dtype, linear=linear)
+    else:
+        model = copy.deepcopy(plain).to(getattr(torch, form.split()[1]))
     # A log-probability is a logit and the logarithm of the sum of all: each is off by what forms.py says of a logit.
     nats = NATS if "float64" in form else 2 * TOLERANCE[torch.int8 if form == "int8" else torch.bfloat16]
-    exact, found = (list(pseudo_log_likelihood(one, tokenizer, TEXTS)) for one in (plain, model))
-    for score, expected in zip(found, exact, strict=True):
-        assert values(score) == pytest.approx(values(expected), abs=nats)
-        rounded = torch.tensor(values(score), dtype=torch.float64).bfloat16().tolist()
-        assert not values(score) or values(score) != rounded, "computed in float32"
-    differences = [
-        abs(a - b) for one, two in zip(found, exact, strict=True) for a, b in zip(values(one), values(two), strict=True)
-    ]
-    assert (max(differences) > NATS) == ("float64" not in form)
-    # Both read one distribution, and it adds up to 1.
+    exact, found = (
+        [value for score in pseudo_log_likelihood(one, tokenizer, TEXTS) for value in values(score)]
+        for one in (plain, model)
+    )
+    assert found == pytest.approx(exact, abs=nats)
+    assert (found == pytest.approx(exact, abs=NATS)) == ("float64" in form)
+    assert torch.tensor(found, dtype=torch.float64).bfloat16().tolist() != found, "computed in float32"
+    # fill-mask reads the same distribution.
     odds = {row["token_str"]: row["score"] for row in FillMask(model, tokenizer)("the [MASK] sat", top_k=10**6)}
-    assert sum(odds.values()) == pytest.approx(1, abs=1e-5)
     for word in ("cat", "?"):
         score = score_one(model, tokenizer, f"the {word} sat")
         # bfloat16: batches of other sizes are added up in another order, and a logit may be rounded the other way
@@ -179,18 +147,15 @@ def many_texts(number=30):
     return [" ".join(generator.choices(["unbelievable", *WORDS], k=generator.randint(0, 9))) for _ in range(number)]
 
 
-@pytest.mark.parametrize(("window", "batch_tokens"), [(1, 1), (7, 30)])
-def test_neither_order_nor_batch_size_matters(plain, tokenizer, monkeypatch, window, batch_tokens):
+def test_neither_order_nor_batch_size_matters(plain, tokenizer, monkeypatch):
     texts = many_texts()
     together = list(pseudo_log_likelihood(plain, tokenizer, texts))
-    monkeypatch.setattr("minibert.score.WINDOW", window)
-    monkeypatch.setattr("minibert.score.BATCH_TOKENS", batch_tokens)
-    alone = list(pseudo_log_likelihood(plain, tokenizer, texts))
-    backwards = list(pseudo_log_likelihood(plain, tokenizer, reversed(texts)))[::-1]
-    for other in (alone, backwards):
-        assert [score.text for score in other] == texts
-        for a, b in zip(together, other, strict=True):
-            assert values(a) == pytest.approx(values(b), abs=NATS)
+    monkeypatch.setattr("minibert.score.WINDOW", 7)
+    monkeypatch.setattr("minibert.score.BATCH_TOKENS", 30)
+    other = list(pseudo_log_likelihood(plain, tokenizer, reversed(texts)))[::-1]
+    assert [score.text for score in other] == texts
+    for a, b in zip(together, other, strict=True):
+        assert values(a) == pytest.approx(values(b), abs=NATS)
 
 
 def test_only_the_masked_position_is_predicted_and_nothing_is_padded(plain, tokenizer, monkeypatch):
@@ -204,33 +169,24 @@ def test_only_the_masked_position_is_predicted_and_nothing_is_padded(plain, toke
     monkeypatch.setattr(plain, "predict", spy)
     tokens = [len(score.tokens) for score in pseudo_log_likelihood(plain, tokenizer, [*many_texts(), *["a b"] * 200])]
     assert sum(number for number, _ in asked) == sum(n * (n + 2) for n in tokens)  # n copies, with [CLS] and [SEP]
-    assert sum(len(masked) for _, masked in asked) == sum(tokens)
-    assert {token for _, masked in asked for token in masked} == {VOCABULARY.index("[MASK]")}
+    assert [token for _, masked in asked for token in masked] == [VOCABULARY.index("[MASK]")] * sum(tokens)
     assert max(len(masked) for _, masked in asked) == 256
 
 
 def test_memory_does_not_grow_with_the_number_of_texts(plain, tokenizer, monkeypatch):
-    """While the 100th text is answered, nothing is left of the first ones, and no logits of an earlier batch."""
+    """While the 41st text is answered, nothing is left of the first ones, and no logits of an earlier batch."""
     monkeypatch.setattr("minibert.score.WINDOW", 8)
     monkeypatch.setattr("minibert.score.BATCH_TOKENS", 100)
-    taken = []
-
-    def reading():
-        for number in range(100):
-            taken.append(number)
-            yield f"the cat sat on {WORDS[number % 10]}"
-
+    texts = iter([f"the cat sat on {WORDS[number % 10]}" for number in range(100)])
     before = {id(one) for one in gc.get_objects()}
-    stream = pseudo_log_likelihood(plain, tokenizer, reading())
-    next(stream)
-    assert len(taken) == 8, "the first answer comes when one window has been read"
-    for number in range(1, 97):
-        next(stream)
-        assert len(taken) - number <= 8
-    alive = [one for one in gc.get_objects() if id(one) not in before]
-    assert sum(type(one) is EncodedText for one in alive) <= 8
-    assert sum(type(one) is Score for one in alive) <= 8
-    assert not [one for one in alive if type(one) is torch.Tensor and one.shape[1:] == (len(VOCABULARY),)]
+    stream = pseudo_log_likelihood(plain, tokenizer, texts)
+    answered = [next(stream).text for _ in range(41)]
+    assert len(answered) + len(list(texts)) == 100 - 7, "one window has been read ahead"
+    kinds = Counter(type(one) for one in gc.get_objects() if id(one) not in before)
+    assert kinds[EncodedText] <= 8
+    assert kinds[Score] <= 8
+    alive = [one for one in gc.get_objects() if id(one) not in before and type(one) is torch.Tensor]
+    assert not [one for one in alive if one.shape[1:] == (len(VOCABULARY),)]
 
 
 # ---------------------------------------------------------------------------------------------------- texts and numbers
@@ -248,16 +204,12 @@ def test_places_are_those_in_the_text(plain, tokenizer, text):
 
 
 def test_a_mask_in_the_text_is_seen_and_counts_as_no_token(plain, tokenizer, loop):
-    texts = ["the [MASK] sat", "the cat sat", "[MASK] sat on [SEP] a [MASK]"]
-    with pytest.warns(UserWarning, match=r"'the \[MASK\] sat' has \[MASK\] in it") as said:
+    texts = {"the [MASK] sat": "the sat", "the cat sat": "the cat sat", "[MASK] sat on [SEP] a [MASK]": "sat on a"}
+    with pytest.warns(UserWarning, match=r"'the \[MASK\] sat' has \[MASK\]") as said:
         scores = list(pseudo_log_likelihood(plain, tokenizer, texts))
     assert len(said) == 1, "once for all texts"
-    assert [" ".join(token.token for token in score.tokens) for score in scores] == [
-        "the sat",
-        "the cat sat",
-        "sat on a",
-    ]
-    for score in scores:
+    for score, counted in zip(scores, texts.values(), strict=True):
+        assert [token.token for token in score.tokens] == counted.split()
         assert values(score) == pytest.approx(loop(score.text), abs=NATS)
         assert score.pseudo_perplexity == pytest.approx(exp(-score.pll / len(score.tokens)))
 
@@ -275,45 +227,47 @@ def test_special_tokens_of_other_names(plain, tokenizer, text):
         assert values(score_one(plain, other, text.replace("[MASK]", "<<mask>>"))) == values(got)
 
 
-@pytest.mark.parametrize("text", ["", "  ", ("", "")])
-def test_no_token_is_no_sum_and_no_perplexity(ours, tokenizer, text):
-    score = score_one(ours, tokenizer, text)
-    assert (score, score.pll, score.pseudo_perplexity) == (Score(text, ()), 0, None)
-    assert list(pseudo_log_likelihood(ours, tokenizer, [])) == []
+def test_no_token_is_no_sum_and_no_perplexity(plain, tokenizer):
+    for text in ("", "  ", ("", "")):
+        score = score_one(plain, tokenizer, text)
+        assert (score, score.pll, score.pseudo_perplexity) == (Score(text, ()), 0, None)
+    assert list(pseudo_log_likelihood(plain, tokenizer, [])) == []
 
 
 def test_a_long_text_is_an_error_or_cut_and_of_two_the_longer(plain, tokenizer):
-    with pytest.raises(ValueError, match=rf"'the cat.*…': the text is 62 tokens long and the model takes {LONGEST}"):
-        list(pseudo_log_likelihood(plain, tokenizer, ["a b", LONG]))
-    with pytest.raises(ValueError, match=f"66 tokens long and the model takes {LONGEST}"):
+    with pytest.raises(ValueError, match=f"'the cat.*…': .* 66 tokens long and the model takes {LONGEST}"):
         score_one(plain, tokenizer, LONG, given="a b c")
     short = " ".join(LONG.split()[: LONGEST - 6])
     for text, given, kept in (
         (LONG, None, (" ".join(LONG.split()[: LONGEST - 2]), None)),
         (LONG, "a b .", (short, "a b .")),
         ("a b .", LONG, ("a b .", short)),
+        (("a b .", LONG), None, (("a b .", short), None)),
     ):
         cut = score_one(plain, tokenizer, text, given=given, truncate=True)
         assert cut.tokens == score_one(plain, tokenizer, kept[0], given=kept[1]).tokens
         assert cut.text == text
-    pair = score_one(plain, tokenizer, ("a b .", LONG), truncate=True)
-    assert pair.tokens == score_one(plain, tokenizer, ("a b .", short)).tokens
 
 
-def test_arguments_that_do_not_fit(plain, tokenizer):
-    with pytest.raises(ValueError, match="put it into a list"):
-        pseudo_log_likelihood(plain, tokenizer, "the cat")
-    with pytest.raises(ValueError, match="must be one of l2r, original, not 'r2l'"):
-        pseudo_log_likelihood(plain, tokenizer, [], within_word="r2l")
-    with pytest.raises(ValueError, match="two sentences, and a third is given"):
-        list(pseudo_log_likelihood(plain, tokenizer, [("a", "b")], given="c"))
-    with pytest.raises(ValueError, match=f"tokenizer has {len(VOCABULARY) + 1} tokens and the model {len(VOCABULARY)}"):
+@pytest.mark.parametrize(
+    ("error", "texts", "options", "words"),
+    [
+        (ValueError, "the cat", {}, "'the cat' alone: put it into a list"),
+        (ValueError, [], {"within_word": "r2l"}, "l2r, original, not 'r2l'"),
+        (ValueError, [("a", "b")], {"given": "c"}, r"'a \| b' is two sentences, and a third"),
+        (TypeError, ["a", 5], {}, "a tuple of two, not int 5"),
+        (TypeError, [("a", "b", "c")], {}, "a tuple of two, not tuple"),
+        (TypeError, [("a", 5)], {}, "str, not int 5"),
+    ],
+)
+def test_arguments_that_do_not_fit(plain, tokenizer, error, texts, options, words):
+    with pytest.raises(error, match=words):
+        list(pseudo_log_likelihood(plain, tokenizer, texts, **options))
+
+
+def test_models_that_do_not_fit(plain, tokenizer):
+    with pytest.raises(ValueError, match=f"{len(VOCABULARY) + 1} tokens and the model {len(VOCABULARY)}"):
         pseudo_log_likelihood(plain, from_vocabulary([*VOCABULARY, "dog"]), [])
-    for wrong in (5, None, ("a",), ("a", "b", "c")):
-        with pytest.raises(TypeError, match=f"must be a str, or a tuple of two, not {type(wrong).__name__} "):
-            list(pseudo_log_likelihood(plain, tokenizer, ["a", wrong]))
-    with pytest.raises(TypeError, match="a text must be a str, not int 5"):
-        list(pseudo_log_likelihood(plain, tokenizer, [("a", 5)]))
     model = BertForMaskedLM(plain.config)
     with pytest.raises(ValueError, match="dropout"):
         pseudo_log_likelihood(model, tokenizer, [])
@@ -328,17 +282,14 @@ def test_arguments_that_do_not_fit(plain, tokenizer):
 
 @pytest.mark.parametrize("options", [{}, {"given": "mat"}, {"within_word": "original"}, {"truncate": True}])
 def test_pairs_are_the_scores_of_both_sides(plain, tokenizer, options):
-    # The sides differ in length, and a token costs about log 30 nats: no random weights make a tie of them.
-    pairs = [("the cat sat", "the cat"), ("a b", "b b a"), ("The cat", "the CAT"), ("unbelievable", "play")]
+    pairs = [("the cat sat", "the cat"), ("a b", "b b a"), ("unbelievable", "play")]
     pairs += [(LONG, "a")] if options.get("truncate") else []
     scored = list(score_pairs(plain, tokenizer, iter(pairs), **options))
     assert [(pair.good.text, pair.bad.text) for pair in scored] == pairs
     for pair in scored:
         for side in (pair.good, pair.bad):
-            assert side.pll == pytest.approx(score_one(plain, tokenizer, side.text, **options).pll, abs=1e-4)
-        alike = pair.good.text.lower() == pair.bad.text.lower()
-        assert pair.outcome == ("tie" if alike else "win" if pair.good.pll > pair.bad.pll else "loss")
-    with pytest.raises(ValueError, match=r"nothing to score in one of the pair 'the cat \| '"):
+            assert values(side) == pytest.approx(values(score_one(plain, tokenizer, side.text, **options)), abs=NATS)
+    with pytest.raises(ValueError, match=r"'the cat \| '"):
         list(score_pairs(plain, tokenizer, [("the cat", "")]))
 
 
@@ -352,9 +303,7 @@ def test_rounding_wins_nothing(bad, outcome):
     ("wins", "pairs", "low", "high"),
     [  # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3
         (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
     ],
 )
 def test_wilsons_interval(wins, pairs, low, high):

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from readme.notebook import BLOCK, notebook
+from readme.fill import BLOCK, notebook
 
 import minibert
 
@@ -14,7 +14,7 @@ TEXT = COURSE.read_text(encoding="utf-8")
 
 
 def test_the_notebook_is_the_course():
-    """To mend it: python tests/readme/fill.py minibert/course.md && python tests/readme/notebook.py"""
+    """To mend it: python tests/readme/fill.py minibert/course.md"""
     kept = COURSE.with_suffix(".ipynb").read_text(encoding="utf-8")
     assert kept == notebook(TEXT)
     cells = json.loads(kept)["cells"]
