@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from twins import CONFIGS, make_batch, twins
+from twins import CONFIGS, make_batch, on_a_fake_gpu, twins
 
 from minibert import BertConfig, BertForMaskedLM, PackedBatch
 from minibert import attention as module
@@ -42,6 +42,19 @@ def by_hand(query, key, value, lengths):
     return result
 
 
+@pytest.fixture
+def fused(monkeypatch):
+    """The queries and the mask of each call of torch's fused attention."""
+    calls, real = [], module.F.scaled_dot_product_attention
+
+    def record(query, *others, attn_mask=None, **more):
+        calls.append((query.shape[-2], attn_mask))
+        return real(query, *others, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", record)
+    return calls
+
+
 @lengths_given
 @pytest.mark.parametrize("kernel", ["formula", "sdpa", "sequences", "jagged"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -54,30 +67,54 @@ def test_each_kernel_is_equation_1(lengths, kernel, dtype):
     torch.testing.assert_close(got.double(), by_hand(*qkv, lengths), rtol=0, atol=TOLERANCE[dtype])
 
 
+def with_gradients(run, batch, dtype=torch.float32):
+    """What it gives for the same query, key and value every time, and their gradients."""
+    torch.manual_seed(0)
+    qkv = random_qkv(batch, dtype, requires_grad=True)
+    context = run(*qkv)
+    context.double().square().sum().backward()
+    return [context, *(x.grad for x in qkv)]
+
+
 @lengths_given
 @pytest.mark.parametrize("kernel", ["sdpa", "sequences", "jagged"])
 def test_gradients_agree_with_the_formula(lengths, kernel):
-    batch, gradients = packed(lengths), []
+    batch, results = packed(lengths), []
     for name in ("formula", kernel):
-        torch.manual_seed(0)
-        qkv = random_qkv(batch, requires_grad=True)
         with use_kernel(name):
-            attention(*qkv, batch).square().sum().backward()
-        gradients.append([x.grad for x in qkv])
-    for got, expected in zip(*gradients, strict=True):
+            results.append(with_gradients(lambda *qkv: attention(*qkv, batch), batch))
+    for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("positions", [[], [3], [8, 0, 17, 5, 2], [0, 0, 7], list(range(18))], ids=str)
+def test_attention_at_some_positions_has_the_values_and_gradients_of_attention_there(positions, dtype, monkeypatch):
+    batch, positions = packed((5, 0, 9, 1, 3)), torch.tensor(positions, dtype=torch.int64)
+    expected = with_gradients(lambda *qkv: formula(*qkv, batch)[0][positions], batch, dtype)
+    for one, right in zip(
+        with_gradients(lambda *qkv: attention_at(*qkv, batch, positions), batch, dtype), expected, strict=True
+    ):
+        torch.testing.assert_close(one, right, rtol=0, atol=5 * TOLERANCE[dtype])
+    called = []
+    monkeypatch.setattr(module, "formula", lambda *a: called.append(1) or formula(*a))
+    with use_kernel("formula"):
+        attention_at(*random_qkv(batch), batch, positions)
+    assert called, "on the kernel that was asked for"
 
 
 @pytest.mark.parametrize("kernel", ["formula", "sdpa", "sequences", "jagged"])
 def test_dropout_drops_whole_weights_and_keeps_the_mean(kernel):
     batch = packed((40, 25))
     query, key, _ = random_qkv(batch)
-    ones = torch.ones_like(query)
     with use_kernel(kernel):
-        got = attention(query.requires_grad_(), key, ones, batch, torch.nn.Dropout(0.5))
+        got = attention(query.requires_grad_(), key, torch.ones_like(key), batch, torch.nn.Dropout(0.5))
     assert got.std() > 0.05, "nothing was dropped"
     # 65 tokens × 3 heads: a mean of 195 sums, each 1 on average; 5 sigma.
     assert abs(got[..., 0].mean() - 1) < 5 * got[..., 0].std() / 195**0.5
+
+
+# ----------------------------------------------------------------------------------------------------- quick dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -101,29 +138,6 @@ def test_quick_dropout_drops_its_share_and_scales_the_rest(p, dtype):
     assert not torch.equal(drop(x), y) or p in (1e-9, 1 - 1e-9)
     assert QuickDropout(0.0)(x) is x
     assert drop.eval()(x) is x
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("positions", [[], [3], [8, 0, 17, 5, 2], [0, 0, 7], list(range(18))], ids=str)
-def test_attention_at_some_positions_has_the_values_and_gradients_of_attention_there(positions, dtype):
-    batch, positions = packed((5, 0, 9, 1, 3)), torch.tensor(positions, dtype=torch.int64)
-    results = []
-    for at in (attention_at, lambda q, k, v, b, at: formula(q, k, v, b)[0][at]):
-        torch.manual_seed(0)
-        qkv = random_qkv(batch, dtype, requires_grad=True)
-        context = at(*qkv, batch, positions)
-        (context.double() ** 2).sum().backward()
-        results.append([context, *(x.grad for x in qkv)])
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=5 * TOLERANCE[dtype])
-
-
-def test_attention_at_some_positions_is_on_the_kernel_that_was_asked_for(monkeypatch):
-    batch, called = packed(UNEVEN), []
-    monkeypatch.setattr(module, "formula", lambda *a: called.append(1) or formula(*a))
-    with use_kernel("formula"):
-        attention_at(*random_qkv(batch), batch, torch.tensor([1, 2]))
-    assert called
 
 
 def test_quick_dropout_draws_elements_independently():
@@ -157,96 +171,57 @@ def test_quick_dropout_is_for_one_block():
     with pytest.raises(KeyError):
         fails()
     assert not any(part.training for part in model.modules())
-    assert torch.equal(logits(), logits())
     assert {type(part) for part in model.modules() if isinstance(part, torch.nn.Dropout)} == {torch.nn.Dropout}
 
 
 # ------------------------------------------------------------------------------------------------------ the choice
 
 
-def test_the_choice_on_the_cpu():
-    query = torch.zeros(24, 3, 8)
-    assert choose_kernel(query, packed(UNIFORM), 0.0) == "sdpa"
-    assert choose_kernel(query, packed(UNEVEN), 0.0) == "sequences"
-    assert choose_kernel(query.bfloat16(), packed(UNIFORM), 0.0) == "sdpa"  # short
-    assert choose_kernel(query.bfloat16().requires_grad_(), packed(UNIFORM), 0.0) == "formula"
-    assert choose_kernel(query.requires_grad_(), packed(UNIFORM), 0.1) == "sequences"
+@pytest.mark.parametrize(
+    ("lengths", "dtype", "device", "more", "kernel"),
+    [
+        (UNIFORM, torch.float32, "cpu", {}, "sdpa"),
+        (UNEVEN, torch.float32, "cpu", {}, "sequences"),
+        (UNIFORM, torch.float32, "cpu", dict(training=True, dropout=True), "sequences"),
+        (UNIFORM, torch.bfloat16, "cpu", {}, "sdpa"),  # short
+        (UNIFORM, torch.bfloat16, "cpu", dict(training=True), "formula"),
+        (UNEVEN, torch.bfloat16, "cuda", {}, "varlen"),
+        (UNEVEN, torch.float16, "cuda", {}, "varlen"),
+        (UNIFORM, torch.bfloat16, "cuda", {}, "sdpa"),  # flash attention without a mask
+        (UNEVEN, torch.float32, "cuda", {}, "sdpa"),  # the varlen kernel has half precision only
+        (UNEVEN, torch.bfloat16, "cuda", dict(dropout=True), "sdpa"),  # nor dropout
+        (UNEVEN, torch.bfloat16, "cuda", dict(head_size=12), "sdpa"),  # nor heads of other than multiples of 8
+    ],
+)
+def test_the_choice(lengths, dtype, device, more, kernel):
+    batch = packed(lengths)
+    with FakeTensorMode():
+        query = torch.empty(18, 3, more.get("head_size", 64), dtype=dtype, device=device)
+        query.requires_grad_(more.get("training", False))
+    assert choose_kernel(query, batch, more.get("dropout", False)) == kernel
 
 
 @pytest.mark.parametrize(("amx", "kernels"), [(True, "sdpa sdpa sdpa"), (False, "sdpa sequences sequences")])
-def test_without_amx_equation_1_is_for_long_sequences_in_bfloat16(amx, kernels, monkeypatch):
+def test_without_amx_equation_1_is_for_long_sequences_in_bfloat16(amx, kernels, monkeypatch, fused):
     monkeypatch.setattr(module, "has_amx", lambda: amx)
     query = torch.zeros(1, 3, 8, dtype=torch.bfloat16)
     assert [choose_kernel(query, packed((n, n)), 0.0) for n in (32, 128, 400)] == kernels.split()
     assert [choose_kernel(query.float(), packed((n, n)), 0.0) for n in (32, 128, 400)] == ["sdpa"] * 3
-    called = []
-    real = module.F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        module.F, "scaled_dot_product_attention", lambda *a, **k: called.append(a[0].shape[-2]) or real(*a, **k)
-    )
     batch = packed((300, 20, 64))  # 300: more than are written out at once
     qkv = random_qkv(batch, torch.bfloat16)
     got = attention(*qkv, batch)
-    assert called == ([300, 20, 64] if amx else [20])
+    assert [queries for queries, _ in fused] == ([300, 20, 64] if amx else [20])
     torch.testing.assert_close(got.double(), by_hand(*qkv, batch.lengths), rtol=0, atol=TOLERANCE[torch.bfloat16])
 
 
-def test_uniform_lengths_need_no_mask(monkeypatch):
-    masks = []
-    real = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        module.F, "scaled_dot_product_attention", lambda *a, **k: masks.append(k.get("attn_mask")) or real(*a, **k)
-    )
+def test_uniform_lengths_need_no_mask(fused):
     for lengths in (UNIFORM, UNEVEN):
         batch = packed(lengths)
         with use_kernel("sdpa"):
             attention(*random_qkv(batch), batch)
-    assert masks[0] is None
-    assert masks[1].shape == (4, 1, 1, 9)
-
-
-def test_the_choice_on_cuda():
-    def choice(lengths, dtype, dropout=False, head_size=64):
-        with FakeTensorMode():
-            return choose_kernel(
-                torch.empty(24, 3, head_size, dtype=dtype, device="cuda"), packed_fake(lengths), dropout
-            )
-
-    def packed_fake(lengths):
-        return PackedBatch(*[None] * 4, lengths=lengths, padded_shape=(0, 0), padded_index=None, largest=(0, 0, 0))
-
-    assert choice(UNEVEN, torch.bfloat16) == "varlen"
-    assert choice(UNEVEN, torch.float16) == "varlen"
-    assert choice(UNIFORM, torch.bfloat16) == "sdpa"  # flash attention without a mask
-    assert choice(UNEVEN, torch.float32) == "sdpa"  # the varlen kernel has half precision only
-    assert choice(UNEVEN, torch.bfloat16, dropout=True) == "sdpa"  # nor dropout
-    assert choice(UNEVEN, torch.bfloat16, head_size=12) == "sdpa"  # nor heads of other than multiples of 8
-
-
-def test_the_cuda_path_as_far_as_fake_tensors_go(monkeypatch):
-    config = BertConfig(num_hidden_layers=1, hidden_size=48, num_attention_heads=3, intermediate_size=37, vocab_size=99)
-    with torch.device("meta"):
-        layer = BertForMaskedLM(config).layers[0].eval()
-    called = []
-    real = module.varlen
-    monkeypatch.setattr(module, "varlen", lambda *arguments: called.append(1) or real(*arguments))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-
-        def cuda(*shape, dtype=torch.bfloat16):
-            return torch.empty(shape, dtype=dtype, device="cuda")
-
-        batch = PackedBatch(
-            *(cuda(8, dtype=torch.int64) for _ in range(3)),
-            cu_seqlens=cuda(3, dtype=torch.int32),
-            lengths=(5, 3),
-            padded_shape=(2, 5),
-            padded_index=cuda(8, dtype=torch.int64),
-            largest=(0, 0, 4),
-        )
-        weights = {name: cuda(*tensor.shape) for name, tensor in layer.state_dict().items()}
-        hidden = torch.func.functional_call(layer, weights, (cuda(8, 48), batch))
-        assert (hidden.shape, hidden.dtype, hidden.device.type) == ((8, 48), torch.bfloat16, "cuda")
-    assert called, "the layer went through flash attention on packed tokens"
+    (_, without), (_, mask) = fused
+    assert without is None
+    assert mask.shape == (4, 1, 1, 9)
 
 
 def test_flash_attention_on_packed_tokens_refuses_dropout():
@@ -256,17 +231,14 @@ def test_flash_attention_on_packed_tokens_refuses_dropout():
 
 
 def test_a_kernel_is_for_one_block_in_one_thread():
-    query = torch.zeros(24, 3, 8)
+    query, batch = torch.zeros(24, 3, 8), packed(UNIFORM)
     with use_kernel("formula"):
         with use_kernel("varlen"):
-            assert choose_kernel(query, packed(UNIFORM)) == "varlen"
-        assert choose_kernel(query, packed(UNIFORM)) == "formula"
+            assert choose_kernel(query, batch) == "varlen"
+        assert choose_kernel(query, batch) == "formula"
         with ThreadPoolExecutor(1) as other:
-            assert other.submit(choose_kernel, query, packed(UNIFORM)).result() == "sdpa"
-    assert choose_kernel(query, packed(UNIFORM)) == "sdpa"
-
-
-def test_an_unknown_kernel_is_refused():
+            assert other.submit(choose_kernel, query, batch).result() == "sdpa"
+    assert choose_kernel(query, batch) == "sdpa"
     with pytest.raises(ValueError, match=r"'flash'.*formula, sdpa, sequences, varlen"), use_kernel("flash"):
         pass
 
@@ -274,12 +246,15 @@ def test_an_unknown_kernel_is_refused():
 # ------------------------------------------------------------------------------------------------------- attention maps
 
 
-def test_attention_maps_are_those_of_transformers():
+def test_attention_maps_are_those_of_transformers(monkeypatch):
     sizes = CONFIGS["batch 13, gelu"]
     ours, theirs = twins(sizes, "eager")
     given = make_batch(sizes, "right", (13, 7))
     batch = PackedBatch.from_padded(given["input_ids"], given["attention_mask"])
+    slow = []
+    monkeypatch.setattr("minibert.masked_lm.formula", lambda *a: slow.append(1) or formula(*a))
     maps = ours.attention_maps(batch, [1, 4])
+    assert len(slow) == 2, "the other layers stay fused"
     expected = theirs(given["input_ids"], given["attention_mask"], output_attentions=True).attentions
     assert list(maps) == [1, 4]
     seen = given["attention_mask"].bool()
@@ -290,19 +265,25 @@ def test_attention_maps_are_those_of_transformers():
         assert got[~both].abs().max() == 0
 
 
-def test_the_other_layers_stay_fused(monkeypatch):
-    ours, _ = twins(CONFIGS["batch 13, gelu"])
-    batch = packed(UNEVEN)
-    formulas, fused = [], []
-    real_formula, real_sequences = module.formula, module.sequences
-    monkeypatch.setattr("minibert.masked_lm.formula", lambda *a: formulas.append(1) or real_formula(*a))
-    monkeypatch.setattr(module, "sequences", lambda *a: fused.append(1) or real_sequences(*a))
-    ours.attention_maps(batch, [2])
-    assert len(formulas) == 1
-    assert len(fused) >= 2
-
-
 # ------------------------------------------------------------------------------------------------------------ on a GPU
+
+
+def test_the_cuda_path_as_far_as_fake_tensors_go(monkeypatch):
+    config = BertConfig(num_hidden_layers=1, hidden_size=48, num_attention_heads=3, intermediate_size=37, vocab_size=99)
+    with torch.device("meta"):
+        layer = BertForMaskedLM(config).layers[0].eval()
+    called, real = [], module.varlen
+    monkeypatch.setattr(module, "varlen", lambda *arguments: called.append(1) or real(*arguments))
+    batch = packed((5, 3))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+
+        def cuda(*shape):
+            return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+
+        weights = {name: cuda(*tensor.shape) for name, tensor in layer.state_dict().items()}
+        hidden = torch.func.functional_call(layer, weights, (cuda(8, 48), on_a_fake_gpu(batch)))
+        assert (hidden.shape, hidden.dtype, hidden.device.type) == ((8, 48), torch.bfloat16, "cuda")
+    assert called, "the layer went through flash attention on packed tokens"
 
 
 @pytest.mark.gpu
@@ -316,11 +297,10 @@ def test_flash_attention_on_packed_tokens_is_equation_1(kernel, lengths, dtype):
         got = attention(*qkv, batch)
     torch.testing.assert_close(got.cpu().double(), by_hand(*qkv, lengths), rtol=0, atol=TOLERANCE[dtype])
     got.float().square().sum().backward()
-    gradients = [x.grad.float() for x in qkv]
     again = [x.detach().float().requires_grad_() for x in qkv]
     formula(*again, batch)[0].square().sum().backward()
-    for got_gradient, expected in zip(gradients, again, strict=True):
-        torch.testing.assert_close(got_gradient, expected.grad, rtol=0, atol=TOLERANCE[dtype] * 5)
+    for one, expected in zip(qkv, again, strict=True):
+        torch.testing.assert_close(one.grad.float(), expected.grad, rtol=0, atol=TOLERANCE[dtype] * 5)
 
 
 @pytest.mark.gpu

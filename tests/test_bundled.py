@@ -35,17 +35,15 @@ def test_it_answers_sensibly(fill, text, answer):
     assert answer in [row["token_str"] for row in fill(text, top_k=3)]
 
 
-def test_the_file_is_stored_in_half_precision_and_held_in_single(fill, folder):
-    report = fill.model.load_report
-    assert set(report.file_dtypes) == {"F16"}
-    assert report.dtype == "float32"
+def test_what_is_in_the_files(fill, folder):
+    report, file = fill.model.load_report, folder / "model.safetensors"
+    assert (set(report.file_dtypes), report.dtype) == ({"F16"}, "float32"), "half precision, held in single"
     assert not report.ignored
-    assert (folder / "model.safetensors").stat().st_size < 47e6
-
-
-def test_the_card_gives_the_sha_256(folder):
-    card = (folder / "README.md").read_text()
-    assert re.findall(r"\b[0-9a-f]{64}\b", card)[0] == sha256(folder / "model.safetensors")
+    assert file.stat().st_size < 47e6
+    assert re.findall(r"\b[0-9a-f]{64}\b", (folder / "README.md").read_text())[0] == sha256(file)
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert [fill.tokenizer.token_to_id(token) for token in specials] == [0, 100, 101, 102, 103], "BERT's"
+    assert fill.tokenizer.get_vocab_size() == 30522
 
 
 def test_transformers_reads_it_and_agrees(fill, folder, caplog):
@@ -57,25 +55,10 @@ def test_transformers_reads_it_and_agrees(fill, folder, caplog):
         torch.testing.assert_close(fill.model(ids).logits, theirs.eval()(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_the_tokenizer_is_berts(folder):
-    lines = load_tokenizer(NAME)
-    assert lines.get_vocab_size() == 30522
-    assert [lines.token_to_id(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [
-        0,
-        100,
-        101,
-        102,
-        103,
-    ]
-
-
-def test_a_file_stands_in_the_way(tmp_path):
+def test_names_that_lead_to_no_model(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"x")
     with pytest.raises(FileNotFoundError, match="is a file"):
         BertForMaskedLM.from_pretrained(path)
-
-
-def test_an_unknown_name_lists_what_there_is():
-    with pytest.raises(FileNotFoundError, match=NAME):
+    with pytest.raises(FileNotFoundError, match=NAME):  # lists what there is
         BertForMaskedLM.from_pretrained("minibert-uncased-typo")

@@ -16,25 +16,24 @@ from twins import (
     assert_same_submodules,
     compare,
     make_batch,
+    pack,
     twins,
 )
 
-from minibert import BertConfig, BertForMaskedLM, PackedBatch, masked_lm_loss
+from minibert import BertConfig, BertForMaskedLM, masked_lm_loss
 from minibert.attention import use_kernel
 from minibert.model import ACTIVATIONS
 
 every_shape = pytest.mark.parametrize("mask", MASKS)
-every_config = pytest.mark.parametrize("name", CONFIGS)
-both_kernels = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+THIRTEEN = CONFIGS["batch 13, gelu"]
 
 
-@every_config
+@pytest.mark.parametrize("name", CONFIGS)
 @every_shape
 @pytest.mark.parametrize(("two_segments", "attention"), [(False, "eager"), (True, "sdpa")], ids=["eager", "sdpa"])
 def test_submodules_logits_loss_and_gradients(name, mask, two_segments, attention):
-    sizes = CONFIGS[name]
-    ours, theirs = twins(sizes, attention)
-    batch = make_batch(sizes, mask, SIZES[name], two_segments)
+    ours, theirs = twins(CONFIGS[name], attention)
+    batch = make_batch(CONFIGS[name], mask, SIZES[name], two_segments)
     assert_same_submodules(ours, theirs, batch)
     assert_same_logits_and_loss(ours, theirs, batch)
     assert_same_gradients(ours, theirs, batch)
@@ -52,7 +51,7 @@ def test_every_activation(hidden_act):
 def test_a_new_model_starts_as_bert_did():
     """A normal distribution cut off at two standard deviations, which leaves it 0.8796 of its own. Biases are 0."""
     torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(**CONFIGS["batch 13, gelu"], initializer_range=0.1))
+    model = BertForMaskedLM(BertConfig(**THIRTEEN, initializer_range=0.1))
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     numbers = torch.cat([matrix.flatten() for matrix in matrices])  # 40,000
     assert numbers.abs().max() <= 0.2
@@ -64,21 +63,19 @@ def test_a_new_model_starts_as_bert_did():
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 adds in another order")
-@both_kernels
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_dense_batch_is_equal_bit_for_bit(attention):
-    sizes = CONFIGS["batch 13, gelu"]
-    ours, theirs = twins(sizes, attention)
-    batch = make_batch(sizes, "dense", (13, 7))
+    ours, theirs = twins(THIRTEEN, attention)
+    batch = make_batch(THIRTEEN, "dense", (13, 7))
     with use_kernel("formula" if attention == "eager" else "sdpa"), torch.no_grad():
         assert torch.equal(ours(**batch).logits, theirs(**batch).logits)
 
 
 @every_shape
 def test_the_fast_door_gives_what_the_padded_door_gives(mask):
-    sizes = CONFIGS["batch 13, gelu"]
-    ours, theirs = twins(sizes, "sdpa")
-    batch = make_batch(sizes, mask, (13, 7), two_segments=True)
-    packed = PackedBatch.from_padded(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+    ours, theirs = twins(THIRTEEN, "sdpa")
+    batch = make_batch(THIRTEEN, mask, (13, 7), two_segments=True)
+    packed = pack(batch)
     targets = packed.pack(batch["labels"])
     positions = (targets != -100).nonzero().flatten()
     logits = ours.predict(packed, positions)
@@ -89,18 +86,16 @@ def test_the_fast_door_gives_what_the_padded_door_gives(mask):
 
 
 def test_positions_of_your_own():
-    sizes = CONFIGS["batch 13, gelu"]
-    ours, theirs = twins(sizes)
-    batch = make_batch(sizes, "right", (13, 7))
+    ours, theirs = twins(THIRTEEN)
+    batch = make_batch(THIRTEEN, "right", (13, 7))
     batch["position_ids"] = torch.arange(7).flip(0).expand(13, 7)
     assert_same_logits_and_loss(ours, theirs, batch)
 
 
 @pytest.mark.parametrize(("mask", "attention"), [("dense", "eager"), ("right", "sdpa"), ("holes", "sdpa")])
 def test_twenty_steps_of_adamw_give_the_same_losses(mask, attention):
-    sizes = CONFIGS["batch 13, gelu"]
-    ours, theirs = twins(sizes, attention)
-    batch = make_batch(sizes, mask, (13, 7), two_segments=True)
+    ours, theirs = twins(THIRTEEN, attention)
+    batch = make_batch(THIRTEEN, mask, (13, 7), two_segments=True)
     losses = []
     for model in (ours, theirs):
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
@@ -119,9 +114,9 @@ def test_twenty_steps_of_adamw_give_the_same_losses(mask, attention):
 
 
 def test_dropout_in_training_draws_what_transformers_draws():
-    sizes = {**CONFIGS["batch 13, gelu"], "hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
-    ours, theirs = twins(sizes, "eager")
-    batch = make_batch(sizes, "dense", (13, 7))
+    rates = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
+    ours, theirs = twins({**THIRTEEN, **rates}, "eager")
+    batch = make_batch(THIRTEEN, "dense", (13, 7))
     results = []
     with use_kernel("formula"):
         for model in (ours.train(), theirs.train()):
@@ -139,9 +134,8 @@ def test_half_precision_is_as_near_the_truth_as_transformers_is(mask, dtype):
     # The truth is float64 with the same rounded weights. Both make errors of some roundings of 2^-8 (bfloat16)
     # or 2^-11 (float16) of the logits, in another order: neither may be more than half as far again from the
     # truth as the other.
-    sizes = CONFIGS["batch 13, gelu"]
-    batch = make_batch(sizes, mask, (13, 7))
-    ours, theirs = twins(sizes, "sdpa", dtype)
+    batch = make_batch(THIRTEEN, mask, (13, 7))
+    ours, theirs = twins(THIRTEEN, "sdpa", dtype)
     seen = batch["attention_mask"].bool()
     with torch.no_grad():
         low, their_low = ours(**batch), theirs(**batch)
@@ -158,16 +152,14 @@ def test_half_precision_is_as_near_the_truth_as_transformers_is(mask, dtype):
 @pytest.mark.slow
 def test_bert_base_at_full_size():
     # 12 layers of 768 add up more roundings than the small models, on logits of order 5.
-    sizes = {}
-    ours, theirs = twins(sizes, "sdpa")
+    ours, theirs = twins({}, "sdpa")
     batch = make_batch({"vocab_size": 30522}, "right", (3, 37), two_segments=True)
     label = "bert-base size"
     with torch.no_grad():
         assert_same_submodules(ours, theirs, batch, tolerance=5e-5, label=label)
         assert_same_logits_and_loss(ours, theirs, batch, logits=5e-5, loss=1e-5, label=label)
     assert_same_gradients(ours, theirs, batch, tolerance=5e-5, label=label)
-    assert sum(p.numel() for p in ours.parameters()) == 109_514_298  # the figure transformers gives for this model
-    assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters()
+    assert sum(p.numel() for p in ours.parameters()) == theirs.num_parameters() == 109_514_298
 
 
 # ---------------------------------------------------------------------------------------------------- the notebook
@@ -179,16 +171,11 @@ def test_the_notebooks_shapes():
     model = BertForMaskedLM(BertConfig(num_hidden_layers=1, hidden_size=24)).eval()
     ids = torch.tensor([LINCOLN["ids"]])
     with torch.no_grad():
-        assert tuple(model(ids).keys()) == ("logits",)
-        assert tuple(model(ids, labels=ids).keys()) == ("loss", "logits")
-        assert model(ids)["logits"].shape == (1, 62, 30522)
-        assert model(ids)[0].shape == (1, 62, 30522)
-        with pytest.raises(KeyError, match="only logits"):
-            model(ids)["loss"]
         out = model(ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
-        assert out.loss is None
-        assert out.logits.shape == (1, 62, 30522)
-        assert model(ids, labels=ids).loss.shape == ()
+        assert (tuple(out.keys()), out.loss) == (("logits",), None)
+        assert out.logits.shape == out["logits"].shape == out[0].shape == (1, 62, 30522)
+        out = model(ids, labels=ids)
+        assert (tuple(out.keys()), out.loss.shape) == (("loss", "logits"), ())
 
 
 def real_weights():

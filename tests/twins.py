@@ -2,7 +2,7 @@
 checks that compare the two. Used by the parity tests and by the test of those tests.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import needs
 import torch
@@ -12,39 +12,25 @@ from minibert import BertConfig, BertForMaskedLM
 from minibert.checkpoint.names import NAMES, hub_names
 from minibert.packing import PackedBatch
 
+
+def sizes(vocabulary, hidden, layers, heads, feed_forward, longest, types, **more):
+    return dict(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=feed_forward,
+        max_position_embeddings=longest,
+        type_vocab_size=types,
+        **more,
+    )
+
+
 # Awkward on purpose: no two sizes are equal, so that swapped axes and forgotten splits fail.
 CONFIGS = {
-    "batch 13, gelu": dict(
-        vocab_size=99,
-        hidden_size=32,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        intermediate_size=37,
-        max_position_embeddings=19,
-        type_vocab_size=2,
-    ),
-    "3 heads, gelu_new": dict(
-        vocab_size=131,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=17,
-        max_position_embeddings=11,
-        type_vocab_size=3,
-        hidden_act="gelu_new",
-        layer_norm_eps=1e-7,
-    ),
-    "1 head, relu": dict(
-        vocab_size=53,
-        hidden_size=10,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=7,
-        max_position_embeddings=23,
-        type_vocab_size=2,
-        hidden_act="relu",
-        pad_token_id=None,
-    ),
+    "batch 13, gelu": sizes(99, 32, 5, 4, 37, 19, 2),
+    "3 heads, gelu_new": sizes(131, 24, 2, 3, 17, 11, 3, hidden_act="gelu_new", layer_norm_eps=1e-7),
+    "1 head, relu": sizes(53, 10, 1, 1, 7, 23, 2, hidden_act="relu", pad_token_id=None),
 }
 SIZES = {"batch 13, gelu": (13, 7), "3 heads, gelu_new": (3, 11), "1 head, relu": (1, 5)}
 MASKS = ("dense", "right", "left", "holes")
@@ -57,19 +43,17 @@ LOSS = 2e-6
 GRADIENT = 1e-5  # of the largest gradient in the tensor
 
 
-def compare(what, got, expected, tolerance):
-    """Assert that two tensors differ by at most `tolerance`, and keep the largest difference for the table at
-    the end.
-    """
+def compare(what, got, expected, tolerance, where=""):
+    """Assert that two tensors differ by at most `tolerance`, and keep the largest difference for the last table."""
     difference = (got - expected).abs().max().item()
-    assert difference <= tolerance, f"{what} differ by {difference:.2e}, more than {tolerance:.0e}"
+    assert difference <= tolerance, f"{where} {what} differ by {difference:.2e}, more than {tolerance:.0e}"
     needs.measured(what, difference, tolerance)
 
 
-def twins(sizes, attention="eager", dtype=torch.float32):
+def twins(config, attention="eager", dtype=torch.float32):
     """(ours, theirs), with random weights everywhere, in evaluation mode."""
     torch.manual_seed(1)
-    ours = BertForMaskedLM(BertConfig(**sizes)).eval()
+    ours = BertForMaskedLM(BertConfig(**config)).eval()
     with torch.no_grad():
         for name, parameter in ours.state_dict(keep_vars=True).items():
             if name.startswith("embeddings") and parameter.dim() == 2:
@@ -78,9 +62,8 @@ def twins(sizes, attention="eager", dtype=torch.float32):
                 parameter.normal_(0, parameter.shape[1] ** -0.5)
             else:
                 parameter.normal_(1.0 if "LayerNorm.weight" in name else 0.0, 0.2)
-    theirs = transformers.BertForMaskedLM(
-        transformers.BertConfig(**asdict(ours.config), attn_implementation=attention)
-    ).eval()
+    theirs = transformers.BertConfig(**asdict(ours.config), attn_implementation=attention)
+    theirs = transformers.BertForMaskedLM(theirs).eval()
     copy_weights(ours, theirs)
     return ours.to(dtype), theirs.to(dtype)
 
@@ -94,11 +77,11 @@ def copy_weights(ours, theirs):
                 state[hub].copy_(part)
 
 
-def make_batch(sizes, mask, shape, two_segments=False):
+def make_batch(config, mask, shape, two_segments=False):
     """The keyword arguments of both models' forward, labels included."""
     generator = torch.Generator().manual_seed(2)
     rows, columns = shape
-    ids = torch.randint(0, sizes["vocab_size"], shape, generator=generator)
+    ids = torch.randint(0, config["vocab_size"], shape, generator=generator)
     lengths = torch.randint(1, columns + 1, (rows, 1), generator=generator)
     lengths[0] = columns
     column = torch.arange(columns)
@@ -121,6 +104,12 @@ def pack(batch):
     return PackedBatch.from_padded(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
 
 
+def on_a_fake_gpu(batch):
+    """The packed batch in a FakeTensorMode: its tensors have a device and no numbers."""
+    tensors = {name: x for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
+    return replace(batch, **{name: torch.empty_like(x, device="cuda") for name, x in tensors.items()})
+
+
 def assert_same_logits_and_loss(ours, theirs, batch, logits=LOGITS, loss=LOSS, label="float32"):
     got, expected = ours(**batch), theirs(**batch)
     seen = batch["attention_mask"].bool()
@@ -138,43 +127,40 @@ def assert_same_gradients(ours, theirs, batch, tolerance=GRADIENT, label="float3
     for name, parameter in ours.state_dict(keep_vars=True).items():
         hubs = hub_names(name)
         for hub, part in zip(hubs, parameter.grad.chunk(len(hubs)), strict=True):
-            scale = expected[hub].grad.abs().max().clamp(min=1e-3)
-            try:
-                compare(
-                    f"gradients, of the largest entry, {label}", part / scale, expected[hub].grad / scale, tolerance
-                )
-            except AssertionError as error:
-                raise AssertionError(f"{hub}: {error}") from None
+            gradient = expected[hub].grad
+            scale = gradient.abs().max().clamp(min=1e-3)
+            what = f"gradients, of the largest entry, {label}"
+            compare(what, part / scale, gradient / scale, tolerance, where=hub)
+
+
+def outputs(model, names, run):
+    """What the modules of these names give while `run` lasts."""
+    found = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: found.__setitem__(name, output.detach())
+        )
+        for name in names
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 def assert_same_submodules(ours, theirs, batch, tolerance=LOGITS, label="float32"):
     """Every module of the name table gives what its counterpart gives: for layer after layer, in packed order."""
-    got, expected, packed = {}, {}, pack(batch)
-    pairs = []
+    pairs = {}
     for name, hubs in NAMES:
         if name == "head":
             continue  # the bias: the logits show it
-        for number in range(ours.config.num_hidden_layers) if ".N." in name else [None]:
-            pairs.append((name.replace(".N.", f".{number}."), [hub.replace(".N.", f".{number}.") for hub in hubs]))
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, store=store, name=name: store.__setitem__(name, output.detach())
-        )
-        for model, store, names in (
-            (ours, got, [name for name, _ in pairs]),
-            (theirs, expected, [hub for _, hubs in pairs for hub in hubs]),
-        )
-        for name in names
-    ]
-    ours.predict(packed, torch.arange(packed.num_tokens)), theirs(**batch)
-    for handle in handles:
-        handle.remove()
-    shape = batch["input_ids"].shape
-    for name, hubs in pairs:
-        parts = [packed.pack(expected[hub].expand(*shape, -1)) for hub in hubs]
-        theirs_here = torch.cat(parts, dim=-1)
-        scale = theirs_here.abs().max().clamp(min=1)
-        try:
-            compare(f"submodules, of the largest entry, {label}", got[name] / scale, theirs_here / scale, tolerance)
-        except AssertionError as error:
-            raise AssertionError(f"{name} against {hubs}: {error}") from None
+        for number in range(ours.config.num_hidden_layers) if ".N." in name else [0]:
+            pairs[name.replace(".N.", f".{number}.")] = [hub.replace(".N.", f".{number}.") for hub in hubs]
+    packed, shape = pack(batch), batch["input_ids"].shape
+    got = outputs(ours, pairs, lambda: ours.predict(packed, torch.arange(packed.num_tokens)))
+    expected = outputs(theirs, [hub for hubs in pairs.values() for hub in hubs], lambda: theirs(**batch))
+    for name, hubs in pairs.items():
+        right = torch.cat([packed.pack(expected[hub].expand(*shape, -1)) for hub in hubs], dim=-1)
+        scale = right.abs().max().clamp(min=1)
+        what = f"submodules, of the largest entry, {label}"
+        compare(what, got[name] / scale, right / scale, tolerance, where=f"{name} against {hubs}")
