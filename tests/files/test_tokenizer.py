@@ -3,14 +3,13 @@
 import itertools
 import json
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
+from tokenizers.models import BPE, Unigram, WordPiece
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
@@ -27,18 +26,7 @@ from minibert.tokenizer import (
     words_of,
 )
 
-LINCOLN = (
-    "After Abraham Lincoln won the November 1860 presidential {} on an anti-slavery platform, an initial seven slave "
-    "states declared their secession from the country to form the Confederacy. War broke out in April 1861 when "
-    "secessionist forces {} Fort Sumter in South Carolina, just over a month after Lincoln's inauguration."
-)
-LINCOLN_IDS = """
-    101  2044  8181  5367  2180  1996  2281  7313  4883  2602  2006  2019  3424  1011  8864  4132  1010  2019  3988
-   2698  6658  2163  4161  2037 22965  2013  1996  2406  2000  2433  1996 18179  1012  2162  3631  2041  1999  2258
-   6863  2043 22965  2923  2749  4457  3481  7680  3334  1999  2148  3792  1010  2074  2058  1037  3204  2044  5367
-   1005  1055 17331  1012   102
-"""
-
+LINCOLN = json.loads((Path(__file__).parents[1] / "lincoln.json").read_text())
 BASE = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXTS = {
     "plain": "The quick brown fox jumps over the lazy dog.",
@@ -70,8 +58,8 @@ TEXTS = {
     "special tokens": "[CLS] a [SEP] b [PAD] c [UNK] d [UNUSED1] [unused1]",
     "pieces": "##ing ##s # # un##able",
     "unknown": "\U0001f9ff\U0010ffff \ue000",
-    "lincoln": LINCOLN.format("election", "attacked"),
-    "masked lincoln": LINCOLN.format("[MASK]", "[MASK]"),
+    "lincoln": LINCOLN["text"],
+    "masked lincoln": LINCOLN["text"].replace("election", "[MASK]").replace("attacked", "[MASK]"),
 }
 SETTINGS = [
     {},
@@ -115,21 +103,12 @@ def hub(tokens, tmp_path_factory):
     return BertTokenizer.from_pretrained(write_vocabulary(tmp_path_factory.mktemp("hub"), tokens, {}))
 
 
-# ----------------------------------------------------------------------------------------------------- the notebook
-
-
 def test_lincoln_gives_the_notebooks_62_ids(bundled):
-    expected = [int(number) for number in LINCOLN_IDS.split()]
+    expected = list(LINCOLN["ids"])
     assert len(expected) == 62
-    assert bundled.encode(LINCOLN.format("election", "attacked")).ids == expected
+    assert bundled.encode(TEXTS["lincoln"]).ids == expected
     expected[9] = expected[43] = 103
-    assert bundled.encode(LINCOLN.format("[MASK]", "[MASK]")).ids == expected
-
-
-def test_the_bundled_vocabulary_is_berts(bundled):
-    assert bundled.get_vocab_size() == 30522
-    assert special_ids(bundled) == [0, 100, 101, 102, 103]
-    assert [bundled.id_to_token(number) for number in (0, 100, 101, 102, 103)] == BASE
+    assert bundled.encode(TEXTS["masked lincoln"]).ids == expected
 
 
 # ------------------------------------------------------------------------------------------- against transformers
@@ -147,16 +126,6 @@ def test_same_ids_and_text_as_both_of_transformers(family):
             assert decode(ours, ids, skip_special_tokens=skip) == rust.decode(ids, skip_special_tokens=skip), name
 
 
-def test_settings_change_the_ids(tokens, tmp_path):
-    """Else the comparisons above would say nothing."""
-    results = set()
-    for number, some in enumerate(SETTINGS[:5]):
-        (tmp_path / str(number)).mkdir()
-        tokenizer = load_tokenizer(write_vocabulary(tmp_path / str(number), tokens, some))
-        results.add(tuple(tokenizer.encode("Émile aime Paris, pâté 北京 naïve").ids))
-    assert len(results) == 5
-
-
 words = st.sampled_from("the [MASK] café 北京 un ##able don't İ e\u0301 \u200b 👍🏽 . [SEP] ﬁ ß \u0301 \x00".split(" "))
 
 
@@ -170,27 +139,18 @@ def test_any_text_gives_the_same_ids(bundled, hub, text):
     assert (encoding.ids, encoding.type_ids) == (theirs["input_ids"], theirs["token_type_ids"])
 
 
-@pytest.mark.parametrize("pair", [("How are you?", "Fine, thanks."), ("a [MASK]", "b"), ("", "北京")])
-def test_pairs_have_two_token_types(family, pair):
+def test_pairs_have_two_token_types(family):
     ours, rust, python = family
-    encoding = ours.encode(*pair)
-    assert encoding.ids == rust(*pair)["input_ids"]
-    assert encoding.ids == python(*pair)["input_ids"]
-    assert encoding.type_ids == rust(*pair)["token_type_ids"]
-    first = len(ours.encode(pair[0]).ids)
-    assert encoding.type_ids == [0] * first + [1] * (len(encoding.ids) - first)
-
-
-def test_a_vocabulary_file_alone_means_lower_case(bundled, hub, tokens, tmp_path):
-    tokenizer = load_tokenizer(write_vocabulary(tmp_path, tokens))
-    for text in TEXTS.values():
-        assert tokenizer.encode(text).ids == bundled.encode(text).ids == hub(text)["input_ids"]
+    for pair in (("How are you?", "Fine, thanks."), ("a [MASK]", "b"), ("", "北京")):
+        encoding, theirs = ours.encode(*pair), rust(*pair)
+        assert encoding.ids == theirs["input_ids"] == python(*pair)["input_ids"]
+        assert encoding.type_ids == theirs["token_type_ids"]
+        assert encoding.type_ids.count(0) == len(ours.encode(pair[0]).ids)
 
 
 def test_tokenizer_json_comes_before_the_vocabulary(bundled, tmp_path):
     bundled.save(str(tmp_path / "tokenizer.json"))
-    write_vocabulary(tmp_path, BASE)
-    assert load_tokenizer(tmp_path).get_vocab() == bundled.get_vocab()
+    assert load_tokenizer(write_vocabulary(tmp_path, BASE)).get_vocab() == bundled.get_vocab()
 
 
 # --------------------------------------------------------------------------------------------------------- length
@@ -203,10 +163,7 @@ def test_stored_truncation_and_padding_are_switched_off(bundled, tmp_path):
     stored.enable_truncation(8)
     stored.enable_padding(length=64)
     stored.save(str(tmp_path / "tokenizer.json"))
-    assert len(Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(LONG).ids) == 64, "it is in the file"
     tokenizer = load_tokenizer(tmp_path)
-    assert len(tokenizer.encode(LONG).ids) == 42
-    assert len(tokenizer.encode("fox").ids) == 3
     assert [len(one.ids) for one in tokenizer.encode_batch(["fox", LONG])] == [3, 42]
 
 
@@ -276,16 +233,13 @@ def test_what_a_caller_has_set_neither_cuts_nor_pads(bundled):
     own = Tokenizer.from_str(bundled.to_str())
     own.enable_truncation(8)
     own.enable_padding(length=64)
-    theirs = PreTrainedTokenizerFast(tokenizer_object=own, mask_token="[MASK]")
-    theirs("fox", truncation=True, max_length=8, padding="max_length")
-    for used in (as_tokenizer(own), as_tokenizer(theirs)):
-        assert used.encode(LONG).ids == bundled.encode(LONG).ids
-        assert used.encode("fox").ids == bundled.encode("fox").ids
+    for used in (as_tokenizer(own), as_tokenizer(PreTrainedTokenizerFast(tokenizer_object=own, mask_token="[MASK]"))):
+        for text in (LONG, "fox"):
+            assert used.encode(text).ids == bundled.encode(text).ids
     assert own.truncation["max_length"] == 8
-    with pytest.raises(TypeError, match="computed in Python"):
-        as_tokenizer(WordPiece())
-    with pytest.raises(TypeError, match="load_tokenizer"):
-        as_tokenizer("bert-base-uncased")
+    for wrong, cause in ((WordPiece(), "computed in Python"), ("bert-base-uncased", "load_tokenizer")):
+        with pytest.raises(TypeError, match=cause):
+            as_tokenizer(wrong)
 
 
 def test_special_tokens_are_split_where_the_settings_say_so(tmp_path):
@@ -310,34 +264,26 @@ PIECES = "▁the ▁cat ▁sat ▁un bel iev able ▁dog s ▁on ▁a ▁mat . �
 SENTENCES = ["the dogs unbelievable cat. sat on a mat.", "unbelievable", "the [MASK] sat on[MASK]able dogs", "of the a"]
 
 
-def pieces_without_words(kind):
-    pieces = [*BASE, *PIECES]
-    made = Tokenizer(Unigram([(piece, -float(n)) for n, piece in enumerate(pieces)], unk_id=1, byte_fallback=False))
-    if kind == "metaspace":
-        made.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
-    else:
-        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        if kind == "by hand":
-            made.pre_tokenizer = pre_tokenizers.Split("xyz", "isolated")
-    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    made.add_special_tokens(BASE)
-    return made
-
-
 @pytest.mark.parametrize("kind", ["metaspace", "no pre-tokenizer", "by hand"])
 def test_words_are_found_where_the_tokenizer_tells_none(kind):
-    tokenizer = pieces_without_words(kind)
+    pieces = [(piece, -float(n)) for n, piece in enumerate([*BASE, *PIECES])]
+    tokenizer = Tokenizer(Unigram(pieces, unk_id=1, byte_fallback=False))
+    if kind == "metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        if kind == "by hand":
+            tokenizer.pre_tokenizer = pre_tokenizers.Split("xyz", "isolated")
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.add_special_tokens(BASE)
     for text in SENTENCES:
-        encoding = tokenizer.encode(text, "the cats")
-        groups = {}
-        for word, place, token in zip(
-            words_of(tokenizer, encoding, text, "the cats"), encoding.offsets, encoding.tokens, strict=True
-        ):
-            groups.setdefault(word, []).append((place, token))
-        assert [token for _, token in groups.pop(None)] == ["[CLS]", "[SEP]", "[SEP]"]
+        encoding, groups = tokenizer.encode(text, "the cats"), {}
+        for word, token in zip(words_of(tokenizer, encoding, text, "the cats"), encoding.tokens, strict=True):
+            groups[word] = groups.get(word, "") + token
+        assert groups.pop(None) == "[CLS][SEP][SEP]"
         expected = [part for one in (text, "the cats") for part in re.findall(r"\[MASK\]|[^ \[]+", one)]
-        found = ["".join(token for _, token in group).strip("▁") for group in groups.values()]
-        assert [one for one in found if one] == (expected if text != "of the a" else ["of▁the", "a", "the", "cats"])
+        found = [group.strip("▁") for group in groups.values() if group != "▁"]
+        assert found == (expected if text != "of the a" else ["of▁the", "a", "the", "cats"])
 
 
 def test_words_of_bytes_are_those_of_the_same_tokenizer_that_cuts():
@@ -364,9 +310,8 @@ def test_text_that_is_not_unicode_is_a_value_error(bundled):
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither a tokenizer.json nor a vocab.txt") as caught:
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}: .*neither a tokenizer.json nor a vocab.txt"):
         load_tokenizer(tmp_path)
-    assert str(tmp_path) in str(caught.value)
     with pytest.raises(FileNotFoundError, match="is no folder"):
         load_tokenizer(tmp_path / "nothing")
 
@@ -376,23 +321,5 @@ def test_broken_files_are_named(tmp_path, name):
     write_vocabulary(tmp_path, BASE)
     for text in ("", "{", "[]", "\x00\x01", *(['{"version": "1.0"}'] if name == "tokenizer.json" else [])):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=rf"{re.escape(name)}: not a (tokenizer|proper JSON) file") as caught:
+        with pytest.raises(ValueError, match=rf"{tmp_path / name}: not a (tokenizer|proper JSON) file"):
             load_tokenizer(tmp_path)
-        assert str(tmp_path / name) in str(caught.value)
-
-
-def test_a_tokenizer_that_is_not_berts():
-    tokenizer = from_vocabulary(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-    assert require_id(tokenizer, "[MASK]") == 4
-    with pytest.raises(ValueError, match=r"no \[MASK\] token"):
-        require_id(Tokenizer(WordLevel({"a": 0})), "[MASK]")
-
-
-def test_loading_a_tokenizer_needs_neither_transformers_nor_torch(tmp_path):
-    write_vocabulary(tmp_path, [*BASE, "a"])
-    code = (
-        "import sys; sys.modules['transformers'] = None; from minibert import load_tokenizer;"
-        f"print(load_tokenizer({str(tmp_path)!r}).encode('a [MASK]').ids, 'torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[2, 5, 4, 3] False"
