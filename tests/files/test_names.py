@@ -4,12 +4,9 @@ how they are written again.
 
 import hashlib
 import json
-import logging
-import os
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -149,13 +146,7 @@ def test_tied_copies(folder, tensors, copy, original):
 
 
 @pytest.mark.parametrize(
-    ("name", "head"),
-    [
-        ("BertModel", []),
-        ("BertForNextSentencePrediction", []),
-        ("BertForSequenceClassification", ["classifier.weight", "classifier.bias"]),
-        ("BertForQuestionAnswering", ["qa_outputs.weight", "qa_outputs.bias"]),
-    ],
+    ("name", "head"), [("BertModel", []), ("BertForQuestionAnswering", ["qa_outputs.weight", "qa_outputs.bias"])]
 )
 def test_another_tasks_head(tmp_path, name, head):
     theirs = random_weights(getattr(transformers, name)(transformers.BertConfig(**SIZES)))
@@ -186,39 +177,32 @@ def test_both_heads_of_pretraining(tmp_path):
 
 KEY = "bert.encoder.layer.1.attention.self.query.weight"
 LORA = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.default.weight"
+LAYER_NORM, DENSE = "bert.embeddings.LayerNorm.weight", "bert.encoder.layer.0.output.dense.weight"
+PLACE, UP = "bert.embeddings.position_embeddings.weight", "bert.encoder.layer.1.intermediate.dense.weight"
+TRANSFORM, ADAPTER = "cls.predictions.transform.dense.weight", "bert.encoder.layer.0.adapter.weight"
+
+
+def moved(old, new):
+    return lambda x: {**x, old: None, new: x[old]}
+
+
+# What is done to the tensors (None: taken out), and what the message names.
 WRONG = {
-    "too few": (lambda x: {**x, "bert.encoder.layer.2.output.dense.bias": None}, r"2\.output\.dense\.bias is missing"),
+    "too few": (lambda x: {**x, DENSE: None}, r"0\.output\.dense\.weight is missing"),
     "several too few": (lambda x: {**x, WORD: None, KEY: None}, r"tensors .*word_embeddings.* are missing"),
-    "too many": (
-        lambda x: {**x, "bert.encoder.layer.0.adapter.weight": torch.ones(3)},
-        "adapter.weight is not expected",
-    ),
-    "half a head": (
-        lambda x: {**x, "cls.predictions.transform.dense.weight": None},
-        "transform.dense.weight is missing",
-    ),
+    "too many": (lambda x: {**x, ADAPTER: torch.ones(3)}, "adapter.weight is not expected"),
+    "half a head": (lambda x: {**x, TRANSFORM: None}, "transform.dense.weight is missing"),
     "two spellings": (lambda x: {**x, older(LAYER_NORM): x[LAYER_NORM]}, "two spellings"),
-    "gamma of no LayerNorm": (lambda x: {**x, DENSE: None, DENSE.replace("weight", "gamma"): x[DENSE]}, "output.dense"),
-    "a wrong letter": (lambda x: {**x, KEY: None, KEY.replace("ery", "erry"): x[KEY]}, "nearest to .* is .*querry"),
-    "two models": (
-        lambda x: {f"{w}.{k}": t for w in "ab" for k, t in x.items()},
-        r"look like [ab]\..*; the nearest to",
-    ),
-    "another model": (
-        lambda x: {f"h.{n}.attn.weight": t for n, t in enumerate(x.values())},
-        r"like h\.\d+\.attn\.weight",
-    ),
-    "an adapter": (
-        lambda x: {**{f"base_model.model.{k}": t for k, t in x.items()}, LORA: torch.ones(2)},
-        "merge_and_unload",
-    ),
+    "gamma of no LayerNorm": (moved(DENSE, DENSE.replace("weight", "gamma")), "output.dense"),
+    "a wrong letter": (moved(KEY, KEY.replace("ery", "erry")), "nearest to .* is .*querry"),
+    "two models": (lambda x: {f"{w}.{k}": x[k] for w in "ab" for k in x}, r"look like [ab]\..*; the nearest to"),
+    "another model": (lambda x: {f"h.{n}.a": x[WORD] for n in range(3)}, r"like h\.\d+\.a"),
+    "an adapter": (lambda x: {**{f"base_model.model.{k}": x[k] for k in x}, LORA: x[BIAS]}, "merge_and_unload"),
     "another shape": (lambda x: {**x, PLACE: torch.zeros(17, 32)}, r"has shape \(17, 32\).*\(16, 32\)"),
     "transposed": (lambda x: {**x, UP: x[UP].T.contiguous()}, r"has shape \(32, 37\).*\(37, 32\)"),
     "whole numbers": (lambda x: {**x, WORD: x[WORD].long()}, "word_embeddings.weight is I64"),
     "yes and no": (lambda x: {**x, WORD: x[WORD].bool()}, "word_embeddings.weight is BOOL"),
 }
-LAYER_NORM, DENSE = "bert.embeddings.LayerNorm.weight", "bert.encoder.layer.0.output.dense.weight"
-PLACE, UP = "bert.embeddings.position_embeddings.weight", "bert.encoder.layer.1.intermediate.dense.weight"
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -238,40 +222,40 @@ def test_config_contradicts_the_tensors(folder):
         refused(folder, match, mentions=WEIGHTS)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite(folder, tensors, value):
-    tensors["bert.encoder.layer.4.attention.self.key.weight"][31, 31] = value
-    store(folder, tensors)
-    with pytest.warns(UserWarning, match=r"NaN or infinite weights in layers\.4\.attention\.qkv\.weight") as caught:
-        model = BertForMaskedLM.from_pretrained(folder)
-    assert str(folder / WEIGHTS) in str(caught[0].message)
-    assert caught[0].filename == __file__  # the warning points at the caller
-    assert model.load_report.non_finite == ("layers.4.attention.qkv.weight",)
-
-
-def test_large_finite_weights_are_no_reason_to_warn(folder, tensors, recwarn):
+def test_weights_that_are_not_finite(folder, tensors, recwarn):
     tensors[WORD][:] = 3e38  # their sum overflows
     store(folder, tensors)
     assert BertForMaskedLM.from_pretrained(folder).load_report.non_finite == ()
     assert not recwarn
+    for value in (float("nan"), float("inf"), float("-inf")):
+        tensors["bert.encoder.layer.4.attention.self.key.weight"][31, 31] = value
+        store(folder, tensors)
+        with pytest.warns(UserWarning, match=r"NaN or infinite weights in layers\.4\.attention\.qkv\.weight") as caught:
+            model = BertForMaskedLM.from_pretrained(folder)
+        assert str(folder / WEIGHTS) in str(caught[0].message)
+        assert caught[0].filename == __file__  # the warning points at the caller
+        assert model.load_report.non_finite == ("layers.4.attention.qkv.weight",)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes_in_the_file(folder, tensors, dtype):
+STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_other_dtypes_in_the_file(folder, tensors, stored):
+    dtype = STORED[stored]
     store(folder, {key: tensor.to(dtype) for key, tensor in tensors.items()})
-    name = "bert.encoder.layer.3.output.dense.weight"
-    for asked, expected in ((None, torch.float32), (dtype, dtype), (torch.bfloat16, torch.bfloat16)):
+    expected = tensors["bert.encoder.layer.3.output.dense.weight"].to(dtype)
+    for asked, held in ((None, torch.float32), (dtype, dtype), (torch.bfloat16, torch.bfloat16)):
         model = BertForMaskedLM.from_pretrained(folder, dtype=asked)
-        assert {tensor.dtype for tensor in model.state_dict().values()} == {expected}
-        assert torch.equal(model.layers[3].feed_forward.output.weight, tensors[name].to(dtype).to(expected))
-        stored = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}[dtype]
+        assert {tensor.dtype for tensor in model.state_dict().values()} == {held}
+        assert torch.equal(model.layers[3].feed_forward.output.weight, expected.to(held))
         assert model.load_report.file_dtypes == {stored: len(tensors)}
 
 
 # -------------------------------------------------------------------------------------------------------- written again
 
 
-def test_transformers_reads_it_back(ours, theirs, tensors, tmp_path, caplog):
+def test_transformers_reads_it_back(ours, theirs, tensors, tmp_path):
     ours.save_pretrained(folder := tmp_path / "new" / "folder")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", WEIGHTS]
     with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -279,15 +263,7 @@ def test_transformers_reads_it_back(ours, theirs, tensors, tmp_path, caplog):
     written = load_file(folder / WEIGHTS)
     assert written.keys() == tensors.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            model, info = transformers.BertForMaskedLM.from_pretrained(folder, output_loading_info=True)
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    model, info = transformers.BertForMaskedLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     assert torch.equal(logits(model), logits(theirs))
     assert_same_logits(ours, theirs)
@@ -302,14 +278,12 @@ def test_everything_survives_the_round_trip(good, tmp_path):
     assert transformers.BertForMaskedLM.from_pretrained(tmp_path).dtype == torch.bfloat16
     config = BertConfig(**SIZES, hidden_act="gelu_new", layer_norm_eps=1e-5, type_vocab_size=3, pad_token_id=None)
     model = BertForMaskedLM(config)
-    model.save_pretrained(tmp_path)
     for _ in range(2):  # and into the folder that it came from
+        torch.nn.init.normal_(model.head.bias)
+        model.save_pretrained(tmp_path)
         back = BertForMaskedLM.from_pretrained(tmp_path)
         assert back.config == config
         assert_same(back, model)
-        with torch.no_grad():
-            back.head.bias.add_(1)
-        back.save_pretrained(tmp_path)
         model = back
 
 
@@ -320,21 +294,20 @@ def test_the_decoder_cannot_come_untied(good):
     with torch.no_grad():
         model.embeddings.word.weight[98] = 0  # a word that is not in the input: only its own score may change
     assert torch.equal(logits(model)[..., :98], before[..., :98])
-    assert torch.allclose(logits(model)[..., 98], model.head.bias[98])
-    assert torch.allclose(logits(model.double())[..., 98], model.head.bias[98])
+    for changed in (model, model.double()):
+        assert torch.allclose(logits(changed)[..., 98], model.head.bias[98])
 
 
 def test_what_a_caller_may_not_ask_for(good, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = [
+    for name, options, error, match in (
         ("./nowhere", {}, FileNotFoundError, "'./nowhere' is no folder.*bundled name.*hub id"),
         (good / WEIGHTS, {}, FileNotFoundError, "is a file"),
         ("", {}, FileNotFoundError, "is no folder"),
         (good, {"revision": "v1"}, ValueError, r"'v1'.*is a folder"),
         (good, {"device": "nonsense"}, (RuntimeError, ValueError), "nonsense"),
         (good, {"torch_type": torch.float16}, TypeError, "torch_type"),
-    ]
-    for name, options, error, match in asked:
+    ):
         with pytest.raises(error, match=match):
             BertForMaskedLM.from_pretrained(name, **options)
 
@@ -345,12 +318,7 @@ def test_peak_memory_of_loading(tmp_path):
     config = BertConfig(
         vocab_size=8000, hidden_size=512, num_hidden_layers=7, num_attention_heads=8, intermediate_size=2048
     )
-    with torch.device("meta"):
-        model = BertForMaskedLM(config)
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.fill_(0.5)
-    model.save_pretrained(tmp_path)
+    BertForMaskedLM(config).save_pretrained(tmp_path)
     size = (tmp_path / WEIGHTS).stat().st_size
     assert 100e6 < size < 120e6
     program = """if True:
@@ -362,10 +330,7 @@ def test_peak_memory_of_loading(tmp_path):
         model = minibert.BertForMaskedLM.from_pretrained(sys.argv[1])
         print(status("VmHWM") - before)
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
     # The weights once, which nobody can do without. The allowance is for the largest single tensor (15 % here, the
     # word embeddings), which is there twice while it is copied out of the file, and a few MB of code that is first
     # run, modules and headers. Holding the file and the model side by side would be 2.0.
