@@ -1,5 +1,6 @@
 """The checkpoint that the tests of files change; the hub, its cache, and what is wrong with the network."""
 
+import json
 import shutil
 import socket
 import time
@@ -9,15 +10,15 @@ from pathlib import Path
 import hub_server
 import huggingface_hub
 import pytest
-import torch
 import transformers
 from checkpoints import SIZES, WEIGHTS, random_weights
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http
 from safetensors.torch import load_file
 
-from minibert import BertConfig, BertForMaskedLM, load_tokenizer
+from minibert import BertForMaskedLM
 from minibert.checkpoint import hub as minihub
+from minibert.tokenizer import from_vocabulary
 
 
 @pytest.fixture(scope="session")
@@ -59,14 +60,15 @@ def sharded(theirs, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory):
+def files(good, ours):
     """The files of one checkpoint: name → bytes."""
-    folder = tmp_path_factory.mktemp("made")
-    torch.manual_seed(0)
-    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(folder)
-    (folder / "vocab.txt").write_text(hub_server.VOCABULARY)
-    load_tokenizer(folder).save(str(folder / "tokenizer.json"))
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    tokenizer = from_vocabulary(hub_server.VOCABULARY.split())
+    return {
+        WEIGHTS: (good / WEIGHTS).read_bytes(),
+        "config.json": json.dumps(ours.config.to_dict()).encode(),
+        "vocab.txt": hub_server.VOCABULARY.encode(),
+        "tokenizer.json": tokenizer.to_str().encode(),
+    }
 
 
 @pytest.fixture

@@ -47,8 +47,6 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub = self.server
-        if self.path.startswith("/api/models/"):
-            return self.list()
         repo, slash, rest = self.path[1:].partition("/resolve/")
         revision, _, filename = rest.partition("/")
         if not slash:
@@ -80,18 +78,6 @@ class Answer(http.server.BaseHTTPRequestHandler):
             tries = sum(asked == (self.command, repo, revision, filename) for asked in hub.asked)
             cut = len(data) // 2 if tries == 1 else 0
         return self.reply(200, data, headers, cut)
-
-    def list(self):
-        """The files of a repository, as snapshot_download asks for them."""
-        owner, name, kind, revision = self.path.partition("?")[0].removeprefix("/api/models/").split("/")[:4]
-        commit = self.server.branches.get(revision, revision)
-        files = self.server.repos[f"{owner}/{name}"][commit]
-        if kind == "tree":
-            listed = [{"type": "file", "path": name, "oid": "0", "size": len(data)} for name, data in files.items()]
-            return self.reply(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
-        listed = [{"rfilename": filename} for filename in files]
-        answer = {"id": f"{owner}/{name}", "sha": commit, "siblings": listed}
-        return self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def reply(self, status, data=b"", headers=None, cut=None):
         self.send_response(status)

@@ -94,22 +94,20 @@ def test_sharded(sharded, ours):
 
 def test_index_that_lies(sharded):
     good = json.loads((sharded / INDEX).read_text())["weight_map"]
-    others = set(good.values()) - {good[WORD]}
-    lies = [
-        ({**good, WORD: min(others)}, "where the index says"),  # in another shard
-        ({**good, "bert.embeddings.phantom.weight": good[WORD]}, "where the index says"),  # in no shard
-        ({key: name for key, name in good.items() if key != WORD}, "where the index says"),  # not in the index
+    others, elsewhere = set(good.values()) - {good[WORD]}, "where the index says"
+    names = ("../model-00001-of-00004.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", 7, None)
+    for lie, match in (
+        ({**good, WORD: min(others)}, elsewhere),  # in another shard
+        ({**good, "bert.embeddings.phantom.weight": good[WORD]}, elsewhere),  # in no shard
+        ({key: name for key, name in good.items() if key != WORD}, elsewhere),  # not in the index
         ({}, "no weight_map"),
         (["a"], "no weight_map"),
-    ]
-    names = ("../model-00001-of-00004.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", 7, None)
-    lies += [({**good, WORD: name}, re.escape(repr(name))) for name in names]
-    for lie, match in lies:
+        *(({**good, WORD: name}, re.escape(repr(name))) for name in names),
+    ):
         (sharded / INDEX).write_text(json.dumps({"weight_map": lie}))
         refused(sharded, match, mentions=INDEX)
-    for text in ("", "[]", "<html>"):
-        (sharded / INDEX).write_text(text)
-        refused(sharded, "JSON", mentions=INDEX)
+    (sharded / INDEX).write_text("<html>")
+    refused(sharded, "HTML", mentions=INDEX)
 
 
 def test_shards_that_are_not_whole(sharded):
@@ -132,30 +130,18 @@ def scratch(good, tmp_path_factory):
     return Path(shutil.copytree(good, tmp_path_factory.mktemp("scratch") / "checkpoint"))
 
 
-quick = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-
-
-@quick
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_cut_at_any_byte(good, scratch, data):
-    raw = (good / WEIGHTS).read_bytes()
-    length = 8 + struct.unpack("<Q", raw[:8])[0]
-    cut = data.draw(st.one_of(st.integers(0, length + 8), st.integers(0, len(raw) - 1)), label="cut")
-    (scratch / WEIGHTS).write_bytes(raw[:cut])
-    refused(scratch, WHOLE, mentions=WEIGHTS)
-
-
-@quick
-@given(st.data())
-def test_any_bytes_of_the_header_changed(good, scratch, ours, data):
+def test_any_bytes_of_the_header_changed_or_cut_anywhere(good, scratch, ours, data):
     raw = bytearray((good / WEIGHTS).read_bytes())
     length = 8 + struct.unpack("<Q", raw[:8])[0]
     place = st.one_of(st.integers(0, 80), st.integers(0, length - 1))
     printable = st.sampled_from(b'0123456789"{}[],:._FIU')
-    changes = st.dictionaries(place, st.one_of(printable, st.integers(0, 255)), min_size=1, max_size=3)
+    changes = st.dictionaries(place, st.one_of(printable, st.integers(0, 255)), max_size=3)
     for position, byte in data.draw(changes, label="changes").items():
         raw[position] = byte
-    (scratch / WEIGHTS).write_bytes(raw)
+    cut = data.draw(st.none() | st.integers(0, length + 8) | st.integers(0, len(raw) - 1), label="cut")
+    (scratch / WEIGHTS).write_bytes(raw[:cut])
     try:
         model = BertForMaskedLM.from_pretrained(scratch)
     except (ValueError, FileNotFoundError) as error:  # never another exception, never other weights

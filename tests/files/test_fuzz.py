@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import struct
 import time
 import warnings
@@ -31,14 +32,8 @@ OURS = (ValueError, OSError)  # what the command line turns into one line; OSErr
 SECONDS = 1.0  # for one folder
 NASTY = ["null", "true", "-1", "0", "1e400", "99999999999999999999", "2147483647", "0.5", '""', "[]", "{}", '"\\ud800"']
 NASTY += ['"[MASK]"', '{"content": 5}', "[[[]]]", '"a b"', "NaN", '"\\u0000"', "4294967296"]
-CONFIG = BertConfig(
-    vocab_size=12,
-    hidden_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=8,
-    max_position_embeddings=8,
-)
+SIZES = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, max_position_embeddings=8)
+CONFIG = BertConfig(vocab_size=12, **SIZES)
 TEXT = "the cat\nthe cats\n" + "\n".join(f"cat {number}" for number in range(9))
 
 
@@ -115,24 +110,18 @@ def damage(raw, draw):
     return bytes(raw)
 
 
+SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|[-\d][\d.eE+-]*|true|false|null')
+
+
 def json_places(raw, kind):
     """Where the values (or the keys) of a JSON text begin and end."""
-    text, places = raw.decode("latin-1"), []
+    text = raw.decode("latin-1")
     try:
         json.loads(text)
     except ValueError:
-        return places
-    decoder, at = json.JSONDecoder(), 0
-    while at < len(text):
-        if text[at] in " \n\t,:{}[]":
-            at += 1
-            continue
-        end = decoder.raw_decode(text, at)[1]
-        is_key = text[at] == '"' and text[end:].lstrip().startswith(":")
-        if is_key == (kind == "key"):
-            places.append((at, end))
-        at = end
-    return places
+        return []
+    found = SCALAR.finditer(text)
+    return [one.span() for one in found if text[one.end() :].lstrip().startswith(":") == (kind == "key")]
 
 
 def read_tokens(folder):
@@ -216,7 +205,7 @@ def fault_of(place, read, start):
     ("name", "others", "read", "start"), KINDS, ids=[f"{name} with {len(others)}" for name, others, *_ in KINDS]
 )
 def test_damaged_files_give_our_errors(files, tmp_path_factory, name, others, read, start, examples):
-    folder = next(iter({path.rpartition("/")[0] for path in files if path.startswith("tokens/") and "/about" in path}))
+    folder = next(path.rpartition("/")[0] for path in files if path.startswith("tokens/") and "/about" in path)
     name = name.replace("TOKENS", folder)
     others = [path for path in files if path in others or (folder in name and path.startswith("tokens/"))]
     place = tmp_path_factory.mktemp("damaged")
