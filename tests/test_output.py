@@ -15,6 +15,7 @@ from twins import CONFIGS, MASKS, make_batch, twins
 from minibert.tokenizer import from_vocabulary
 
 SIZES = CONFIGS["batch 13, gelu"]
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 
 
 @pytest.fixture(scope="module")
@@ -22,27 +23,29 @@ def pair():
     return twins(SIZES)
 
 
-def test_it_is_read_as_transformers_reads_its_own(pair):
-    ours, theirs = pair
-    given = make_batch(SIZES, "right", (3, 7))
-    for labels in (given["labels"], None):
-        out, expected = (model(given["input_ids"], given["attention_mask"], labels=labels) for model in (ours, theirs))
-        assert list(out.keys()) == list(expected.keys())
-        assert len(out) == len(expected)
-        assert [name for name, _ in out.items()] == [name for name, _ in expected.items()]
-        assert list(dict(out)) == list(dict(expected))
-        assert ("loss" in out, "logits" in out, "elephants" in out) == ("loss" in expected, True, False)
-        assert all(one is other for one, other in zip(out.to_tuple(), out[:], strict=True))
-        assert out[0] is out.to_tuple()[0]
-        assert out.get("loss") is out.loss
-        assert out.get("elephants", 5) == 5
-        assert out["logits"] is out.logits
-        torch.testing.assert_close(out[-1][given["attention_mask"] == 1], expected[-1][given["attention_mask"] == 1])
-        with pytest.raises(KeyError, match="only"):
-            out["elephants"]
+@pytest.mark.parametrize("labels", [None, IDS], ids=["no loss", "loss"])
+def test_it_is_read_as_transformers_reads_its_own(labels, pair):
+    out, expected = (model(IDS, labels=labels) for model in pair)
+    assert isinstance(out, Mapping)
+    assert list(out) == list(dict(out)) == list(expected)
+    assert len(out) == len(expected)
+    assert ("loss" in out, "elephants" in out) == ("loss" in expected, False)
+    assert all(one is other for one, other in zip(out.to_tuple(), out[:], strict=True))
+    assert out["logits"] is out.logits is out[-1]
+    assert out[0] is next(iter(out.values()))
+    assert out.get("loss") is out.loss
+    assert (out.attentions, out.get("attentions", 5), out.get("elephants", 5)) == (None, 5, 5)
+    with pytest.raises(KeyError, match="only"):
+        out["elephants"]
+    with pytest.raises(AttributeError, match="logits"):
+        out.elephants  # noqa: B018
+    out["logits"] = out.logits[:, :1]
+    assert out.logits.shape == out[-1].shape == (2, 1, SIZES["vocab_size"])
+    out.loss = None
+    assert (list(out), out.loss) == (["logits"], None)
 
 
-def walked(value, change):
+def walked(value, change=lambda x: x):
     """Rebuilt as accelerate, Lightning and torchinfo do it: a Mapping from its entries, a tuple from its elements."""
     if isinstance(value, Mapping):
         return type(value)({name: walked(x, change) for name, x in value.items()})
@@ -50,10 +53,8 @@ def walked(value, change):
 
 
 def saved_and_loaded(out):
-    kept = io.BytesIO()
-    torch.save(out, kept)
-    kept.seek(0)
-    return torch.load(kept, weights_only=False)
+    torch.save(out, kept := io.BytesIO())
+    return torch.load(io.BytesIO(kept.getvalue()), weights_only=False)
 
 
 def unflattened(out):
@@ -62,7 +63,7 @@ def unflattened(out):
 
 
 REBUILT = {
-    "mapping": lambda out: walked(out, lambda x: x),
+    "mapping": walked,
     "pairs": lambda out: type(out)((name, out[name]) for name in out),  # DataParallel's gather
     "names": lambda out: type(out)(**out),
     "pytree": unflattened,
@@ -74,73 +75,48 @@ REBUILT = {
 }
 
 
-@pytest.mark.parametrize("labels", [None, torch.tensor([[1, -100, 3]])], ids=["no loss", "loss"])
+@pytest.mark.parametrize("labels", [None, IDS], ids=["no loss", "loss"])
 @pytest.mark.parametrize("how", REBUILT)
 def test_libraries_rebuild_it_with_all_that_it_holds(how, labels, pair):
     with torch.no_grad():  # a deep copy of what has a gradient is refused by torch
-        out = pair[0](torch.tensor([[1, 2, 3]]), labels=labels, output_hidden_states=True, output_attentions=True)
+        out = pair[0](IDS, labels=labels, output_hidden_states=True, output_attentions=True)
     back = REBUILT[how](out)
-    assert type(back) is type(out)
-    assert list(back) == list(out)
+    assert (type(back), list(back)) == (type(out), list(out))
     assert back.attentions[1].shape == out.attentions[1].shape
     for one, other in zip(_pytree.tree_leaves(back), _pytree.tree_leaves(out), strict=True):
         assert torch.equal(one, other)
     assert (back.loss is None) == (labels is None)
 
 
-def test_dataparallel_gathers_and_a_walk_converts(pair, monkeypatch):
+def test_dataparallel_gathers_it_and_accelerate_converts_it(pair, monkeypatch):
     from torch.nn.parallel import scatter_gather
+
+    operations = pytest.importorskip("accelerate.utils.operations")
 
     class Gather:  # torch's own copies tensors of a GPU only
         apply = staticmethod(lambda _, dim, *parts: torch.cat([x.reshape(-1) if x.dim() == 0 else x for x in parts]))
 
     monkeypatch.setattr(scatter_gather, "Gather", Gather)
-    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    halves = [pair[0](row[None], labels=row[None]) for row in ids]
+    halves = [pair[0](row[None], labels=row[None]) for row in IDS]
     both = scatter_gather.gather(halves, 0)
     assert (type(both), both.loss.shape) == (type(halves[0]), (2,))
-    torch.testing.assert_close(both.logits, pair[0](ids).logits, rtol=0, atol=1e-5)  # sums in other orders
-    assert walked(both, torch.Tensor.double).logits.dtype == torch.float64
+    torch.testing.assert_close(both.logits, pair[0](IDS).logits, rtol=0, atol=1e-5)  # sums in other orders
+    assert operations.convert_to_fp32(walked(both, torch.Tensor.half)).logits.dtype == torch.float32
 
 
-def test_accelerate_converts_it(pair):
-    operations = pytest.importorskip("accelerate.utils.operations")
-    out = copy.deepcopy(pair[0]).bfloat16()(torch.tensor([[1, 2, 3]]), output_attentions=True)
-    got = operations.convert_to_fp32(out)
-    assert type(got) is type(out)
-    assert got.logits.dtype == got.attentions[0].dtype == torch.float32
-
-
-def test_entries_and_attributes_are_one_thing(pair):
-    out = pair[0](torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]]))
-    assert isinstance(out, Mapping)
-    assert (lambda **named: set(named))(**out) == {"loss", "logits"}
-    assert out.get("attentions", 5) == 5
-    assert out.attentions is None
-    out["logits"] = out.logits[:, :1]
-    assert out.logits.shape == out[1].shape == (1, 1, SIZES["vocab_size"])
-    out.loss = None
-    assert (list(out), out.loss, len(out[:1])) == (["logits"], None, 1)
-    with pytest.raises(AttributeError, match="logits"):
-        out.elephants  # noqa: B018
-
-
+@pytest.mark.parametrize("gradients", [True, False])  # without, the padding is not computed
 @pytest.mark.parametrize("mask", MASKS)
-def test_hidden_states_and_attentions_are_those_of_transformers(pair, mask):
-    ours, theirs = pair
+def test_hidden_states_and_attentions_are_those_of_transformers(mask, gradients, pair):
     given = make_batch(SIZES, mask, (5, 7))
     seen = given["attention_mask"].bool()
     asked = {"output_hidden_states": True, "output_attentions": True}
-    out, expected = (model(given["input_ids"], given["attention_mask"], **asked) for model in (ours, theirs))
-    assert list(out.keys()) == list(expected.keys())
-    assert len(out.hidden_states) == len(expected.hidden_states)
-    for got, wanted in zip(out.hidden_states, expected.hidden_states, strict=True):
-        torch.testing.assert_close(got[seen], wanted[seen], rtol=0, atol=1e-5)  # sums in other orders
-        assert not got[~seen].any()
+    with torch.set_grad_enabled(gradients):
+        out, expected = (model(given["input_ids"], given["attention_mask"], **asked) for model in pair)
     both = (seen[:, None, :, None] & seen[:, None, None, :]).expand(-1, SIZES["num_attention_heads"], -1, -1)
-    for got, wanted in zip(out.attentions, expected.attentions, strict=True):
-        torch.testing.assert_close(got[both], wanted[both], rtol=0, atol=1e-6)
-        assert not got[~both].any()
+    for name, there in (("hidden_states", seen), ("attentions", both)):
+        for got, wanted in zip(out[name], expected[name], strict=True):
+            torch.testing.assert_close(got[there], wanted[there], rtol=0, atol=1e-5)  # sums in other orders
+            assert not got[~there].any()
 
 
 def test_what_a_tokenizer_of_transformers_gives_may_be_passed_on(pair):
