@@ -2,11 +2,14 @@
 
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from itertools import count
 from threading import Event
 
 import pytest
@@ -15,9 +18,9 @@ from tiny import SETTINGS, metrics, weights
 
 from minibert import BertForMaskedLM, load_tokenizer
 from minibert.tokenizer import from_vocabulary
-from minibert.training import Settings, saving, step
+from minibert.training import Result, Settings, saving, step, train
 from minibert.training.run import describe, train_steps
-from minibert.training.step import parameter_groups
+from minibert.training.step import make_optimizer
 
 KILLED_AT = """
 import os, signal, sys
@@ -48,7 +51,7 @@ def require_same(out, whole):
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_a_run_leaves_what_its_page_lists(whole, tiny):
+def test_a_run_leaves_what_its_page_lists(whole, tiny, tmp_path):
     assert {path.name for path in whole.iterdir()} == {
         *("run.json", "metrics.jsonl", ".lock", "best", "config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json"),
@@ -58,6 +61,12 @@ def test_a_run_leaves_what_its_page_lists(whole, tiny):
         assert load_tokenizer(folder).to_str() == load_tokenizer(tiny.start).to_str()
     assert [line["step"] for line in metrics(whole)] == list(range(1, 13))
     assert [line["step"] for line in metrics(whole) if "held_out" in line] == [4, 8, 12]
+    # And so does the function, which then says how it ended.
+    where = dict(init=str(tiny.start), out=tmp_path / "out", tokens=tiny.tokens, device="cpu")
+    result = train([str(tiny.text)], settings=Settings(**SETTINGS), **where)
+    require_same(tmp_path / "out", whole)
+    assert result == Result("finished", metrics(whole)[-1]["held_out"], first=True)
+    assert train([], settings=Settings(**SETTINGS), resume=True, **where) == Result("was finished", None, first=True)
 
 
 @pytest.mark.slow
@@ -81,7 +90,7 @@ def test_a_run_killed_by_sigkill_goes_on_bit_for_bit(tiny, whole, tmp_path, caps
 def test_killed_at_any_moment_of_a_save_the_newest_checkpoint_is_whole(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)  # that is for power cuts, and slow
     model, tokenizer, _ = tiny.load()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), fused=True)
+    optimizer = make_optimizer(model, Settings(**SETTINGS))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -106,7 +115,7 @@ def test_killed_at_any_moment_of_a_save_the_newest_checkpoint_is_whole(tiny, tmp
         status = os.waitpid(child, 0)[1]
         newest = saving.checkpoints(out)[-1]
         again = BertForMaskedLM.from_pretrained(newest)
-        progress = saving.restore(newest, again, torch.optim.AdamW(parameter_groups(again, 0.01), fused=True))
+        progress = saving.restore(newest, again, make_optimizer(again, Settings(**SETTINGS)))
         assert newest.name == f"checkpoint-{progress.step}"
         assert again.head.bias[0] == progress.step
         newest_steps.add(progress.step)
@@ -118,16 +127,16 @@ def test_killed_at_any_moment_of_a_save_the_newest_checkpoint_is_whole(tiny, tmp
     assert newest_steps == best_steps == {1, 2}
 
 
+EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.chmod")
+
+
 def _die_at(moment):
     """Kill this process when it touches the file system for the moment-th time from now."""
-    seen = 0
+    seen = count()
 
     def hook(event, _):
-        nonlocal seen
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "os.chmod"):
-            if seen == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            seen += 1
+        if event in EVENTS and next(seen) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
 
@@ -158,16 +167,12 @@ def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stands(tiny, whole, t
     require_same(out, whole)
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_any_work(tiny, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_found_before_any_work(tiny, tmp_path, fails):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/minibert"):
-        assert tiny.train(out, "--init", tmp_path / "no model") == 2, "the model would have been looked for"
-        error = capsys.readouterr().err.strip()
-        assert error.startswith(f"minibert train: --out {out}")
-        assert "nothing can be written" in error
-        assert "\n" not in error
-    assert tiny.train(" ") == 2
-    assert "--out needs" in capsys.readouterr().err
+        message = fails(*tiny.arguments(out, "--init", tmp_path / "no model"))  # which would have been looked for
+        assert message.startswith(f"minibert train: --out {out}: nothing can be written")
+    assert "--out needs" in fails(*tiny.arguments(" "))
 
 
 @pytest.mark.parametrize(("name", "workers"), [("SIGINT", 1), ("SIGTERM", 0)])
@@ -209,37 +214,24 @@ def stopped(tiny, tmp_path):
     return out
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--learning-rate", "1e-3", "learning_rate 0.005, and now it is 0.001"),
-        ("--schedule", "cosine", "schedule linear, and now it is cosine"),
-        ("--init", "minibert-uncased", "start, and now it is minibert-uncased"),
-    ],
-)
-def test_a_run_goes_on_only_as_what_it_is(option, value, message, stopped, tiny, capsys):
-    assert tiny.train(stopped, "--resume", "--tokenizer", tiny.start, option, value) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-    assert [path.name for path in saving.checkpoints(stopped)] == ["checkpoint-1"]
-
-
-def test_a_run_goes_on_only_with_its_text(stopped, tiny, tmp_path, capsys):
-    assert tiny.train(stopped, "--resume", texts=[f"{tiny.text}:2"]) == 2
-    assert "prose:1" in (error := capsys.readouterr().err.splitlines()[-1])
-    assert "prose:2" in error
-    text = tiny.text.read_text()
+def test_a_run_goes_on_only_as_what_it_is(stopped, tiny, tmp_path, capsys):
+    text, vocabulary = tiny.text.read_text(), load_tokenizer(tiny.start).get_vocab()
     assert "fortune" in text
-    changed = tmp_path / "prose.txt"
-    changed.write_text(text.replace("fortune", "daughter"))  # as many tokens as before
-    assert tiny.train(stopped, "--resume", texts=[changed]) == 2
-    assert "prose:1" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_run_goes_on_only_with_its_tokenizer(stopped, tiny, tmp_path, capsys):
-    words = sorted(load_tokenizer(tiny.start).get_vocab(), key=load_tokenizer(tiny.start).get_vocab().get)
+    (tmp_path / "prose.txt").write_text(text.replace("fortune", "daughter"))  # as many tokens as before
+    words = sorted(vocabulary, key=vocabulary.get)
     from_vocabulary([*words[:-2], words[-1], words[-2]]).save(str(tmp_path / "tokenizer.json"))
-    assert tiny.train(stopped, "--resume", "--tokenizer", tmp_path, "--tokens", tmp_path / "tokens") == 2
-    assert "was begun with tokenizer SHA-256" in capsys.readouterr().err.splitlines()[-1]
+    for options, texts, begun, now in (
+        (["--learning-rate", "1e-3"], [], "learning_rate 0.005", "0.001"),
+        (["--schedule", "cosine"], [], "schedule linear", "cosine"),
+        (["--init", "minibert-uncased", "--tokenizer", tiny.start], [], "start", "minibert-uncased"),
+        ([], [f"{tiny.text}:2"], "prose:1", "prose:2"),
+        ([], [tmp_path / "prose.txt"], "prose:1", "prose:1"),
+        (["--tokenizer", tmp_path, "--tokens", tmp_path / "tokens"], [], "tokenizer SHA-256", "SHA-256"),
+    ):
+        assert tiny.train(stopped, "--resume", *options, texts=texts) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(f"was begun with .*{begun}.*, and now it is {now}.*choose another --out", message)
+    assert [path.name for path in saving.checkpoints(stopped)] == ["checkpoint-1"]
 
 
 @pytest.mark.slow
@@ -251,7 +243,6 @@ def test_what_only_says_how_to_compute_may_change(stopped, tiny, whole):
     assert len(losses[0]) == 12
 
 
-@pytest.mark.filterwarnings("always:there is no run in")
 def test_what_is_there_is_not_written_over(tiny, whole, capsys):
     for out, options, message in (
         (whole, [], "holds a finished run"),
@@ -259,7 +250,8 @@ def test_what_is_there_is_not_written_over(tiny, whole, capsys):
         (tiny.start, ["--resume"], "holds a model already"),
     ):
         before = weights(out)
-        assert tiny.train(out, *options) == 2
+        with warnings.catch_warnings(action="ignore"):  # there is no run to go on with
+            assert tiny.train(out, *options) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
         assert weights(out) == before
     assert tiny.train(whole, "--resume", texts=["a text that is gone by now.txt"]) == 0

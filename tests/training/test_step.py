@@ -1,24 +1,32 @@
-"""What a setting does to a step: what is multiplied in which type, what is clipped, what decays, what is dropped."""
+"""One step: what each setting does to it; and that it is the same step, however it is computed."""
 
 from dataclasses import fields
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from products import Products
-from tiny import SETTINGS, metrics, weights
+from tiny import SETTINGS
+from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minibert import BertForMaskedLM, masked_lm
 from minibert.cli import build_parser
 from minibert.cli.runs import read_settings
-from minibert.training import Settings, data, run, step
-from minibert.training.data import ALONE, Ranks, Share, Shares, ahead
-from minibert.training.run import train_steps
-from minibert.training.step import LossSum, accumulate, evaluate, make_optimizer, masked_lines, take_step
+from minibert.training import Settings, data, step
+from minibert.training.data import ALONE, Example, Ranks, Share, Shares, ahead
+from minibert.training.step import (
+    LossSum,
+    accumulate,
+    evaluate,
+    make_optimizer,
+    masked_lines,
+    take_step,
+    wrapped_layers,
+)
 from minibert.training.tokens import Lines, TokenFile
 
 
@@ -34,6 +42,12 @@ def share(tiny):
     return Shares(corpus, ALONE, None)[0, 0, next(corpus.steps(0))]
 
 
+@pytest.fixture
+def corpus(tiny):
+    """With large steps."""
+    return tiny.corpus(tokens_per_step=2000)
+
+
 def taken(model, share, number=0, ranks=ALONE, **settings):
     settings = Settings(**{**SETTINGS, **settings})
     return take_step(LossSum(model), make_optimizer(model, settings), share, number, settings, ranks)
@@ -41,6 +55,21 @@ def taken(model, share, number=0, ranks=ALONE, **settings):
 
 def length_of_gradient(model):
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item()
+
+
+def gradients(model, passes, targets):
+    model.zero_grad()
+    loss = accumulate(LossSum(model), passes, targets, "float32", ALONE)
+    return loss.item() / targets, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def require_near(found, expected, tolerance):
+    """Each gradient, relative to its largest entry."""
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= tolerance * gradient.abs().max(), name
+
+
+# ----------------------------------------------------------------------------------------------- what the settings say
 
 
 def test_a_gradient_that_is_longer_than_clip_is_made_that_long(model, share):
@@ -56,10 +85,9 @@ def test_a_gradient_that_is_longer_than_clip_is_made_that_long(model, share):
 @pytest.mark.parametrize(("given", "decay"), [({}, 0.01), ({"weight_decay": 0.5}, 0.5), ({"weight_decay": 0.0}, 0.0)])
 def test_matrices_decay_and_vectors_do_not(given, decay, model, share):
     """Where nothing is asked there is no gradient, and what moves a weight is its decay."""
-    nothing = Share(0, 0, share.tokens, [step.Example(one.batch, one.positions[:0], one.targets[:0])
-                                         for one in share.passes])  # fmt: skip
+    passes = [Example(one.batch, one.positions[:0], one.targets[:0]) for one in share.passes]
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    assert taken(model, nothing, number=6, learning_rate=0.1, **given)["loss"] is None
+    assert taken(model, Share(0, 0, share.tokens, passes), number=6, learning_rate=0.1, **given)["loss"] is None
     rate = Settings(**{**SETTINGS, "learning_rate": 0.1}).rate(6)
     assert 0.01 < rate < 0.09, "that of this step"
     for name, parameter in model.named_parameters():
@@ -69,8 +97,7 @@ def test_matrices_decay_and_vectors_do_not(given, decay, model, share):
 
 def test_adam_has_berts_epsilon(model):
     """The first step of Adam is lr · g / (|g| + ε): half of lr where g is ε = 1e-6."""
-    settings = Settings(**SETTINGS, weight_decay=0.0)
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model, Settings(**SETTINGS, weight_decay=0.0))
     before = model.head.bias.detach().clone()
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-6)
@@ -98,26 +125,180 @@ def test_matrices_are_multiplied_in_the_type_that_was_asked_for(dtype, model, sh
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_in_training_elements_are_dropped_at_the_models_rate(model, corpus):
+    """The stand-in for nn.Dropout on the CPU: in training only, and everywhere the model has dropout."""
+    batch = corpus.examples(0, range(20)).batch
+    drawn = []
+    with wrapped_layers(model):
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Dropout) and not name.endswith("attention.dropout"):  # for each sequence
+                module.register_forward_hook(lambda module, _, y: drawn.append((y == 0).float().mean().item()))
+        model.encode(batch)
+        assert len(drawn) == 1 + 2 * 2
+        # 5 places, of some 400 tokens × 32
+        assert all(share == pytest.approx(0.1, abs=5 * (0.09 / (batch.num_tokens * 32)) ** 0.5) for share in drawn)
+        assert not torch.equal(model.encode(batch), model.encode(batch))
+        model.eval()
+        drawn.clear()
+        assert torch.equal(model.encode(batch), model.encode(batch))
+        assert max(drawn) < 1e-3
+
+
+def test_the_learning_rate_rises_and_falls():
+    for schedule, quarter in (("linear", 0.75), ("cosine", (1 + 0.5**0.5) / 2)):
+        settings = Settings(steps=200, learning_rate=5e-3, schedule=schedule, warmup=0.05)
+        rates = [settings.rate(step) for step in range(200)]
+        assert rates[:10] == pytest.approx([5e-3 * step / 10 for step in range(1, 11)])
+        assert rates[10] == pytest.approx(5e-3)
+        assert rates[10 + 95] == pytest.approx(2.5e-3), "a line and half a cosine are both at half their height"
+        assert rates[10 + 47] == pytest.approx(5e-3 * quarter, rel=0.01)  # 47 of 190 is about a quarter
+        assert 0 < rates[-1] < 1e-4
+
+
+def test_every_setting_of_the_command_arrives():
+    given = dict(steps=7, tokens_per_step=300, max_length=30, learning_rate=0.5, schedule="cosine", warmup=0.25)
+    given |= dict(dtype="float32", seed=9, micro_tokens=40, workers=3, save_every=11, evaluate_every=13)
+    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--no-dropout", "--checkpoint-activations", "--compile"]
+    given |= dict(dropout=False, checkpoint_activations=True, compile=True)
+
+    def read(*words):
+        return read_settings(
+            build_parser().parse_args(["train", "text", "--init", "m", "--out", "o", *words]), Settings
+        )
+
+    settings = read(*words)
+    assert {name: getattr(settings, name) for name in given} == given
+    assert read("--steps", "7") == Settings(steps=7), "what is not given is as the function has it"
+    assert {field.name for field in fields(Settings)} - set(given) == {"short_fraction", "weight_decay", "clip"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("clip", 0), ("clip", float("inf")), ("weight_decay", -1), ("short_fraction", 1.5), ("dtype", "float16")],
+)
+def test_settings_without_an_option_are_checked_too(key, value):
+    with pytest.raises(ValueError, match=f"{key}.* not .?{value}"):
+        Settings(steps=1, **{key: value})
+
+
+# ------------------------------------------------------------------------------------------- one step, however computed
+
+
+def test_accumulation_is_exact(model, corpus):
+    """One pass of 64 rows, and four of 16, in float64: what is left is its rounding, and not a mean of means."""
+    model.double().eval()
+    numbers = list(range(64))
+    at_once = corpus.examples(0, numbers)
+    in_four = [corpus.examples(0, numbers[at : at + 16]) for at in range(0, 64, 16)]
+    counts = [len(example.targets) for example in in_four]
+    assert sum(counts) == len(at_once.targets)
+    assert len(set(counts)) > 1, "with equal counts a mean of means would be right too"
+    loss, expected = gradients(model, [at_once], sum(counts))
+    again, found = gradients(model, in_four, sum(counts))
+    assert again == pytest.approx(loss, rel=1e-14)
+    # Rounding of float64 is 1e-16; a sum over a thousand tokens, relative to the largest entry, loses a few digits.
+    require_near(found, expected, 1e-13)
+    logits = model.predict(at_once.batch, at_once.positions)
+    assert loss == pytest.approx(cross_entropy(logits, at_once.targets).item(), rel=1e-12)
+
+
+def test_the_passes_of_all_ranks_are_the_step(model, corpus):
+    for number, numbers in enumerate(islice(corpus.steps(0), 3)):
+        lengths, targets = [], 0
+        for rank in range(3):
+            share = Shares(corpus, Ranks(rank, 3), 100)[0, number, numbers]
+            assert all(example.batch.num_tokens <= 100 for example in share.passes)
+            assert len(share.passes) > 1
+            targets += sum(len(example.targets) for example in share.passes)
+            lengths.append([length for example in share.passes for length in example.batch.lengths])
+        whole = corpus.examples(0, numbers)
+        assert sorted(chain(*lengths)) == sorted(whole.batch.lengths)
+        assert targets == len(whole.targets)
+        assert max(map(sum, lengths)) - min(map(sum, lengths)) <= 24, "the ranks have about the same to do"
+    idle = Shares(corpus, Ranks(2, 3), None)[0, 0, next(corpus.steps(0))[:2]]
+    loss, found = gradients(model, idle.passes, 10)
+    assert loss == 0, "a rank without rows takes part, with a gradient of nothing"
+    assert all(not gradient.any() for gradient in found.values())
+
+
+def test_of_several_ranks_gradients_are_a_sum_though_their_mean_is_taken(model, share):
+    model.eval()
+    lengths = []
+    for ranks in (ALONE, Ranks(0, 3)):
+        model.zero_grad()
+        accumulate(LossSum(model), share.passes, 10, "float32", ranks)
+        lengths.append(length_of_gradient(model))
+    assert lengths[1] == pytest.approx(3 * lengths[0], rel=1e-5)  # sums of float32
+
+
 def test_gradients_go_over_the_wire_once_a_step(model, tiny, tmp_path):
     corpus = tiny.corpus()
     passes = Shares(corpus, ALONE, 60)[0, 0, next(corpus.steps(0))].passes
     assert len(passes) > 2
+    sent = []
+
+    def hook(_, bucket):
+        sent.append(bucket.buffer().numel())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         objective = DistributedDataParallel(LossSum(model), bucket_cap_mb=1000)
-        sent = []
-
-        def hook(_, bucket):
-            sent.append(bucket.buffer().numel())
-            future = torch.futures.Future()
-            future.set_result(bucket.buffer())
-            return future
-
         objective.register_comm_hook(None, hook)
         accumulate(objective, passes, 10, "float32", ALONE)
     finally:
         dist.destroy_process_group()
     assert sum(sent) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_activations_computed_again_give_the_same_gradients_and_keep_less(model, corpus):
+    passes = [corpus.examples(0, range(20))]
+    results, kept = [], []
+    for again in (False, True):
+        sizes = []
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda x, to=sizes: to.append(x.nbytes) or x, lambda x: x)
+        torch.manual_seed(0)  # dropout too
+        with wrapped_layers(model, checkpoint_activations=again), keep:
+            results.append(gradients(model, passes, 50))
+        kept.append(sum(sizes))
+    (loss, plain), (loss_again, found) = results
+    assert loss == loss_again
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
+    assert kept[1] < 0.6 * kept[0]
+    assert not any("forward" in vars(module) for module in model.modules()), "the model is as it was"
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same(model, corpus, monkeypatch):
+    # The back end that needs no C++ compiler, and no minute: what is tested is what torch makes graphs of.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    model.eval()
+    for batch in range(4):
+        passes = [corpus.examples(0, range(10 * batch, 10 * batch + 7 + batch))]
+        loss, expected = gradients(model, passes, 50)
+        with wrapped_layers(model, compile=True, checkpoint_activations=batch % 2 == 1):
+            again, found = gradients(model, passes, 50)
+        assert again == pytest.approx(loss, rel=1e-6)  # float32
+        require_near(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "triton", "compiled"),
+    [(None, "cuda", True, True), (None, "cuda", False, False), (None, "cpu", True, False), (None, "mps", True, False),
+     (True, "cpu", False, True), (False, "cuda", True, False)],
+)  # fmt: skip
+def test_layers_are_compiled_on_cuda_with_triton_unless_something_else_is_said(
+    asked, device, triton, compiled, monkeypatch
+):
+    monkeypatch.setattr(step, "find_spec", lambda name: object() if triton else None)
+    assert step.compiles(Settings(steps=1, compile=asked), torch.device(device)) is compiled
+
+
+# -------------------------------------------------------------------------------------------------------------- on GPUs
 
 
 def test_nothing_is_asked_of_the_device_before_the_optimizer_is_under_way(model, share, monkeypatch):
@@ -144,8 +325,7 @@ def test_nothing_is_asked_of_the_device_before_the_optimizer_is_under_way(model,
 
 def test_batches_are_sent_before_they_are_needed_and_in_order(share, tiny):
     """On a device other than the CPU: "meta" here, which has no numbers."""
-    corpus = tiny.corpus()
-    made = []
+    corpus, made = tiny.corpus(), []
 
     def steps():
         for number, numbers in enumerate(islice(corpus.steps(0), 4)):
@@ -161,6 +341,17 @@ def test_batches_are_sent_before_they_are_needed_and_in_order(share, tiny):
     assert next(ahead(iter([share]), torch.device("cpu"))) is share
 
 
+def test_cuda_fetches_from_pinned_memory_and_nobody_waits(share, monkeypatch):
+    pinned, waited = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking=False: waited.append(not non_blocking) or x)
+    share.passes[0].to(torch.device("cuda"))
+    assert len(pinned) == len(waited) == 2 + 5, "positions, targets, and what a packed batch has"
+    assert not any(waited)
+    share.passes[0].to(torch.device("mps"))
+    assert len(pinned) == 7, "that is CUDA's alone"
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "workers"), [(0, "cpu", 0), (2, "cpu", 2), (0, "cuda:0", 1), (3, "cuda:0", 3), (0, "mps", 0)]
 )
@@ -171,125 +362,7 @@ def test_on_cuda_rows_are_made_while_the_step_is_computed(asked, device, workers
     assert made == [workers]
 
 
-def test_cuda_fetches_from_pinned_memory_and_nobody_waits(share, monkeypatch):
-    pinned, waited = [], []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking=False: waited.append(not non_blocking) or x)
-    share.passes[0].to(torch.device("cuda"))
-    assert len(pinned) == len(waited) == 2 + 5, "positions, targets, and what a packed batch has"
-    assert not any(waited)
-    pinned.clear()
-    share.passes[0].to(torch.device("mps"))
-    assert not pinned, "that is CUDA's alone"
-
-
-@pytest.mark.parametrize(
-    ("asked", "device", "triton", "compiled"),
-    [(None, "cuda", True, True), (None, "cuda", False, False), (None, "cpu", True, False), (None, "mps", True, False),
-     (True, "cpu", False, True), (False, "cuda", True, False)],
-)  # fmt: skip
-def test_layers_are_compiled_on_cuda_with_triton_unless_something_else_is_said(
-    asked, device, triton, compiled, monkeypatch
-):
-    monkeypatch.setattr(step, "find_spec", lambda name: object() if triton else None)
-    assert step.compiles(Settings(steps=1, compile=asked), torch.device(device)) is compiled
-
-
-def test_of_several_ranks_gradients_are_a_sum_though_their_mean_is_taken(model, share):
-    model.eval()
-    lengths = []
-    for ranks in (ALONE, Ranks(0, 3)):
-        model.zero_grad()
-        accumulate(LossSum(model), share.passes, 10, "float32", ranks)
-        lengths.append(length_of_gradient(model))
-    assert lengths[1] == pytest.approx(3 * lengths[0], rel=1e-5)  # sums of float32
-
-
-# ------------------------------------------------------------------------------------------- what a run does with them
-
-
-def run_of(tiny, out, **settings):
-    model, tokenizer, files = tiny.load()
-    out.mkdir()
-    train_steps(model, tokenizer, files, out, Settings(**{**SETTINGS, "steps": 4, **settings}))
-    return metrics(out)
-
-
-@pytest.mark.parametrize("dropout", [True, False])
-def test_a_look_at_the_held_out_lines_leaves_dropout_as_it_was(dropout, tiny, tmp_path, monkeypatch):
-    modes, real = [], step.accumulate
-    monkeypatch.setattr(
-        step, "accumulate", lambda objective, *rest: modes.append(objective.model.training) or real(objective, *rest)
-    )
-    lines = run_of(tiny, tmp_path / "out", dropout=dropout, evaluate_every=1, max_length=9)
-    assert modes == [dropout] * 4
-    model, tokenizer, files = tiny.load()
-    shown = evaluate(model, tokenizer, files, max_length=9)["all"]["masked_tokens"]
-    assert {line["held_out"]["all"]["masked_tokens"] for line in lines} == {shown}
-    assert shown < evaluate(model, tokenizer, files)["all"]["masked_tokens"], "rows of the length of the run's"
-    last = evaluate(BertForMaskedLM.from_pretrained(tmp_path / "out"), tokenizer, files, max_length=9)
-    assert lines[-1]["held_out"]["all"]["loss"] == pytest.approx(last["all"]["loss"]), "the look itself has no dropout"
-
-
-def test_best_is_the_model_with_the_least_loss_on_held_out_lines(tiny, tmp_path, monkeypatch):
-    losses, seen = iter([3.0, 2.0, 2.5, 4.0]), []
-
-    def figures(model, *_, **__):
-        seen.append(model.head.bias.detach().clone())
-        return {"all": {"loss": next(losses), "top1": 0.5, "masked_tokens": 7}}
-
-    monkeypatch.setattr(run, "evaluate", figures)
-    run_of(tiny, tmp_path / "out", evaluate_every=1)
-    best = BertForMaskedLM.from_pretrained(tmp_path / "out" / "best").head.bias
-    assert [torch.equal(best, bias) for bias in seen] == [False, True, False, False]
-
-
-def test_the_command_compiles_every_layer_if_asked(tiny, tmp_path, monkeypatch):
-    compiled = []
-
-    def compile(function, **_):
-        def call(*arguments):
-            compiled.append(function)
-            return function(*arguments)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", compile)
-    assert tiny.train(tmp_path / "plain", "--steps", "1") == 0
-    assert not compiled
-    assert tiny.train(tmp_path / "compiled", "--steps", "1", "--compile") == 0
-    assert len({id(function.__self__) for function in compiled}) == tiny.config.num_hidden_layers
-
-
-@pytest.mark.parametrize("again", [True, False])
-def test_the_command_computes_layers_again_if_asked(again, tiny, tmp_path, monkeypatch):
-    calls = []
-    real = masked_lm.computed_again
-    monkeypatch.setattr(masked_lm, "computed_again", lambda *x, **named: calls.append(x) or real(*x, **named))
-    assert tiny.train(tmp_path / "out", "--steps", "1", *(["--checkpoint-activations"] if again else [])) == 0
-    assert bool(calls) == again
-
-
-def test_without_dropout_a_run_does_not_depend_on_how_its_steps_are_cut_into_passes(tiny, tmp_path):
-    runs = []
-    for name, options in (("one", ()), ("many", ("--micro-tokens", "60"))):
-        assert tiny.train(tmp_path / name, "--no-dropout", "--steps", "3", *options) == 0
-        runs.append(metrics(tmp_path / name))
-    for one, many in zip(*runs, strict=True):
-        assert (one["masked_tokens"], one["tokens"]) == (many["masked_tokens"], many["tokens"])
-        assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)  # float32: 1e-7, which steps may enlarge
-    assert weights(tmp_path / "one") != weights(tmp_path / "many"), "there was only one pass"
-
-
-def test_a_run_has_the_rows_that_its_settings_say(tiny, tmp_path):
-    shape = dict(short_fraction=1.0, max_length=20, tokens_per_step=100, seed=3)
-    lines = run_of(tiny, tmp_path / "out", **shape)
-    corpus = tiny.corpus(**shape)
-    expected = [sum(corpus.lengths(0, numbers)) for numbers in islice(corpus.steps(0), 4)]
-    assert [line["tokens"] for line in lines] == expected
-    for other in ({"short_fraction": 0.3}, {"max_length": 24}, {"tokens_per_step": 200}, {"seed": 0}):
-        corpus = tiny.corpus(**{**shape, **other})
-        assert [sum(corpus.lengths(0, numbers)) for numbers in islice(corpus.steps(0), 4)] != expected, other
+# ------------------------------------------------------------------------------------------------------ held-out lines
 
 
 def test_figures_are_of_as_many_held_out_lines_as_asked(tiny):
@@ -309,29 +382,15 @@ def test_figures_are_of_as_many_held_out_lines_as_asked(tiny):
     assert found(lines=1000)["masked_tokens"] == masked(310)
     assert found(max_length=5)["masked_tokens"] == masked(300, max_length=5) < masked(300)
     assert found(seed=1)["loss"] != found()["loss"]
+    halves = [SimpleNamespace(rank=rank, size=2, sum=lambda *numbers: list(numbers)) for rank in (0, 1)]
+    counts = [found(ranks=half)["masked_tokens"] for half in halves]
+    assert min(counts) > 0
+    assert sum(counts) == masked(300), "the ranks share the work"
     example = masked_lines(file, range(100), tokenizer, max_length=24)
     with torch.no_grad():
         model.head.bias[example.targets[0]] += 50  # so that it is the guess everywhere, and right at a few places
     logits = model.predict(example.batch, example.positions)
     figures = found(lines=100)
-    assert figures["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, example.targets).item())
+    assert figures["loss"] == pytest.approx(cross_entropy(logits, example.targets).item())
     assert figures["top1"] == pytest.approx((logits.argmax(-1) == example.targets).float().mean().item())
     assert 0 < figures["top1"] < 1
-    halves = [evaluate(model, tokenizer, [file], ranks=SimpleNamespace(rank=rank, size=2, sum=lambda *n: list(n)))
-              for rank in (0, 1)]  # fmt: skip
-    assert sum(half["all"]["masked_tokens"] for half in halves) == found()["masked_tokens"]
-    assert min(half["all"]["masked_tokens"] for half in halves) > 0
-
-
-def test_every_setting_of_the_command_arrives():
-    given = dict(steps=7, tokens_per_step=300, max_length=30, learning_rate=0.5, schedule="cosine", warmup=0.25)
-    given |= dict(dtype="float32", seed=9, micro_tokens=40, workers=3, save_every=11, evaluate_every=13)
-    words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    words += ["--no-dropout", "--checkpoint-activations", "--compile"]
-    parser = build_parser()
-    settings = read_settings(parser.parse_args(["train", "text", "--init", "m", "--out", "o", *words]), Settings)
-    given |= dict(dropout=False, checkpoint_activations=True, compile=True)
-    assert {name: getattr(settings, name) for name in given} == given
-    least = read_settings(parser.parse_args(["train", "text", "--init", "m", "--out", "o", "--steps", "7"]), Settings)
-    assert least == Settings(steps=7), "what is not given is as the function has it"
-    assert {field.name for field in fields(Settings)} - set(given) == {"short_fraction", "weight_decay", "clip"}

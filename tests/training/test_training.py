@@ -1,25 +1,22 @@
-"""The training loop: it learns, and however a step is computed, it is the same step."""
+"""A run as a whole: it learns, it starts from what it was given, it computes what it was told; and what goes wrong."""
 
 import json
 import math
 import re
 import shutil
-from functools import partial
-from itertools import chain, islice
+from itertools import count, islice
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import metrics, weights
+from safetensors.torch import load_file, save_file
+from tiny import SETTINGS, metrics, weights
 
-from minibert import BertForMaskedLM, load_tokenizer
+from minibert import BertForMaskedLM, load_tokenizer, masked_lm
 from minibert.tokenizer import from_vocabulary, own_token
-from minibert.training import Settings, saving, step
-from minibert.training.data import ALONE, Ranks, Shares
+from minibert.training import Settings, run, saving, step, train
 from minibert.training.run import train_steps
-from minibert.training.step import LossSum, accumulate, evaluate, wrapped_layers
-from minibert.training.tokens import token_files
-
-# ------------------------------------------------------------------------------------------------------------- learning
+from minibert.training.step import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -31,41 +28,41 @@ def scratch(tiny, tmp_path_factory):
     return folder / "config.json"
 
 
+@pytest.fixture
+def steps_of(tiny, tmp_path):
+    """A run of 4 steps with these settings, from Python: the lines of its metrics.jsonl."""
+
+    def call(**settings):
+        model, tokenizer, files = tiny.load()
+        (tmp_path / "out").mkdir()
+        train_steps(model, tokenizer, files, tmp_path / "out", Settings(**{**SETTINGS, "steps": 4, **settings}))
+        return metrics(tmp_path / "out")
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------- learning, and starting
+
+
 @pytest.mark.slow
 def test_from_random_weights_the_loss_on_real_text_goes_down(tiny, scratch, tmp_path, capsys):
     out = tmp_path / "out"
     assert tiny.train(out, "--init", scratch, "--steps", "120", "--evaluate-every", "30", "--no-dropout") == 0
     lines = metrics(out)
     losses = [line["loss"] for line in lines]
-    assert len(losses) == 120
     vocabulary = math.log(tiny.config.vocab_size)
     assert losses[0] == pytest.approx(vocabulary, abs=0.1), "at first, all words are about equally likely"
     assert sum(losses[-20:]) / 20 < vocabulary - 1, "the least that it takes to have learnt something"
-    held_out = [line["held_out"]["all"]["loss"] for line in lines if "held_out" in line]
-    assert len(held_out) == 4
+    looks = [line["held_out"]["all"] for line in lines if "held_out" in line]
+    assert len(looks) == 4
     # What is printed and saved is what was learnt.
     printed = capsys.readouterr().out.splitlines()[-1].split()
-    assert printed == ["all", f"{lines[-1]['held_out']['all']['masked_tokens']:.0f}", f"{held_out[-1]:.3f}",
-                       f"{lines[-1]['held_out']['all']['top1']:.1%}"]  # fmt: skip
+    last = looks[-1]
+    assert printed == ["all", f"{last['masked_tokens']:.0f}", f"{last['loss']:.3f}", f"{last['top1']:.1%}"]
     _, tokenizer, files = tiny.load()
-    for folder, loss in ((out, held_out[-1]), (out / "best", min(held_out))):
+    for folder, loss in ((out, last["loss"]), (out / "best", min(look["loss"] for look in looks))):
         again = evaluate(BertForMaskedLM.from_pretrained(folder), tokenizer, files, max_length=24)
         assert again["all"]["loss"] == pytest.approx(loss, abs=1e-6)  # float32, saved and read: no difference expected
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_learning_rate_rises_and_falls(schedule, tiny, tmp_path):
-    settings = Settings(steps=200, learning_rate=5e-3, schedule=schedule, warmup=0.05)
-    rates = [settings.rate(step) for step in range(200)]
-    assert rates[:10] == pytest.approx([5e-3 * step / 10 for step in range(1, 11)])
-    assert rates[10] == pytest.approx(5e-3)
-    assert rates[10 + 95] == pytest.approx(2.5e-3), "a line and half a cosine are both at half their height"
-    quarter = {"linear": 0.75, "cosine": (1 + math.cos(math.pi / 4)) / 2}[schedule]
-    assert rates[10 + 47] == pytest.approx(5e-3 * quarter, rel=0.01)  # 47 of 190 is about a quarter
-    assert 0 < rates[-1] < 1e-4
-    assert tiny.train(tmp_path / "out", "--schedule", schedule, "--warmup", "0.5") == 0
-    short = Settings(steps=12, learning_rate=5e-3, schedule=schedule, warmup=0.5)
-    assert [line["learning_rate"] for line in metrics(tmp_path / "out")] == [short.rate(step) for step in range(12)]
 
 
 @pytest.mark.slow
@@ -84,8 +81,6 @@ def test_random_weights_are_those_of_the_seed(tiny, scratch, tmp_path):
 
 
 def test_an_encoder_without_a_head_can_be_trained(tiny, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     encoder, out = tmp_path / "encoder", tmp_path / "out"
     shutil.copytree(tiny.start, encoder)
     tensors = load_file(tiny.start / "model.safetensors")
@@ -123,120 +118,129 @@ def test_the_tokenizer_that_is_saved_is_the_one_that_was_used(tiny, tmp_path):
     assert own_token(saved, "[MASK]") == theirs.mask_token == "@@"
 
 
-# ------------------------------------------------------------------------------------------- one step, however computed
+def test_what_a_run_starts_from_is_of_the_revision_and_on_the_device(tiny, tmp_path, monkeypatch):
+    asked = []
+    model, tokenizer, _ = tiny.load()
+    monkeypatch.setattr(BertForMaskedLM, "from_pretrained", lambda name, **more: asked.append((name, more)) or model)
+    monkeypatch.setattr(run, "load_tokenizer", lambda name, **more: asked.append((name, more)) or tokenizer)
+    where = {"out": tmp_path / "out", "tokens": tiny.tokens, "device": "cpu"}
+    train([str(tiny.text)], init="some/model", revision="v2", settings=Settings(**SETTINGS | {"steps": 1}), **where)
+    assert asked == [
+        ("some/model", {"revision": "v2"}),
+        ("some/model", {"device": "cpu", "revision": "v2", "init_missing_head": True}),
+    ]
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["init"] == "some/model at v2"
+    where["out"] = tmp_path / "other"
+    with pytest.raises(ValueError, match=r"'v2' was given, but start\.json is a file"):
+        train([str(tiny.text)], init="start.json", revision="v2", settings=Settings(steps=1), **where)
 
 
-@pytest.fixture
-def corpus(tiny):
-    return tiny.corpus(tokens_per_step=2000)
+# -------------------------------------------------------------------------------------------------- step after step
 
 
-def gradients(model, passes, targets):
-    model.zero_grad()
-    loss = accumulate(LossSum(model), passes, targets, "float32", ALONE)
-    return loss.item() / targets, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+def test_a_run_has_the_rows_that_its_settings_say(tiny, steps_of):
+    shape = dict(short_fraction=1.0, max_length=20, tokens_per_step=100, seed=3)
+
+    def expected(**other):
+        corpus = tiny.corpus(**{**shape, **other})
+        return [sum(corpus.lengths(0, numbers)) for numbers in islice(corpus.steps(0), 4)]
+
+    found = [line["tokens"] for line in steps_of(**shape)]
+    assert found == expected()
+    for other in ({"short_fraction": 0.3}, {"max_length": 24}, {"tokens_per_step": 200}, {"seed": 0}):
+        assert found != expected(**other), other
 
 
-def test_accumulation_is_exact(tiny, corpus):
-    """One pass of 64 rows, and four of 16, in float64: what is left is its rounding, and not a mean of means."""
-    model = tiny.load()[0].double()
-    numbers = list(range(64))
-    at_once = [corpus.examples(0, numbers)]
-    in_four = [corpus.examples(0, numbers[at : at + 16]) for at in range(0, 64, 16)]
-    counts = [len(example.targets) for example in in_four]
-    assert sum(counts) == len(at_once[0].targets)
-    assert len(set(counts)) > 1, "with equal counts a mean of means would be right too"
-    loss, expected = gradients(model, at_once, sum(counts))
-    again, found = gradients(model, in_four, sum(counts))
-    assert again == pytest.approx(loss, rel=1e-14)
-    for name, gradient in expected.items():
-        # Rounding of float64 is 1e-16; a sum over a thousand tokens, relative to the largest entry, loses a few digits.
-        assert (found[name] - gradient).abs().max() <= 1e-13 * gradient.abs().max(), name
-    logits = model.predict(at_once[0].batch, at_once[0].positions)
-    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, at_once[0].targets).item(), rel=1e-12)
+@pytest.mark.parametrize("dropout", [True, False])
+def test_a_look_at_the_held_out_lines_leaves_dropout_as_it_was(dropout, tiny, steps_of, tmp_path, monkeypatch):
+    modes, real = [], step.accumulate
+    monkeypatch.setattr(
+        step, "accumulate", lambda objective, *rest: modes.append(objective.model.training) or real(objective, *rest)
+    )
+    looks = [line["held_out"]["all"] for line in steps_of(dropout=dropout, evaluate_every=1, max_length=9)]
+    assert modes == [dropout] * 4
+    _, tokenizer, files = tiny.load()
+    model = BertForMaskedLM.from_pretrained(tmp_path / "out")
+    last, longer = (evaluate(model, tokenizer, files, max_length=length)["all"] for length in (9, 24))
+    assert {look["masked_tokens"] for look in looks} == {last["masked_tokens"]}
+    assert last["masked_tokens"] < longer["masked_tokens"], "rows of the length of the run's"
+    assert looks[-1]["loss"] == pytest.approx(last["loss"]), "the look itself has no dropout"
 
 
-def test_the_passes_of_all_ranks_are_the_step(corpus):
-    for number, numbers in enumerate(islice(corpus.steps(0), 3)):
-        lengths, targets = [], 0
-        for rank in range(3):
-            share = Shares(corpus, Ranks(rank, 3), 100)[0, number, numbers]
-            assert all(example.batch.num_tokens <= 100 for example in share.passes)
-            assert len(share.passes) > 1
-            targets += sum(len(example.targets) for example in share.passes)
-            lengths.append([length for example in share.passes for length in example.batch.lengths])
-        whole = corpus.examples(0, numbers)
-        assert sorted(chain(*lengths)) == sorted(whole.batch.lengths)
-        assert targets == len(whole.targets)
-        assert max(map(sum, lengths)) - min(map(sum, lengths)) <= 24, "the ranks have about the same to do"
+def test_best_is_the_model_with_the_least_loss_on_held_out_lines(steps_of, tmp_path, monkeypatch):
+    losses, seen = iter([3.0, 2.0, 2.5, 4.0]), []
+
+    def figures(model, *_, **__):
+        seen.append(model.head.bias.detach().clone())
+        return {"all": {"loss": next(losses), "top1": 0.5, "masked_tokens": 7}}
+
+    monkeypatch.setattr(run, "evaluate", figures)
+    steps_of(evaluate_every=1)
+    best = BertForMaskedLM.from_pretrained(tmp_path / "out" / "best").head.bias
+    assert [torch.equal(best, bias) for bias in seen] == [False, True, False, False]
 
 
-def test_a_rank_without_rows_takes_part_with_a_gradient_of_nothing(tiny, corpus):
-    share = Shares(corpus, Ranks(2, 3), None)[0, 0, next(corpus.steps(0))[:2]]
-    loss, found = gradients(tiny.load()[0], share.passes, 10)
-    assert loss == 0
-    assert all(not gradient.any() for gradient in found.values())
+def test_the_command_compiles_every_layer_or_computes_it_again_if_asked(tiny, tmp_path, monkeypatch):
+    compiled, again, real = [], [], masked_lm.computed_again
+
+    def compile(function, **_):
+        return lambda *arguments: compiled.append(id(function.__self__)) or function(*arguments)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(masked_lm, "computed_again", lambda *x, **named: again.append(x) or real(*x, **named))
+    layers = tiny.config.num_hidden_layers
+    for name, expected in (("plain", (0, False)), ("compile", (layers, False)), ("checkpoint-activations", (0, True))):
+        assert tiny.train(tmp_path / name, "--steps", "1", *([] if name == "plain" else [f"--{name}"])) == 0
+        assert (len(set(compiled)), bool(again)) == expected
+        compiled.clear()
 
 
-def test_in_training_elements_are_dropped_at_the_models_rate(tiny, corpus):
-    """The stand-in for nn.Dropout on the CPU: in training only, and everywhere the model has dropout."""
-    model = tiny.load()[0].train()
-    batch = corpus.examples(0, range(20)).batch
-    drawn = []
-    with wrapped_layers(model):
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Dropout) and not name.endswith("attention.dropout"):  # for each sequence
-                module.register_forward_hook(lambda module, _, y: drawn.append((y == 0).float().mean().item()))
-        model.encode(batch)
-        # 5 places, of some 400 tokens × 32
-        assert len(drawn) == 1 + 2 * 2
-        assert all(share == pytest.approx(0.1, abs=5 * (0.09 / (batch.num_tokens * 32)) ** 0.5) for share in drawn)
-        assert not torch.equal(model.encode(batch), model.encode(batch))
-        model.eval()
-        drawn.clear()
-        assert torch.equal(model.encode(batch), model.encode(batch))
-        assert max(drawn) < 1e-3
+def test_without_dropout_a_run_does_not_depend_on_how_its_steps_are_cut_into_passes(tiny, tmp_path):
+    runs = []
+    for name, options in (("one", ()), ("many", ("--micro-tokens", "60"))):
+        assert tiny.train(tmp_path / name, "--no-dropout", "--steps", "3", *options) == 0
+        runs.append(metrics(tmp_path / name))
+    for one, many in zip(*runs, strict=True):
+        assert (one["masked_tokens"], one["tokens"]) == (many["masked_tokens"], many["tokens"])
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-5)  # float32: 1e-7, which steps may enlarge
+    assert weights(tmp_path / "one") != weights(tmp_path / "many"), "there was only one pass"
 
 
-def test_activations_computed_again_give_the_same_gradients_and_keep_less(tiny, corpus):
-    model = tiny.load()[0].train()  # dropout too
-    passes = [corpus.examples(0, range(20))]
-    results = []
-    for again in (False, True):
-        kept = 0
-
-        def keep(tensor):
-            nonlocal kept
-            kept += tensor.nbytes
-            return tensor
-
-        torch.manual_seed(0)
-        with (
-            wrapped_layers(model, checkpoint_activations=again),
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
-            results.append((*gradients(model, passes, 50), kept))
-    (loss, plain, plain_kept), (loss_again, found, found_kept) = results
-    assert loss == loss_again
-    assert all(torch.equal(plain[name], found[name]) for name in plain)
-    assert found_kept < 0.6 * plain_kept
-    assert not any("forward" in vars(module) for module in model.modules()), "the model is as it was"
+def test_the_speed_and_the_figures_of_each_text(tiny, tmp_path, monkeypatch, capsys):
+    out, other = tmp_path / "out", tmp_path / "other.txt"
+    other.write_text("\n".join(tiny.text.read_text().splitlines()[::-1]))
+    clock = count(step=4)
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert tiny.train(out, "--steps", "2", texts=[tiny.text, f"{other}:0.5"]) == 0
+    for line in metrics(out):
+        assert line["tokens_per_second"] == pytest.approx(line["tokens"] / 4, abs=0.5)
+    held_out = metrics(out)[-1]["held_out"]
+    assert list(held_out) == ["prose", "other", "all"]
+    assert held_out["all"]["masked_tokens"] == held_out["prose"]["masked_tokens"] + held_out["other"]["masked_tokens"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["held", "prose", "other", "all"]
+    assert json.loads((out / "run.json").read_text())["text 2"].startswith("other:0.5")
 
 
-@pytest.mark.slow
-def test_compiled_layers_compute_the_same(tiny, corpus, monkeypatch):
-    # The back end that needs no C++ compiler, and no minute: what is tested is what torch makes graphs of.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    torch._dynamo.reset()
-    model = tiny.load()[0]
-    for batch in range(4):
-        passes = [corpus.examples(0, range(10 * batch, 10 * batch + 7 + batch))]
-        loss, expected = gradients(model, passes, 50)
-        with wrapped_layers(model, compile=True, checkpoint_activations=batch % 2 == 1):
-            again, found = gradients(model, passes, 50)
-        assert again == pytest.approx(loss, rel=1e-6)  # float32
-        for name, gradient in expected.items():
-            assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+@pytest.mark.filterwarnings("always")
+def test_with_nothing_held_out_there_is_no_figure_and_no_best(tiny, tmp_path, capsys):
+    text, out = tmp_path / "one.txt", tmp_path / "out"
+    text.write_text("a wife must not be the daughter\n")
+    assert tiny.train(out, "--steps", "2", texts=[text]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[1:] == [f"{name:<20} {0:>13} {'–':>7} {'–':>7}" for name in ("one", "all")]
+    assert "no line is held out" in said.err
+    assert metrics(out)[-1]["held_out"]["all"] == {"loss": None, "top1": None, "masked_tokens": 0}
+    assert not (out / "best").exists()
+
+
+@pytest.mark.filterwarnings("ignore:the texts are so short")
+def test_a_step_in_which_nothing_is_masked_has_no_loss(tiny, tmp_path):
+    text, out = tmp_path / "short.txt", tmp_path / "out"
+    text.write_text("\n".join(["the", "must", "be", "not"]))  # a row is one word or a few, and at 15 % often unmasked
+    assert tiny.train(out, "--max-length", "3", "--tokens-per-step", "3", texts=[text]) == 0
+    lines = metrics(out)
+    assert {line["masked_tokens"] for line in lines} == {0, 1}
+    assert all((line["loss"] is None) == (line["masked_tokens"] == 0) for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
@@ -245,11 +249,12 @@ def test_compiled_layers_compute_the_same(tiny, corpus, monkeypatch):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_a_number_stops_the_run_before_the_weights_are_touched(what, tiny, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    real = step.accumulate
+    real, seen = step.accumulate, []
 
     def accumulate(objective, *arguments):
         loss = real(objective, *arguments)
         if len(metrics(out)) == 4:  # in the fifth step
+            seen.append((objective.model, {name: x.clone() for name, x in objective.model.state_dict().items()}))
             if what == "loss":
                 return loss * math.inf
             next(objective.parameters()).grad[0, 0] = math.nan
@@ -263,34 +268,21 @@ def test_what_is_not_a_number_stops_the_run_before_the_weights_are_touched(what,
     assert ("gradient nan" in error) == (what == "gradient")
     assert [path.name for path in saving.checkpoints(out)] == ["checkpoint-3"]
     assert len(metrics(out)) == 4
-    assert all(x.isfinite().all() for x in BertForMaskedLM.from_pretrained(out / "checkpoint-3").state_dict().values())
-
-
-def test_weights_that_are_not_numbers_stop_at_the_first_step(tiny, tmp_path):
-    model, tokenizer, files = tiny.load()
-    with torch.no_grad():
-        model.head.bias[0] = math.nan
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    (tmp_path / "out").mkdir()
-    with pytest.raises(FloatingPointError, match=r"step 1: the loss is nan"):
-        train_steps(model, tokenizer, files, tmp_path / "out", Settings(steps=2, max_length=24, tokens_per_step=200))
-    assert all(torch.equal(x.nan_to_num(), before[name].nan_to_num()) for name, x in model.state_dict().items())
+    ((model, before),) = seen
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--steps 0", "steps must be at least 1, not 0"),
-        ("--save-every 0", "save_every must be at least 1"),
         ("--evaluate-every -1", "evaluate_every must be at least 1"),
         ("--max-length 2", "max_length must be at least 3"),
         ("--max-length 41", "41.*40 positions"),
-        ("--tokens-per-step 23", "tokens_per_step is 23: a row of max_length 24"),
         ("--micro-tokens 10", "micro_tokens is 10: a row of max_length 24"),
         ("--learning-rate nan", "learning_rate must be a number above 0, not nan"),
         ("--warmup 2", "warmup is a share, from 0 to 1, not 2"),
         ("--schedule sudden", "invalid choice: 'sudden'"),
-        ("--workers -1", "workers must be at least 0, not -1"),
         (f"--seed {2**70}", "seed must fit in 64 bits"),
         ("--device cuda:77", "cuda:77"),
         ("--init no/such.json", "no/such.json"),
@@ -303,47 +295,16 @@ def test_a_wrong_value_is_one_line_and_exit_2(options, message, tiny, tmp_path, 
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("clip", 0), ("clip", math.inf), ("weight_decay", -1), ("short_fraction", 1.5), ("dtype", "float16")],
-)
-def test_settings_without_an_option_are_checked_too(key, value):
-    with pytest.raises(ValueError, match=f"{key}.* not .?{value}"):
-        Settings(steps=1, **{key: value})
-
-
-@pytest.mark.filterwarnings("always")
-def test_with_nothing_held_out_there_is_no_figure_and_no_best(tiny, tmp_path, capsys):
-    text, out = tmp_path / "one.txt", tmp_path / "out"
-    text.write_text("a wife must not be the daughter\n")
-    assert tiny.train(out, "--steps", "2", texts=[text]) == 0
-    said = capsys.readouterr()
-    assert said.out.splitlines()[1:] == [f"{name:<20} {0:>13} {'–':>7} {'–':>7}" for name in ("one", "all")]
-    assert "no line is held out" in said.err
-    assert metrics(out)[-1]["held_out"]["all"] == {"loss": None, "top1": None, "masked_tokens": 0}
-    assert not (out / "best").exists()
-    model, tokenizer, _ = tiny.load()
-    figures = evaluate(model, tokenizer, token_files([str(text)], tokenizer, tiny.tokens))
-    assert figures["all"]["top1"] is None
-
-
-@pytest.mark.filterwarnings("ignore:the texts are so short")
-def test_a_step_in_which_nothing_is_masked_has_no_loss(tiny, tmp_path):
-    text, out = tmp_path / "short.txt", tmp_path / "out"
-    text.write_text("\n".join(["the", "must", "be", "not"]))  # a row is one word or a few, and at 15 % often unmasked
-    assert tiny.train(out, "--max-length", "3", "--tokens-per-step", "3", texts=[text]) == 0
-    lines = metrics(out)
-    assert {line["masked_tokens"] for line in lines} == {0, 1}
-    assert all((line["loss"] is None) == (line["masked_tokens"] == 0) for line in lines)
-
-
-def test_figures_of_each_text(tiny, tmp_path, capsys):
-    out = tmp_path / "out"
-    other = tmp_path / "other.txt"
-    other.write_text("\n".join(tiny.text.read_text().splitlines()[::-1]))
-    assert tiny.train(out, "--steps", "2", texts=[tiny.text, f"{other}:0.5"]) == 0
-    held_out = metrics(out)[-1]["held_out"]
-    assert list(held_out) == ["prose", "other", "all"]
-    assert held_out["all"]["masked_tokens"] == held_out["prose"]["masked_tokens"] + held_out["other"]["masked_tokens"]
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["held", "prose", "other", "all"]
-    assert json.loads((out / "run.json").read_text())["text 2"].startswith("other:0.5")
+@pytest.mark.parametrize("missing", ["[CLS]", "[SEP]", "[MASK]"])
+def test_special_tokens_are_looked_for_before_the_text_is_read(missing, tiny, tmp_path, fails):
+    start = tmp_path / "model"
+    shutil.copytree(tiny.start, start)
+    values = json.loads((start / "tokenizer.json").read_text(encoding="utf-8"))
+    values["post_processor"] = None
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] != missing]
+    values["model"]["vocab"][missing.strip("[]")] = values["model"]["vocab"].pop(missing)
+    (start / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    where = ("--init", start, "--tokens", tmp_path / "tokens")
+    message = fails(*tiny.arguments(tmp_path / "out", *where, texts=[tmp_path / "no such text.txt"]))
+    assert f"has no {missing} token" in message
+    assert not (tmp_path / "tokens").exists()
