@@ -87,17 +87,12 @@ def habits(weights: Tensor, reading: Reading, layer: int) -> list[Head]:
     pairs = targets(reading)
     chosen = torch.stack([of_habit[ordinary] for of_habit in pairs.values()]).float()  # (habits, tokens, S)
     sums = chosen.flatten(1) @ rows.flatten(1).T / len(rows[0])  # (habits, H)
-    shares = dict(zip(pairs, sums.tolist(), strict=True))
-    wide = spread(rows).mean(-1).tolist()
-    return [
-        _head(layer, head, {name: values[head] for name, values in shares.items()}, wide[head])
-        for head in range(len(wide))
-    ]
-
-
-def _head(layer: int, head: int, shares: dict[str, float], wide: float) -> Head:
-    best = max(shares, key=lambda name: shares[name])
-    return Head(layer + 1, head + 1, best if shares[best] >= NAMED_FROM else "", wide, shares)
+    found = []
+    for head, (of_head, wide) in enumerate(zip(sums.T.tolist(), spread(rows).mean(-1).tolist(), strict=True)):
+        shares = dict(zip(pairs, of_head, strict=True))
+        best = max(shares, key=lambda name: shares[name])
+        found.append(Head(layer + 1, head + 1, best if shares[best] >= NAMED_FROM else "", wide, shares))
+    return found
 
 
 def with_habit(heads: Sequence[Head], name: str) -> list[Head]:
@@ -113,9 +108,9 @@ LARGEST_SIDE = 64  # of a folded map
 
 @dataclass(frozen=True)
 class Maps:
-    """The weights of all heads, (L, H, S, S). Either `full`, or, where they are too many, `folded`, the maxima of
-    blocks, (L, H, side, side), with the same for what is taken, and `rows`, the weights of some reading tokens exactly,
-    (L, H, number of rows, S). `lengths`: ‖f(x)‖, (L, H, S), as 16-bit shares of `longest`; absent without a model.
+    """The weights of all heads, (L, H, S, S). Where they are too many, the maxima of blocks, (L, H, side, side), with
+    the same for what is taken, and in `rows` the exact weights of the reading tokens `row_places`, (L, H, number of
+    rows, S). `lengths`: ‖f(x)‖, (L, H, S), as 16-bit shares of `longest`; empty without a model.
     """
 
     side: int
@@ -136,20 +131,19 @@ def maps(weights: Sequence[Tensor], takes: Sequence[Tensor], lengths: Sequence[T
     """weights: of each layer, (H, S, S). takes: `heads.taken` of it; lengths: (H, S); both may be empty. asked: the
     places whose rows come first when not all can be kept.
     """
-    layers, (heads, size, _) = len(weights), weights[0].shape
     whole = torch.stack(list(weights))  # (L, H, S, S)
-    longest = [of_layer.amax(-1) for of_layer in lengths]
-    shares = [of_layer / most.clamp(min=1e-30)[:, None] for of_layer, most in zip(lengths, longest, strict=True)]
+    heads, size = whole.shape[0] * whole.shape[1], whole.shape[-1]
+    tops = [of_layer.amax(-1) for of_layer in lengths]
+    shares = [of_layer / most.clamp(min=1e-30)[:, None] for of_layer, most in zip(lengths, tops, strict=True)]
     coded = _text((torch.stack(shares) * 65535).round().to(torch.int32).to(torch.uint16)) if shares else ""
-    tops = [most.tolist() for most in longest]
+    longest = [most.tolist() for most in tops]
     if whole.numel() <= MOST_WEIGHTS and len(text := pack(whole)) + len(coded) <= MOST_TEXT:
-        return Maps(size, text, "", [], "", coded, tops)
-    budget = MOST_FOLDED * 4 // 5 // (layers * heads * 2)  # a fifth, and what is left, is for the exact rows
+        return Maps(size, text, "", [], "", coded, longest)
+    budget = MOST_FOLDED * 4 // 5 // (2 * heads)  # a fifth, and what is left, is for the exact rows
     side = max(1, min(LARGEST_SIDE, size, isqrt(budget)))
-    room = (MOST_FOLDED - 2 * layers * heads * side * side) // (layers * heads * size)
-    places = list(asked[: max(0, room)])
+    places = list(asked[: max(0, (MOST_FOLDED // heads - 2 * side * side) // size)])
     folded_takes = pack(fold(torch.stack(list(takes)), side)) if takes else ""
-    return Maps(side, pack(fold(whole, side)), folded_takes, places, pack(whole[:, :, places]), coded, tops)
+    return Maps(side, pack(fold(whole, side)), folded_takes, places, pack(whole[:, :, places]), coded, longest)
 
 
 def fold(x: Tensor, side: int) -> Tensor:

@@ -6,26 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minibert.config import BertConfig
-from minibert.fill_mask import best_words
 from minibert.masked_lm import BertForMaskedLM
-from minibert.model import Bert
 from minibert.packing import PackedBatch
 from minibert.study.heads import Head, Maps
-from minibert.study.reading import Reading, Vocabulary
-
-
-def embedding_parts(model: Bert, batch: PackedBatch) -> list[Tensor]:
-    """The three vectors of each token, (T, D) each: of its word, of its position, of its segment."""
-    embeddings = model.embeddings
-    return [
-        embeddings.word(batch.input_ids),
-        embeddings.position(batch.position_ids),
-        embeddings.token_type(batch.token_type_ids),
-    ]
+from minibert.study.reading import Guess, Reading, Vocabulary
 
 
 def shares(parts: Sequence[Tensor]) -> Tensor:
@@ -40,13 +27,6 @@ def shares(parts: Sequence[Tensor]) -> Tensor:
     centred = torch.stack([part - part.mean(-1, keepdim=True) for part in parts])  # (parts, T, D)
     total = centred.sum(0)  # (T, D)
     return (centred * total).sum(-1) / total.pow(2).sum(-1)
-
-
-@dataclass(frozen=True)
-class Guess:
-    token: str
-    id: int
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -91,30 +71,23 @@ def state_names(layers: int) -> dict[str, str]:
 
 
 def guesses(
-    position: int,
-    steps: Sequence[str],
-    logits: Tensor,
-    vocabulary: Vocabulary,
-    top_k: int = 5,
-    targets: Sequence[int] = (),
+    position: int, steps: Sequence[str], logits: Tensor, vocabulary: Vocabulary, top_k: int, targets: Sequence[int]
 ) -> Guesses:
     """The steps at one place, from the logits after each of them, (number of steps, V).
 
     rank of a word = 1 + the number of words with a higher logit
     """
-    probabilities = logits.float().softmax(-1)  # (steps, V)
-    best, chosen = best_words(logits, top_k, vocabulary.known)  # both (steps, top_k)
-    logits = vocabulary.only_words(logits, -torch.inf)
-    answer = int(chosen[-1, 0])
-    followed = [answer, *targets]
-    ranks = (1 + (logits[:, None, :] > logits[:, followed, None]).sum(-1)).tolist()  # (steps, 1 + targets)
-    values = probabilities[:, followed].tolist()
+    best = vocabulary.best(logits, top_k)
+    followed = [best[-1][0].id, *targets]
+    values = logits.float().softmax(-1)[:, followed].tolist()  # (steps, 1 + targets)
+    own = logits[:, followed, None]
+    logits = vocabulary.only_words(logits)
+    ranks = (1 + (logits[:, None, :] > own).sum(-1)).tolist()  # (steps, 1 + targets)
     rows = []
-    for after, ids, scores, words, places in zip(steps, chosen.tolist(), best.tolist(), values, ranks, strict=True):
-        both = [Followed(value, rank) for value, rank in zip(words, places, strict=True)]
-        top = [Guess(vocabulary.name(token), token, score) for token, score in zip(ids, scores, strict=True)]
-        rows.append(Step(after, top, both[0], both[1:]))
-    return Guesses(position, rows[-1].best[0], rows)
+    for number, after in enumerate(steps):
+        answer, *others = (Followed(*one) for one in zip(values[number], ranks[number], strict=True))
+        rows.append(Step(after, best[number], answer, others))
+    return Guesses(position, best[-1][0], rows)
 
 
 MOST_TOKENS = 8192  # of all the copies of the text in one experiment; above it, neighbouring words go together
@@ -148,16 +121,13 @@ def neighbours(groups: Sequence[list[int]], length: int) -> list[list[int]]:
 
 def influence(
     model: BertForMaskedLM,
-    ids: Sequence[int],
-    segments: Sequence[int],
-    groups: Sequence[list[int]],
-    positions: Sequence[int],
-    answers: Sequence[int],
+    reading: Reading,
+    asked: Sequence[Guesses],
     mask_id: int,
     vocabulary: Vocabulary,
     progress: bool = False,
 ) -> list[Influence]:
-    """For each group of places, and for the answer at each position (M of both):
+    """For each word, or group of neighbours, and for the answer at each asked place (M of them):
 
         hidden = log p(answer | the text without the group) − log p(answer | the text)
         alone  = log p(answer | the group alone) − log p(answer | no word at all)
@@ -167,45 +137,32 @@ def influence(
     """
     from tqdm import tqdm
 
+    ids, device = reading.ids, model.device
+    groups = neighbours(reading.groups(), len(ids))
     hideable = {place for group in groups for place in group}
     nothing = [mask_id if place in hideable else token for place, token in enumerate(ids)]
-    rows = [list(ids), nothing]
+    rows = [ids, nothing]
     for group in groups:
         rows.append([mask_id if place in group else token for place, token in enumerate(ids)])
         rows.append([token if place in group else nothing[place] for place, token in enumerate(ids)])
-    size = max(1, TOKENS_AT_ONCE // max(len(ids), 8 * len(positions)))
+    size = max(1, TOKENS_AT_ONCE // max(len(ids), 8 * len(asked)))
+    answers = torch.tensor([one.answer.id for one in asked], device=device)  # (M,)
+    positions = torch.tensor([one.position for one in asked], device=device)
     values, winners = [], []
-    starts = range(0, len(rows), size)
-    for batch in tqdm([rows[i : i + size] for i in starts], "hiding words", delay=1, leave=False, disable=not progress):
-        value, winner = _answers(model, batch, segments, positions, answers, vocabulary)
-        values.append(value)
-        winners += winner.tolist()
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    for some in tqdm(batches, "hiding words", delay=1, leave=False, disable=not progress):
+        batch = PackedBatch.from_lists(some, [reading.segments] * len(some), device=device)
+        places = batch.cu_seqlens[:-1, None] + positions  # (R, M)
+        with torch.inference_mode():
+            logits = model.predict(batch, places.flatten()).float()  # (R · M, V)
+        log_p = logits.log_softmax(-1).gather(-1, answers.repeat(len(some))[:, None])
+        values.append(log_p.view(places.shape).cpu())
+        winners += [best[0].token for best in vocabulary.best(logits, 1)]
     log_p = torch.cat(values)  # (rows, M)
     change = log_p[2:] - log_p[:2].repeat(len(groups), 1)  # to the whole text, and to no word, in turn
-    changes = [
-        [Change(nats, vocabulary.name(token)) for nats, token in zip(one, best, strict=True)]
-        for one, best in zip(change.tolist(), winners[2:], strict=True)
-    ]
+    named = iter(winners[2 * len(asked) :])
+    changes = [[Change(nats, next(named)) for nats in row] for row in change.tolist()]
     return [Influence(group, changes[2 * n], changes[2 * n + 1]) for n, group in enumerate(groups)]
-
-
-def _answers(
-    model: BertForMaskedLM,
-    rows: list[list[int]],
-    segments: Sequence[int],
-    positions: Sequence[int],
-    answers: Sequence[int],
-    vocabulary: Vocabulary,
-) -> tuple[Tensor, Tensor]:
-    """log p of the answers, and the best word, at each position of each row: both (R, M)."""
-    device = model.embeddings.word.weight.device
-    batch = PackedBatch.from_lists(rows, [list(segments)] * len(rows), device=device)
-    starts = torch.arange(len(rows), device=device)[:, None] * len(segments)
-    places = starts + torch.tensor(positions, device=device)  # (R, M)
-    with torch.inference_mode():
-        log_p = model.predict(batch, places.flatten()).float().log_softmax(-1).unflatten(0, places.shape)  # (R, M, V)
-    wanted = torch.tensor(answers, device=device).expand(len(rows), -1)[..., None]  # (R, M, 1)
-    return log_p.gather(-1, wanted)[..., 0].cpu(), vocabulary.only_words(log_p, -torch.inf).argmax(-1).cpu()
 
 
 @dataclass(frozen=True)
@@ -216,16 +173,6 @@ class LayerChange:
     feed_forward: list[float]  # ‖feed-forward output‖ / ‖what it reads‖
     cosine: list[float]  # of what goes into the layer and what comes out
     mixing: list[float] | None  # see `mixing_ratio`
-
-
-def length_ratio(update: Tensor, x: Tensor) -> Tensor:
-    """‖update‖ / ‖x‖ of each token: (S, D), (S, D) → (S,)"""
-    return update.norm(dim=-1) / x.norm(dim=-1)
-
-
-def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """⟨x, y⟩ / (‖x‖ ‖y‖) of each token: (S, D), (S, D) → (S,)"""
-    return F.cosine_similarity(x, y, dim=-1)
 
 
 def mixing_ratio(x: Tensor, context: Tensor, probabilities: Tensor, given: Tensor, gamma: Tensor) -> Tensor:

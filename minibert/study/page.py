@@ -34,26 +34,24 @@ CODE: dict[str, Callable[..., Any]] = {  # what the page shows of the program
 }
 
 
-def to_html(data: dict[str, Any]) -> str:
+def to_html(data: dict[str, Any], title: str) -> str:
     """The page from `Study.to_dict()`. The same data give the same bytes."""
     room = files("minibert.study")
     names = ("page.html", "page.css", "heads.js", "page.js")
     frame, style, *scripts = (room.joinpath(name).read_text(encoding="utf-8") for name in names)
     script = "".join(scripts)
-    clean = _plain(data)
-    filling = clean["reading"]["filling"]
-    words = [answer["best"][0]["token"] for answer in clean["answers"]] or ["…"] * (len(filling) - 1)
-    filled = "".join(text + word for text, word in zip(filling, [*words, ""], strict=True))
     parts = {
         **{f"see_{name}": f'<a href="#code-{name}">{_place(function)}</a>' for name, function in CODE.items()},
         "code": "".join(_listing(name, function) for name, function in CODE.items()),
-        "title": escape(f"BERT reads: {filled[:100]}"),
+        "title": escape(plain(title)),
         "style": style,
         "style_hash": _hash(style),
         "script": script,
         "script_hash": _hash(script),
         # No < in it: so no </script> and no <!-- can end or change the element that it stands in.
-        "data": json.dumps(clean, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
+        "data": json.dumps(_plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
+            "<", "\\u003c"
+        ),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], frame)
 

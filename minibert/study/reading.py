@@ -9,12 +9,11 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from minibert.config import BertConfig
-from minibert.fill_mask import known_words
+from minibert.fill_mask import best_words, known_words
 from minibert.tokenizer import encode, own_mask, require_id, words_of
 
 
@@ -49,10 +48,6 @@ class Reading:
         return not self.added[place] and all(unicodedata.category(c)[0] in "PS" for c in self.pieces[place])
 
 
-def mask_id(tokenizer: Tokenizer) -> int:
-    return require_id(tokenizer, "[MASK]")
-
-
 def read_text(
     tokenizer: Tokenizer, config: BertConfig, text: str, pair: str | None = None, *, truncate: bool = False
 ) -> Reading:
@@ -68,7 +63,8 @@ def read_text(
         raise ValueError("the text is empty: there is nothing to read")
     text = own_mask(tokenizer, text)
     pair = None if pair is None else own_mask(tokenizer, pair)
-    masks = [place for place, token in enumerate(encoding.ids) if token == mask_id(tokenizer)]
+    mask_id = require_id(tokenizer, "[MASK]")
+    masks = [place for place, token in enumerate(encoding.ids) if token == mask_id]
     filling, start = [], 0
     whole = text if pair is None else f"{text} {pair}"
     for place in masks:
@@ -90,11 +86,7 @@ def read_text(
 
 
 def read_ids(
-    ids: Sequence[int],
-    segments: Sequence[int],
-    positions: Sequence[int],
-    asked: Sequence[int],
-    tokenizer: Tokenizer | None,
+    ids: list[int], segments: list[int], positions: list[int], asked: Sequence[int], tokenizer: Tokenizer | None
 ) -> Reading:
     """The tokens of a trace. Without a tokenizer a piece is its id, and each token a word of its own.
 
@@ -105,34 +97,29 @@ def read_ids(
     if tokenizer is not None:
         added = set(tokenizer.encode("", "").ids)  # what stands around a text without words
         prefix = getattr(tokenizer.model, "continuing_subword_prefix", "")
-        mask = mask_id(tokenizer)
+        mask = require_id(tokenizer, "[MASK]")
         pieces = [tokenizer.id_to_token(token) or f"#{token}" for token in ids]
     masks = sorted({*asked, *(place for place, token in enumerate(ids) if token == mask)})
     words: list[int | None] = []
-    count = -1
-    for token, piece in zip(ids, pieces, strict=True):
-        count += not (prefix and piece.startswith(prefix)) and token not in added
+    count, filling = -1, [""]
+    for place, (token, piece) in enumerate(zip(ids, pieces, strict=True)):
+        goes_on = bool(prefix) and piece.startswith(prefix)
+        count += not goes_on and token not in added
         words.append(None if token in added else max(count, 0))
-    filling = [""]
-    for place, piece in enumerate(pieces):
         if place in masks:
-            filling[-1] += " "
-            filling.append("")
-        elif ids[place] not in added:
-            glued = bool(prefix) and piece.startswith(prefix)
-            filling[-1] += piece.removeprefix(prefix) if glued else f" {piece}"
-    return Reading(
-        text=None,
-        pair=None,
-        pieces=pieces,
-        ids=list(ids),
-        segments=list(segments),
-        positions=list(positions),
-        words=words,
-        added=[token in added for token in ids],
-        masks=masks,
-        filling=[part.lstrip() if number == 0 else part for number, part in enumerate(filling)],
-    )
+            filling = [*filling[:-1], f"{filling[-1]} ", ""]
+        elif token not in added:
+            filling[-1] += piece.removeprefix(prefix) if goes_on else f" {piece}"
+    filling[0] = filling[0].lstrip()
+    around = [token in added for token in ids]
+    return Reading(None, None, pieces, ids, segments, positions, words, around, masks, filling)
+
+
+@dataclass(frozen=True)
+class Guess:
+    token: str
+    id: int
+    probability: float
 
 
 class Vocabulary:
@@ -145,14 +132,16 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer | None, config: BertConfig) -> None:
         self.tokenizer = tokenizer
-        self.words: Tensor | None = None  # (V,) bool; None if all ids are words
         self.known = None if tokenizer is None else known_words(tokenizer, config)  # ids; None if all are words
-        if self.known is not None:
-            self.words = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill(0, self.known, True)
 
     def name(self, token: int) -> str:
         return (self.tokenizer.id_to_token(token) if self.tokenizer is not None else None) or f"#{token}"
 
-    def only_words(self, x: Tensor, otherwise: float) -> Tensor:
-        """x (…, V) with `otherwise` at the ids that are no words."""
-        return x if self.words is None else x.masked_fill(~self.words.to(x.device), otherwise)
+    def best(self, logits: Tensor, top_k: int) -> list[list[Guess]]:
+        """The likeliest words of each row of logits (M, V), best first."""
+        rows = zip(*(x.tolist() for x in best_words(logits, top_k, self.known)), strict=True)
+        return [[Guess(self.name(token), token, p) for p, token in zip(*row, strict=True)] for row in rows]
+
+    def only_words(self, logits: Tensor) -> Tensor:
+        """(…, V) → (…, number of words)"""
+        return logits if self.known is None else logits[..., self.known.to(logits.device)]

@@ -3,10 +3,11 @@
 from collections import Counter
 from collections.abc import Iterator
 from math import exp
+from statistics import fmean
 from textwrap import wrap
 
 from minibert.study.heads import with_habit
-from minibert.study.measures import Answer, Facts, Guesses, Influence
+from minibert.study.measures import Answer, Facts, Guesses
 
 PREVIOUS = "the previous token"
 UNSURE = 0.2  # a best word with less than this is nothing to be sure of
@@ -78,11 +79,11 @@ def _say_answer(facts: Facts, answer: Answer) -> str:
 
 def _say_reading(facts: Facts) -> str:
     word, reading = facts.shares["word"], facts.reading
-    lowest = min(range(len(word)), key=lambda place: word[place])
+    lowest = word.index(min(word))
     return (
         "What BERT first knows of a token comes from its word, its position and its segment. On average the word makes "
-        f"{percent(sum(word) / len(word))} of the sum. It makes the least at “{reading.pieces[lowest]}” "
-        f"(token {lowest}): {percent(word[lowest])}."
+        f"{percent(fmean(word))} of the sum. It makes the least at “{reading.pieces[lowest]}” (token {lowest}): "
+        f"{percent(word[lowest])}."
     )
 
 
@@ -102,25 +103,20 @@ def _say_guesses(one: Guesses) -> str:
 
 
 def _say_influence(facts: Facts, number: int) -> str:
-    def hides(one: Influence) -> float:
-        return one.hidden[number].nats
-
-    def brings(one: Influence) -> float:
-        return one.alone[number].nats
-
     answer = facts.guesses[number].answer.token
-    hidden, alone = min(facts.influence, key=hides), max(facts.influence, key=brings)
+    hidden = min(facts.influence, key=lambda one: one.hidden[number].nats)
+    alone = max(facts.influence, key=lambda one: one.alone[number].nats)
+    lost, brought = hidden.hidden[number].nats, alone.alone[number].nats
     said = f"“{answer}” needs {quoted(facts, hidden.places)} the most: with it hidden, the probability falls to "
-    said += f"{percent(exp(hides(hidden)))} of what it was ({signed(hides(hidden))} nats)"
-    if hides(hidden) >= 0:
+    said += f"{percent(exp(lost))} of what it was ({signed(lost)} nats)"
+    if lost >= 0:
         said = f"No word is needed for “{answer}”: whichever is hidden, it becomes no less probable"
-    if brings(alone) <= 0:
+    if brought <= 0:
         return f"{said}. No word alone makes it more probable than it is without any word."
-    times = exp(brings(alone))
+    times = f"{exp(brought):.1f}" if exp(brought) < 10 else f"{exp(brought):,.0f}"
     return (
-        f"{said}. Alone, {quoted(facts, alone.places)} helps the most: it makes the answer "
-        f"{f'{times:.1f}' if times < 10 else f'{times:,.0f}'} times as probable as no word at all "
-        f"({signed(brings(alone))} nats)."
+        f"{said}. Alone, {quoted(facts, alone.places)} helps the most: it makes the answer {times} times as probable "
+        f"as no word at all ({signed(brought)} nats)."
     )
 
 
@@ -149,29 +145,34 @@ def _say_heads(facts: Facts) -> str:
     return f"{said}{but} of all heads really {'takes' if takes < 2 else 'take'} mainly from there."
 
 
-def _say_changes(facts: Facts, place: int | None) -> str:
-    def of(values: list[float]) -> float:
-        return values[place] if place is not None else sum(values) / len(values)
+def at(values: list[float], place: int | None) -> float:
+    """A number at a token, or the mean over all of them."""
+    return fmean(values) if place is None else values[place]
 
+
+def _say_changes(facts: Facts, place: int | None) -> str:
     where = "On average" if place is None else f"At “{facts.reading.pieces[place]}” (token {place})"
-    if all(layer.mixing is not None for layer in facts.changes):
-        values = [of(layer.mixing or []) for layer in facts.changes]
-        said = "attention brings in the most from other tokens in layer {layer}: {share} of what it leaves"
+    turns = [at(layer.cosine, place) for layer in facts.changes]
+    mixing = [at(layer.mixing, place) for layer in facts.changes if layer.mixing is not None]
+    if len(mixing) == len(turns):
+        most = max(mixing)
+        said = (
+            f"brings in the most from other tokens in layer {1 + mixing.index(most)}: {percent(most)} of what it leaves"
+        )
     else:
-        values = [of(layer.attention) for layer in facts.changes]
-        said = "attention adds the most in layer {layer}: a vector {value:.2f} times as long as the one it reads"
-    most = max(range(len(values)), key=lambda number: values[number])
-    turns = [of(layer.cosine) for layer in facts.changes]
-    turn = min(range(len(turns)), key=lambda number: turns[number])
-    said = said.format(layer=most + 1, share=percent(values[most]), value=values[most])
-    return f"{where}, {said}. The vector turns the furthest in layer {turn + 1}, with a cosine of {turns[turn]:.2f}."
+        added = [at(layer.attention, place) for layer in facts.changes]
+        most = max(added)
+        said = f"adds the most in layer {1 + added.index(most)}: a vector {most:.2f} times as long as the one it reads"
+    turn = 1 + turns.index(min(turns))
+    return (
+        f"{where}, attention {said}. The vector turns the furthest in layer {turn}, with a cosine of {min(turns):.2f}."
+    )
 
 
 def _say_cost(facts: Facts) -> str:
-    total = sum(part.multiply_adds for part in facts.cost)
+    total, parameters = sum(part.multiply_adds for part in facts.cost), facts.model.parameters
     dear = max(facts.cost, key=lambda part: part.multiply_adds)
     large = max(facts.cost, key=lambda part: part.parameters)
-    parameters = facts.model.parameters
     return (
         f"To read these {len(facts.reading.ids)} tokens takes {total / 1e6:,.1f} million multiply-adds, and "
         f"{percent(dear.multiply_adds / total)} of them are in the step “{dear.name}”. The model has "
@@ -185,8 +186,8 @@ WIDTH = 24  # of the longest bar
 SHOWN_WORDS = 40  # of view 3, those that matter most
 
 
-def bar(share: float, width: int = WIDTH) -> str:
-    eighths = round(8 * width * max(0.0, min(1.0, share)))
+def bar(share: float) -> str:
+    eighths = round(8 * WIDTH * share)
     return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
 
 
@@ -205,17 +206,21 @@ def to_text(facts: Facts) -> str:
     ):
         body = list(view(facts))
         why = facts.left_out.get({"reading": "shares", "looks": "attention"}.get(key, key))
-        if not body and why is None:
-            continue
-        said = wrap(" ".join(sentences.get(key, [])[:1]), COLUMNS)
-        lines += ["", title, *said, *(body or [f"(not here: {why})"])]
+        if body or why is not None:
+            said = wrap(" ".join(sentences.get(key, [])[:1]), COLUMNS)
+            lines += ["", title, *said, *(body or [f"(not here: {why})"])]
     return "".join(f"{plain(line).rstrip()}\n" for line in lines[1:])
 
 
-def _answer(facts: Facts) -> Iterator[str]:
+def filled(facts: Facts, word: str, unknown: str = "") -> str:
+    """The text with the answer at each mask. word: how an answer is shown, "[{}]"."""
     filling = facts.reading.filling
-    words = [f"[{answer.best[0].token}]" for answer in facts.answers] or [""] * (len(filling) - 1)
-    yield "".join(part + word for part, word in zip(filling, [*words, ""], strict=True))
+    words = [word.format(answer.best[0].token) for answer in facts.answers] or [unknown] * (len(filling) - 1)
+    return "".join(part + one for part, one in zip(filling, [*words, ""], strict=True))
+
+
+def _answer(facts: Facts) -> Iterator[str]:
+    yield filled(facts, "[{}]")
     for answer in facts.answers:
         if len(facts.answers) > 1:
             yield f"  token {answer.position}"
@@ -270,19 +275,16 @@ def _heads(facts: Facts) -> Iterator[str]:
 
 def _changes(facts: Facts) -> Iterator[str]:
     place = facts.reading.masks[0] if facts.reading.masks else None
-    where = "all tokens" if place is None else f"token {place}"
     if facts.changes:
+        where = "all tokens" if place is None else f"token {place}"
         yield f"  layer  from others  attention  feed-forward  cosine   ({where})"
     for number, layer in enumerate(facts.changes, start=1):
-        rows = [layer.mixing or [], layer.attention, layer.feed_forward, layer.cosine]
-        values = [sum(row) / len(row) if place is None and row else row[place or 0] if row else None for row in rows]
-        first = "–" if values[0] is None else percent(values[0])
-        others = [f"{value:.2f}" for value in values[1:] if value is not None]
-        yield f"  {number:>5}  {first:>11}  {others[0]:>9}  {others[1]:>12}  {others[2]:>6}"
+        first = "–" if layer.mixing is None else percent(at(layer.mixing, place))
+        attention, worked, turn = (at(row, place) for row in (layer.attention, layer.feed_forward, layer.cosine))
+        yield f"  {number:>5}  {first:>11}  {attention:>9.2f}  {worked:>12.2f}  {turn:>6.2f}"
 
 
 def _cost(facts: Facts) -> Iterator[str]:
     for part in facts.cost:
-        times = f"{part.times} × " if part.times > 1 else ""
-        name = f"{times}{part.name}"
+        name = f"{part.times} × {part.name}" if part.times > 1 else part.name
         yield f"  {name:<48} {part.shapes:<40} {part.parameters / 1e6:>7.1f} M {part.multiply_adds / 1e6:>9.1f} M"
