@@ -13,11 +13,9 @@ from minibert import (
     checks,
     mask_tokens,
     masked_lm_loss,
-    pseudo_log_likelihood,
 )
+from minibert.checks import require_positions
 from minibert.fill_mask import batches_by_length
-from minibert.inference.onednn import filled_up
-from minibert.tokenizer import from_vocabulary
 
 LONGEST = 13
 IDS = torch.tensor([[11, 12, 13, 14], [21, 0, 22, 0], [0, 0, 0, 0], [0, 31, 32, 33]])
@@ -143,16 +141,6 @@ def test_to_a_device_keeps_everything():
         assert moved.unpack(torch.empty(moved.num_tokens, 3, device="meta")).shape == (*moved.padded_shape, 3)
 
 
-def test_filled_up_with_a_sequence_of_its_own():
-    batch = PackedBatch.from_padded(IDS, MASK)
-    filled = filled_up(batch, 5)
-    assert (filled.lengths, filled.cu_seqlens.tolist()) == ((4, 2, 0, 3, 5), [0, 4, 6, 6, 9, 14])
-    assert (filled.num_tokens, filled.max_seqlen, filled.uniform) == (14, 5, False)
-    assert torch.equal(filled.input_ids[:9], batch.input_ids)
-    assert torch.equal(filled.position_ids[:9], batch.position_ids)
-    assert filled.unpack(torch.arange(14)).tolist() == [list(range(14))]
-
-
 @pytest.mark.parametrize(
     ("most", "groups"),
     [
@@ -175,20 +163,6 @@ def test_texts_of_like_length_are_computed_together(most, groups):
 def test_a_sequence_alone_gives_what_it_gives_in_company(model, lists):
     hidden = model.encode(PackedBatch.from_lists(lists))
     close(hidden, torch.cat([hidden[:0], *(model.encode(PackedBatch.from_lists([row])) for row in lists)]))
-
-
-@torch.no_grad()
-def test_padding_changes_nothing(model):
-    ids = torch.arange(1, 19).view(3, 6)
-    expected = model(ids).logits
-    wide = torch.full((3, 10), 98)
-    for start in (0, 4):  # padded on the right, then on the left
-        wide[:, start : start + 6] = ids
-        mask = torch.zeros_like(wide)
-        mask[:, start : start + 6] = 1
-        logits = model(wide, mask, position_ids=(torch.arange(10) - start).clamp(min=0)[None]).logits
-        close(logits[:, start : start + 6], expected)
-        assert (logits[mask == 0] == 0).all()
 
 
 @torch.no_grad()
@@ -262,29 +236,19 @@ LISTS = PackedBatch.from_lists
         (lambda: LISTS([[1, -4]]), ValueError, "input_ids may not be negative, but holds -4"),
         (lambda: LISTS([[1.5]]), ValueError, r"whole numbers, not torch\.float32"),
         (lambda: PackedBatch.from_flat(ROW[0], [2, 3]), ValueError, "add up to 5, and input_ids has 3"),
+        (lambda: require_positions(torch.tensor([-1]), 5), ValueError, "count packed tokens, from 0 to 4"),
+        (lambda: require_positions(torch.tensor([0, 5]), 5), ValueError, "count packed tokens, from 0 to 4"),
+        (lambda: require_positions(torch.tensor(1), 5), ValueError, r"\(M,\) whole numbers"),
+        (lambda: require_positions(torch.tensor([True]), 5), ValueError, r"\(M,\) whole numbers"),
+        (lambda: require_positions(torch.tensor([1.0]), 5), ValueError, r"\(M,\) whole numbers"),
         (lambda: LISTS([101, 102]), TypeError, r"input_ids must be a list for each text, .*, not \[101, 102\]$"),
         (lambda: LISTS(["ab"]), TypeError, r"input_ids must be a list for each text, .*, not \['ab'\]$"),
         (lambda: LISTS([[1]], [101] * 99), TypeError, r"token_type_ids must .*, not \[101, (101, )*10?1?,?…$"),
     ],
 )
-def test_lists_that_do_not_fit(call, kind, words):
+def test_lists_and_positions_that_do_not_fit(call, kind, words):
     with pytest.raises(kind, match=words):
         call()
-
-
-@pytest.mark.parametrize(
-    ("positions", "words"),
-    [
-        ([-1], "count packed tokens, from 0 to 4"),
-        ([0, 5], "count packed tokens, from 0 to 4"),
-        (1, r"\(M,\) whole numbers"),
-        ([True], r"\(M,\) whole numbers"),
-        ([1.0], r"\(M,\) whole numbers"),
-    ],
-)
-def test_positions_that_are_not_there(model, positions, words):
-    with pytest.raises(ValueError, match=words):
-        model.predict(PackedBatch.from_lists([[1, 2, 3], [4, 5]]), torch.tensor(positions))
 
 
 @pytest.mark.parametrize("value", [[[5, 6]], np.array([[5, 6]]), "text"], ids=["list", "array", "str"])
@@ -297,17 +261,10 @@ def test_what_is_no_tensor_gets_a_sentence(value):
         lambda: mask_tokens(ids, value, vocab_size=9, mask_token_id=3),
         lambda: masked_lm_loss(value, ids),
         lambda: masked_lm_loss(torch.zeros(1, 2, 9), value),
-        lambda: checks.require_positions(value, 2),
+        lambda: require_positions(value, 2),
     ):
         with pytest.raises(TypeError, match=rf"must be a tensor, not {type(value).__name__}: torch\."):
             call()
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model):
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(95))]
-    list(pseudo_log_likelihood(model, from_vocabulary(words[:99]), ["w1"]))
-    with pytest.raises(ValueError, match="the tokenizer has 100 tokens and the model 99"):
-        list(pseudo_log_likelihood(model, from_vocabulary(words), ["w1"]))
 
 
 @pytest.mark.parametrize("name", checks.HOLDS)

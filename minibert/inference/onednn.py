@@ -199,19 +199,14 @@ def _best_height(outputs: int, inputs: int, tokens: int, threads: int) -> int:
         images = -(-tokens // height)
         if images > threads:  # then only how evenly the threads share them changes the order that is wanted
             images = threads + images % threads
-        if _order_fits(outputs, inputs, images, height):
+        if _wanted_order(outputs, inputs, images, height) == _wanted_order(outputs, inputs, *USUAL):
             return height
     return USUAL[1]  # correct, but slow: the weights are ordered anew in each call
 
 
 @cache
-def _order_fits(outputs: int, inputs: int, images: int, height: int) -> bool:
-    """Whether oneDNN wants the weights for so many images of this height in the usual order."""
-    return _wanted_order(outputs, inputs, images, height) == _wanted_order(outputs, inputs, *USUAL)
-
-
-@cache
 def _wanted_order(outputs: int, inputs: int, images: int, height: int) -> tuple[int, ...]:
+    """The order that oneDNN wants the weights in for so many images of this height."""
     # oneDNN tells the order only by ordering a matrix. The first 4096 words of a vocabulary are ordered like all.
     return describe_order(order_for_images(torch.empty(min(outputs, 4096), inputs), images, height))
 

@@ -1,6 +1,5 @@
 """`linear="compiled"`: which batches go through the program, its numbers, and when it is compiled."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -24,13 +23,20 @@ def batch_of(lengths):
 
 
 def assert_same_answers(fast, plain, dtype):
+    near = dict(rtol=0, atol=TOLERANCE[dtype])
     for lengths in MIXES:
         batch = batch_of(lengths)
         everywhere = torch.arange(batch.num_tokens).flip(0)
-        near = dict(rtol=0, atol=TOLERANCE[dtype])
         torch.testing.assert_close(fast.predict(batch, everywhere).float(), plain.predict(batch, everywhere), **near)
         torch.testing.assert_close(fast.encode(batch).float(), plain.encode(batch), **near)
     assert fast.predict(batch, everywhere[:0]).shape == (0, 99)
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(fast(ids).logits.float(), plain(ids).logits, **near)
+
+
+@pytest.fixture
+def model():
+    return twins(SIZES)[0]
 
 
 @pytest.fixture
@@ -62,21 +68,21 @@ def recording(folder, monkeypatch):
     return runs
 
 
-def test_a_kernel_or_a_number_of_threads_of_ones_own(recording, monkeypatch):
-    """The program has its own attention, and was made for a number of threads."""
-    fast, batch = prepare_for_inference(twins(SIZES)[0], linear="compiled"), batch_of([7, 3])
+def test_what_it_was_not_made_for_goes_the_usual_way(model, recording):
+    """The program has its own attention, and waits for threads that a forked process has not."""
+    fast, batch = prepare_for_inference(model, linear="compiled"), batch_of([7, 3])
     with use_kernel("formula"):
         fast.encode(batch)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: 77)
-        fast.encode(batch)
+    for name, other in (("torch.get_num_threads", 77), ("os.getpid", -1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(name, lambda other=other: other)
+            fast.encode(batch)
     assert not recording
     fast.encode(batch)
     assert recording == [10]
 
 
-def test_a_damaged_program_is_named(folder):
-    model = twins(SIZES)[0]
+def test_a_damaged_program_is_named(model, folder):
     path = compiled.program_path(model, torch.float32)
     path.parent.mkdir()
     path.write_bytes(b"half a program")
@@ -84,8 +90,7 @@ def test_a_damaged_program_is_named(folder):
         prepare_for_inference(model)
 
 
-def test_it_is_compiled_once_and_then_auto_takes_it(recording, folder, capsys):
-    model = twins(SIZES)[0]
+def test_it_is_compiled_once_and_then_auto_takes_it(model, recording, folder, capsys):
     assert prepare_for_inference(model).linear in WAYS, "not there, so nobody waits for it"
     assert not folder.exists()
     prepare_for_inference(model, linear="compiled")
@@ -94,19 +99,16 @@ def test_it_is_compiled_once_and_then_auto_takes_it(recording, folder, capsys):
     assert len(list(folder.iterdir())) == 1
     assert prepare_for_inference(model).linear == "compiled"
     assert prepare_for_inference(model, linear="torch").linear == "torch"
-    if compiled.has_bfloat16():
-        assert prepare_for_inference(model, torch.bfloat16).linear in WAYS, "another type is another program"
 
 
-def test_other_layers_are_another_program(folder, monkeypatch):
+def test_other_layers_are_another_program(model, monkeypatch):
     """Were it found by its sizes alone, it would give the answers of other weights."""
-    model = twins(SIZES)[0]
-    paths = {compiled.program_path(model, torch.float32), compiled.program_path(model, torch.int8)}
+    paths = {compiled.program_path(model, dtype) for dtype in (torch.float32, torch.int8)}
+    for other in ({"hidden_act": "gelu_new"}, {"num_attention_heads": 2}):
+        paths.add(compiled.program_path(twins({**SIZES, **other})[0], torch.float32))
     with torch.no_grad():
         model.layers[1].feed_forward.output.weight[3, 4] += 1e-3
     paths.add(compiled.program_path(model, torch.float32))
-    paths.add(compiled.program_path(twins({**SIZES, "hidden_act": "gelu_new"})[0], torch.float32))
-    paths.add(compiled.program_path(twins({**SIZES, "num_attention_heads": 2})[0], torch.float32))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     paths.add(compiled.program_path(model, torch.float32))
     assert len(paths) == 6
@@ -115,67 +117,42 @@ def test_other_layers_are_another_program(folder, monkeypatch):
     assert compiled.program_path(model, torch.float32) in paths, "the program holds the layers alone"
 
 
-def test_without_a_compiler(folder):
+def test_without_a_compiler(model, folder):
     import torch._inductor.config
 
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         with pytest.raises(ValueError, match=r"there is none: install g\+\+ or clang, or leave linear out"):
-            prepare_for_inference(twins(SIZES)[0], linear="compiled")
-        assert prepare_for_inference(twins(SIZES)[0]).linear in WAYS
+            prepare_for_inference(model, linear="compiled")
+        assert prepare_for_inference(model).linear in WAYS
     assert not list(folder.glob("*"))
-
-
-def test_types_and_devices_that_it_is_not_for():
-    with pytest.raises(ValueError, match=r"'compiled' cannot be had in torch\.float64 on this cpu: .*torch"):
-        prepare_for_inference(twins(SIZES)[0], torch.float64, linear="compiled")
-
-
-# ------------------------------------------------------------------------------------------------- the real compiler
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-def test_the_compiled_program(form, folder):
-    """In float32 also from several threads."""
+def test_the_compiled_program(form, model, folder):
+    """By the real compiler. In float32 also from several threads."""
     form_or_skip(form)
-    dtype, plain = FORMS[form], twins(SIZES)[0]
     try:
-        fast = prepare_for_inference(plain, dtype, linear="compiled")
+        fast = prepare_for_inference(model, FORMS[form], linear="compiled")
     except ValueError as error:
         pytest.skip(str(error))
     assert [path.suffix for path in folder.iterdir()] == [".so"], "and nothing else is left"
-    assert_same_answers(fast, plain, dtype)
-    again = prepare_for_inference(plain, dtype)
+    assert_same_answers(fast, model, FORMS[form])
+    again = prepare_for_inference(model, FORMS[form])
     assert again.linear == "compiled", "loaded"
     batch, first = batch_of([7, 3]), torch.tensor([0])
     expected = fast.predict(batch, first)
     assert torch.equal(again.predict(batch, first), expected)
-    if form != "product":
-        return
-    with ThreadPoolExecutor(4) as pool:
-        for got in pool.map(lambda _: fast.predict(batch, first), range(40)):
-            assert torch.equal(got, expected)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "getpid", lambda: -1)
-        assert not fast.program.takes(batch), "in a forked process it would wait for the threads of its parent"
+    if form == "product":
+        with ThreadPoolExecutor(4) as pool:
+            assert all(torch.equal(got, expected) for got in pool.map(lambda _: fast.predict(batch, first), range(40)))
 
 
-# --------------------------------------------------- on exact products, which stay until the end of the module: so last
-
-
-@pytest.mark.usefixtures("exact_products")
+@pytest.mark.usefixtures("exact_products")  # they stay until the end of the module, so this test is the last one
 @pytest.mark.parametrize("form", FORMS)
-def test_few_tokens_go_through_it(form, recording):
+def test_few_tokens_go_through_it(form, model, recording):
     form_or_skip(form)
-    plain = twins(SIZES)[0]
-    fast = prepare_for_inference(plain, FORMS[form], linear="compiled")
+    fast = prepare_for_inference(model, FORMS[form], linear="compiled")
     assert fast.linear == "compiled"
-    assert_same_answers(fast, plain, FORMS[form])
-    assert recording == [tokens for tokens in (5, 10, 3, 120, 128) for _ in range(2)]
-    torch.testing.assert_close(
-        fast(torch.tensor([[5, 6, 7]])).logits.float(),
-        plain(torch.tensor([[5, 6, 7]])).logits,
-        rtol=0,
-        atol=TOLERANCE[FORMS[form]],
-    )
-    assert recording[-1] == 3
+    assert_same_answers(fast, model, FORMS[form])
+    assert recording == [*(tokens for tokens in (5, 10, 3, 120, 128) for _ in range(2)), 3]

@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from twins import CONFIGS, twins
+from twins import CONFIGS, on_a_fake_gpu, twins
 
 import minibert.attention
 import minibert.checks
@@ -17,19 +17,25 @@ from minibert.inference import cuda_graphs, prepare_for_inference
 from minibert.inference import prepared as prepare
 from minibert.inference.cuda_graphs import CapturedPredict, Graphs, _round_up
 
+SIZES = {**CONFIGS["batch 13, gelu"], "max_position_embeddings": 128}
+MIXES = [[5, 9], [9, 5], [1, 1, 1, 1], [20, 5, 9], [3], [12] * 5, [70, 2], [30, 100, 7], [11] * 9, [64, 64], [128]]
+
+
+def random_batch(lengths):
+    rows, types = ([torch.randint(*ids, (n,)).tolist() for n in lengths] for ids in ((5, 99), (0, 2)))
+    return PackedBatch.from_lists(rows, types)
+
 
 def eager_capture(run, graphs):
     """In place of a CUDA graph: a replay runs everything again, into the same result."""
     result = run().clone()
-
     return lambda: result.copy_(run()), result
 
 
 def flash_attention_reads(query, key, value, batch):
     """In place of flash attention: it knows `cu_seqlens` and the longest length, and writes no token outside them."""
     context = torch.full_like(query, torch.nan)
-    bounds = batch.cu_seqlens.tolist()
-    for start, stop in pairwise(bounds):
+    for start, stop in pairwise(batch.cu_seqlens.tolist()):
         assert 0 <= stop - start <= batch.max_seqlen
         if stop > start:
             q, k, v = (x[None, start:stop].transpose(1, 2) for x in (query, key, value))
@@ -37,43 +43,33 @@ def flash_attention_reads(query, key, value, batch):
     return context
 
 
-MIXES = [[5, 9], [9, 5], [1, 1, 1, 1], [20, 5, 9], [3], [12] * 5, [70, 2], [30, 100, 7], [11] * 9, [64, 64], [128]]
-
-
 def test_graphs_of_rounded_sizes_give_the_same_logits(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "capture", eager_capture)
     monkeypatch.setattr(minibert.attention, "varlen", flash_attention_reads)
     monkeypatch.setattr(prepare, "attention_at", lambda q, k, v, b, at: attention(q, k, v, b)[at])
     monkeypatch.setattr(cuda_graphs, "GRAPHS", 6)
-    ours, _ = twins({**CONFIGS["batch 13, gelu"], "max_position_embeddings": 128})
+    replays, answer = [], CapturedPredict.__call__
+    monkeypatch.setattr(CapturedPredict, "__call__", lambda *given: replays.append(1) or answer(*given))
+    ours = twins(SIZES)[0]
     fast = prepare_for_inference(ours, linear="torch")
     fast._graphs = graphs = Graphs(torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    replays = []
-    answer = CapturedPredict.__call__
-    monkeypatch.setattr(CapturedPredict, "__call__", lambda *given: replays.append(1) or answer(*given))
     kept = []
     for mix in MIXES * 3:
-        rows = [torch.randint(5, 99, (length,), generator=generator).tolist() for length in mix]
-        types = [torch.randint(0, 2, (length,), generator=generator).tolist() for length in mix]
-        batch = PackedBatch.from_lists(rows, types)
-        positions = torch.randperm(batch.num_tokens, generator=generator)[: max(1, batch.num_tokens // 3)]
+        batch = random_batch(mix)
+        positions = torch.randperm(batch.num_tokens)[: max(1, batch.num_tokens // 3)]
         kept.append((fast.predict(batch, positions), ours.predict(batch, positions)))
     for got, expected in kept:  # also after later batches have gone through the same graph
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     assert len(graphs.captured) == 6, "no more than GRAPHS, though there were more sizes"
-    assert len(replays) > len(MIXES)
-
     before = len(replays)
+    assert before > len(MIXES)
     batch = PackedBatch.from_lists([[7] * 5, [8] * 9])
     with use_kernel("formula"):
         fast.predict(batch, torch.tensor([0]))
     assert len(replays) == before, "a kernel that the user asked for is not replaced"
     with pytest.raises(ValueError, match="unknown"):
         fast.predict(PackedBatch.from_lists([[99999] * 5, [1] * 9]), torch.tensor([0]))
-    monkeypatch.setattr(
-        minibert.checks, "require_positions", lambda positions, batch: None
-    )  # as on CUDA: no host check
+    monkeypatch.setattr(minibert.checks, "require_positions", lambda *given: None)  # as on CUDA: no host check
     with pytest.raises(IndexError):
         fast.predict(batch, torch.tensor([0, 14, 2, 3]))
 
@@ -86,23 +82,22 @@ def test_rounding_adds_little_and_makes_few_sizes():
 
 def test_compiled_once_for_all_lengths(monkeypatch):
     """Twenty mixes of lengths, all layers: two functions, each compiled whole and once."""
-    counter = torch._dynamo.testing.CompileCounter()
-    compile_it = torch.compile
+    counter, compile_it = torch._dynamo.testing.CompileCounter(), torch.compile
     monkeypatch.setattr(prepare, "COMPILED_ON", ("cpu",))
     monkeypatch.setattr(prepare, "can_compile", lambda: True)
     monkeypatch.setattr(torch, "compile", lambda run, **o: compile_it(run, backend=counter, fullgraph=True, **o))
     torch._dynamo.reset()
-    ours, _ = twins({**CONFIGS["batch 13, gelu"], "max_position_embeddings": 128})
+    ours = twins(SIZES)[0]
     fast = prepare_for_inference(ours, linear="torch")
-    generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        for _ in range(20):
-            lengths = torch.randint(3, 129, (int(torch.randint(1, 9, (1,), generator=generator)),), generator=generator)
-            batch = PackedBatch.from_lists([[7] * length for length in lengths.tolist()])
+        for number in range(20):
+            batch = random_batch(torch.randint(3, 129, (number % 8 + 1,)).tolist())
             positions = torch.arange(0, batch.num_tokens, 3)
-            logits = fast.predict(batch, positions)
-            torch.testing.assert_close(logits, ours.predict(batch, positions), rtol=0, atol=1e-5)
-            torch.testing.assert_close(fast.encode(batch), ours.encode(batch), rtol=0, atol=1e-5)
+            for got, expected in (
+                (fast.predict(batch, positions), ours.predict(batch, positions)),
+                (fast.encode(batch), ours.encode(batch)),
+            ):
+                torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
         assert counter.frame_count == 2
         for position in (3, 5):  # a single [MASK]: torch compiles a length of 1 apart, once
             fast.predict(PackedBatch.from_lists([[7] * 9]), torch.tensor([position]))
@@ -114,49 +109,33 @@ def test_nothing_in_the_layers_asks_the_device(monkeypatch):
     monkeypatch.setattr("minibert.attention.varlen", lambda query, key, value, batch: torch.empty_like(query))
     monkeypatch.setattr(prepare, "COMPILED_ON", ())
     monkeypatch.setattr(prepare, "has_flash_attention", lambda *arguments: False)  # so no graphs
-    config = BertConfig(num_hidden_layers=2, hidden_size=48, num_attention_heads=3, intermediate_size=37, vocab_size=99)
-
-    def cuda(*shape, dtype=torch.int64):
-        return torch.empty(shape, dtype=dtype, device="cuda")
-
     with torch.device("meta"):
-        model = BertForMaskedLM(config)
+        model = BertForMaskedLM(BertConfig(**{**SIZES, "hidden_size": 48, "num_attention_heads": 3}))
+    batch = random_batch([3, 1, 4])
     with FakeTensorMode(allow_non_fake_inputs=True):
-        weights = {name: cuda(*tensor.shape, dtype=torch.float32) for name, tensor in model.state_dict().items()}
+        weights = {name: torch.empty_like(x, device="cuda") for name, x in model.state_dict().items()}
         model.load_state_dict(weights, assign=True)
         fast = prepare_for_inference(model)
-        assert fast.embeddings.word.weight.dtype == torch.bfloat16
-        batch = PackedBatch(
-            *(cuda(8) for _ in range(3)),
-            cu_seqlens=cuda(4, dtype=torch.int32),
-            lengths=(3, 1, 4),
-            padded_shape=(3, 4),
-            padded_index=cuda(8),
-            largest=(12, 0, 3),
-        )
-        hidden = fast.encode(batch)
-        assert (hidden.shape, hidden.dtype, hidden.device.type) == ((8, 48), torch.bfloat16, "cuda")
+        hidden = fast.encode(on_a_fake_gpu(batch))
+    assert fast.embeddings.word.weight.dtype == torch.bfloat16
+    assert (hidden.shape, hidden.dtype, hidden.device.type) == ((8, 48), torch.bfloat16, "cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_prepared_on_a_gpu(dtype):
     """Compiled, and from the second batch of a size on as a graph: the same logits every time."""
-    ours, _ = twins(
-        {**CONFIGS["batch 13, gelu"], "hidden_size": 128, "num_attention_heads": 2, "max_position_embeddings": 128}
-    )
-    fast = prepare_for_inference(ours.cuda(), dtype)
-    kept = []
+    ours = twins({**SIZES, "hidden_size": 128, "num_attention_heads": 2})[0].cuda()
+    fast, kept = prepare_for_inference(ours, dtype), []
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
         with mode():
             for mix in MIXES * 2:
-                batch = PackedBatch.from_lists([[7 + length] * length for length in mix], device="cuda")
+                batch = random_batch(mix).to("cuda")
                 positions = torch.arange(0, batch.num_tokens, 3, device="cuda")
                 kept.append((fast.predict(batch, positions).float(), ours.predict(batch, positions)))
                 kept.append((fast.encode(batch).float(), ours.encode(batch)))
     for got, expected in kept:
         torch.testing.assert_close(got, expected, rtol=0, atol=0.15)
-    assert fast._graphs is not None
     assert fast._graphs.captured
     in_double = prepare_for_inference(ours, torch.float64)
     for _ in range(3):

@@ -6,22 +6,30 @@ from contextlib import nullcontext
 import pytest
 import torch
 from forms import FORMS, TOLERANCE, form_or_skip
-from twins import CONFIGS, MASKS, SIZES, make_batch, twins
+from twins import CONFIGS, MASKS, SIZES, make_batch, pack, twins
 
 from minibert import FillMask, PackedBatch
 from minibert.attention import use_kernel
 from minibert.inference import prepare_for_inference
-from minibert.inference.onednn import has_bfloat16
 from minibert.inference.prepare import WAYS, _choose_way, linear_layer
 from minibert.tokenizer import from_vocabulary
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
 
+@pytest.fixture
+def ours():
+    return twins({**CONFIGS["batch 13, gelu"], "max_position_embeddings": 128})[0]
+
+
 @pytest.fixture(params=WAYS)
-def each_way(request):
-    """Linear layers as torch has them, and in the two ways of oneDNN."""
-    return form_or_skip(request.param)[1]
+def fast(request, ours):
+    """With linear layers as torch has them, and in the two ways of oneDNN."""
+    return prepare_for_inference(ours, linear=form_or_skip(request.param)[1])
+
+
+def close(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -34,31 +42,10 @@ def test_both_calls_give_the_same_answers(name, mask, form):
     fast = prepare_for_inference(ours, dtype, linear=way)
     assert type(fast.layers[-1].feed_forward.output).__name__ == (linear_layer(way, dtype) or torch.nn.Linear).__name__
     seen = given["attention_mask"].bool()
-    expected = theirs(**given)
-    got = fast(**given)
-    torch.testing.assert_close(got.logits[seen].float(), expected.logits[seen], rtol=0, atol=TOLERANCE[dtype])
-    batch = PackedBatch.from_padded(given["input_ids"], given["attention_mask"], given["token_type_ids"])
+    close(fast(**given).logits[seen].float(), theirs(**given).logits[seen], TOLERANCE[dtype])
+    batch = pack(given)
     positions = (batch.pack(given["labels"]) != -100).nonzero().flatten().flip(0)  # in an order of our own
-    logits = fast.predict(batch, positions)
-    torch.testing.assert_close(logits.float(), ours.predict(batch, positions), rtol=0, atol=TOLERANCE[dtype])
-
-
-def test_asking_for_no_position_one_twice_and_all(each_way):
-    ours, _ = twins(CONFIGS["batch 13, gelu"])
-    fast = prepare_for_inference(ours, linear=each_way)
-    batch = PackedBatch.from_lists([[5, 6, 7], [], [8], [9, 10, 11, 12]])
-    for positions in ([], [3], [7, 3, 7], list(range(8))):
-        wanted = torch.tensor(positions, dtype=torch.long)
-        torch.testing.assert_close(fast.predict(batch, wanted), ours.predict(batch, wanted), rtol=0, atol=1e-5)
-
-
-def test_wrong_dtypes_are_refused(monkeypatch):
-    ours, _ = twins(CONFIGS["batch 13, gelu"])
-    with pytest.raises(ValueError, match=r"torch.int8 or a floating-point type .* not torch.int16"):
-        prepare_for_inference(ours, torch.int16)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    with pytest.raises(ValueError, match="no instructions for bfloat16"):
-        prepare_for_inference(ours, torch.bfloat16)
+    close(fast.predict(batch, positions).float(), ours.predict(batch, positions), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -68,89 +55,78 @@ def test_a_model_that_was_made_in_inference_mode(form):
         ours = twins(CONFIGS["batch 13, gelu"])[0]
         expected = ours(torch.tensor([[5, 6, 7]])).logits
     got = prepare_for_inference(ours, dtype, linear=way)(torch.tensor([[5, 6, 7]])).logits
-    torch.testing.assert_close(got.float(), expected, rtol=0, atol=TOLERANCE[dtype])
-
-
-def test_what_int8_shows_has_the_type_of_its_answers():
-    """numpy has no bfloat16, and whole numbers without their steps mean nothing."""
-    form_or_skip("int8")
-    fast = prepare_for_inference(twins(CONFIGS["batch 13, gelu"])[0], torch.int8)
-    ids = torch.tensor([[5, 6, 7]])
-    out = fast(ids, output_attentions=True, output_hidden_states=True)
-    maps = fast.attention_maps(PackedBatch.from_lists([[5, 6, 7]]), [0])
-    assert {x.dtype for x in (out.logits, *out.attentions, *out.hidden_states, *maps.values())} == {torch.float32}
-    # rows of probabilities that were rounded to 2^-8 each
-    assert all((x.sum(-1) - 1).abs().max() < 0.02 for x in out.attentions)
-    assert fast.embeddings.word(ids).dtype == torch.float32
-    with pytest.raises(ValueError, match=r"whole numbers: call model\.embeddings\.word\(ids\)"):
-        fast.get_input_embeddings()
-    for model in (fast, twins(CONFIGS["batch 13, gelu"])[0]):
-        with pytest.raises(ValueError, match="not 'int8'"):
-            prepare_for_inference(model, "int8")
+    close(got.float(), expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("kernel", [None, "formula", "sdpa", "sequences"])
-def test_batches_that_are_filled_up(kernel, each_way):
-    """Numbers of tokens that fit no kernel, of one length and of several, through every attention."""
-    ours, _ = twins({**CONFIGS["batch 13, gelu"], "max_position_embeddings": 128})
-    fast = prepare_for_inference(ours, linear=each_way)
+@torch.no_grad()
+def test_batches_that_are_filled_up(kernel, ours, fast):
+    """Numbers of tokens that fit no kernel, of one length and of several, through every attention. Asked for are no
+    position, one twice, and all.
+    """
     for lengths in ([13] * 7, [1], [101], [3, 0, 70, 1, 29]):
-        batch = PackedBatch.from_lists(
-            [list(range(1, length % 90 + 1)) + [7] * (length // 90 * 90) for length in lengths]
-        )
-        assert batch.num_tokens == sum(lengths)
-        positions = torch.tensor([batch.num_tokens - 1, 0])
-        with torch.no_grad(), use_kernel(kernel) if kernel else nullcontext():
-            torch.testing.assert_close(fast.encode(batch), ours.encode(batch), rtol=0, atol=1e-5)
-            got, expected = fast.predict(batch, positions), ours.predict(batch, positions)
-            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-            maps, right = (model.attention_maps(batch, [0, 1]) for model in (fast, ours))
-            for number in (0, 1):
-                torch.testing.assert_close(maps[number], right[number], rtol=0, atol=1e-5)
-            for one, other in zip(fast.hidden_states(batch), ours.hidden_states(batch), strict=True):
-                torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
-            guesses, right = (model.layer_guesses(batch, positions) for model in (fast, ours))
-            torch.testing.assert_close(guesses, right, rtol=0, atol=1e-5)
+        batch = PackedBatch.from_lists([[1 + number % 90 for number in range(length)] for length in lengths])
+        last = batch.num_tokens - 1
+        with use_kernel(kernel) if kernel else nullcontext():
+            for asked in ([], [last, 0, last], list(range(batch.num_tokens))):
+                positions = torch.tensor(asked, dtype=torch.int64)
+                close(fast.predict(batch, positions), ours.predict(batch, positions))
+            close(fast.layer_guesses(batch, positions), ours.layer_guesses(batch, positions))
+            states, right = (torch.stack([*m.hidden_states(batch), m.encode(batch)]) for m in (fast, ours))
+            close(states, right)
+            maps, right = (m.attention_maps(batch, [0, 1]) for m in (fast, ours))
+            close(maps, right)
 
 
-def test_several_threads_may_ask_at_once(each_way):
-    ours, _ = twins({**CONFIGS["batch 13, gelu"], "max_position_embeddings": 128})
-    fast = prepare_for_inference(ours, linear=each_way)
+def test_several_threads_may_ask_at_once(fast):
     batches = [PackedBatch.from_lists([[7] * length, [8] * (length // 2 + 1)]) for length in range(1, 41)]
     alone = [fast.predict(batch, torch.tensor([0])) for batch in batches]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda batch: fast.predict(batch, torch.tensor([0])), batches * 3))
-    for got, expected in zip(together, alone * 3, strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+        together = list(pool.map(lambda batch: fast.predict(batch, torch.tensor([0])), batches * 2))
+    close(torch.cat(together), torch.cat(alone * 2), 1e-6)
 
 
-def test_linear_layers_can_be_chosen(each_way):
-    ours, _ = twins(CONFIGS["batch 13, gelu"])
-    fast = prepare_for_inference(ours, linear=each_way)
-    assert fast.linear == each_way
+def test_linear_layers_can_be_chosen(ours, fast):
     batch, positions = PackedBatch.from_lists([[5, 6, 7]]), torch.tensor([1])
-    again = prepare_for_inference(ours, linear=fast.linear).predict(batch, positions)
-    assert torch.equal(again, fast.predict(batch, positions)), "named, so rounded alike"
+    again = prepare_for_inference(ours, linear=fast.linear)
+    assert again.linear == fast.linear
+    assert torch.equal(again.predict(batch, positions), fast.predict(batch, positions)), "named, so rounded alike"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "linear", "words"),
+    [
+        (torch.int16, "auto", r"torch.int8 or a floating-point type .* not torch.int16"),
+        ("int8", "auto", "not 'int8'"),
+        (torch.float32, "mkl", "one of auto, .*compiled, not 'mkl'"),
+        (torch.float64, "product", r"'product' cannot be had in torch\.float64 on this cpu: .*torch"),
+        (torch.float64, "compiled", r"'compiled' cannot be had in torch\.float64 on this cpu: .*torch"),
+        (torch.float16, "product", r"'product' cannot be had in torch\.float16 on this cpu: .*torch"),
+        (torch.bfloat16, "convolution", r"'convolution' cannot be had in torch\.bfloat16 on this cpu: .*torch"),
+        (torch.int8, "torch", r"'torch' cannot be had in torch\.int8 .* choose one of auto, product"),
+    ],
+)
+def test_types_and_ways_that_are_not_there_are_refused(dtype, linear, words, ours):
+    with pytest.raises(ValueError, match=words):
+        prepare_for_inference(ours, dtype, linear=linear)
+
+
+def test_types_and_ways_of_this_device(ours, monkeypatch):
     assert prepare_for_inference(ours).linear in WAYS
-
-
-def test_ways_that_are_not_there_are_refused():
-    ours, _ = twins(CONFIGS["batch 13, gelu"])
-    with pytest.raises(ValueError, match=r"one of auto, .*compiled, not 'mkl'"):
-        prepare_for_inference(ours, linear="mkl")
-    for dtype, linear in ((torch.float64, "product"), (torch.bfloat16, "convolution"), (torch.float16, "product")):
-        if dtype != torch.bfloat16 or has_bfloat16():
-            with pytest.raises(ValueError, match=f"linear='{linear}' cannot be had in {dtype} on this cpu: .*torch"):
-                prepare_for_inference(ours, dtype, linear=linear)
     assert prepare_for_inference(ours, torch.float64).linear == "torch"
-    assert prepare_for_inference(ours).dtype == torch.float32
-    assert prepare_for_inference(ours.double()).dtype == torch.float64, "its own"
+    for dtype in (torch.float64, torch.float32):
+        assert prepare_for_inference(ours.to(dtype)).dtype == dtype, "its own"
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(ValueError, match="no instructions for bfloat16"):
+        prepare_for_inference(ours, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"torch\.int8 is for CPUs, and the model is on meta: use torch\.bfloat16"):
+        prepare_for_inference(ours.to("meta"), torch.int8)
     with pytest.raises(ValueError, match=r"'product' cannot be had in .* on this cuda: .* auto, torch"):
         _choose_way("product", torch.bfloat16, torch.device("cuda"))
     assert _choose_way("auto", torch.bfloat16, torch.device("cuda")) == "torch"
 
 
-def test_many_texts_come_back_in_order(each_way, monkeypatch):
+def test_many_texts_come_back_in_order(monkeypatch):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(40)), "."]
     tokenizer = from_vocabulary(words)
     ours, _ = twins({**CONFIGS["batch 13, gelu"], "vocab_size": len(words)})
@@ -159,13 +135,8 @@ def test_many_texts_come_back_in_order(each_way, monkeypatch):
     monkeypatch.setattr("minibert.fill_mask.WINDOW", 8)
     monkeypatch.setattr("minibert.fill_mask.BATCH_TOKENS", 30)
     taken = []
-
-    def reading():
-        for text in texts:
-            taken.append(text)
-            yield text
-
-    stream = FillMask(prepare_for_inference(ours, linear=each_way), tokenizer).stream(reading(), top_k=2)
+    reading = (taken.append(text) or text for text in texts)
+    stream = FillMask(prepare_for_inference(ours), tokenizer).stream(reading, top_k=2)
     together = [next(stream)]
     assert len(taken) == 8, "the first answer comes when one window has been read"
     together += stream
