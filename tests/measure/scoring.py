@@ -1,22 +1,19 @@
-"""Pseudo-log-likelihoods beside minicons and two loops over transformers: the same weights, the same texts.
+"""Pseudo-log-likelihoods beside two loops over transformers: the same weights, the same texts.
 
     python tests/measure/scoring.py                          # the bundled model
     python tests/measure/scoring.py --model bert-base        # BERT-base's sizes with random weights
 
-Each peer is given its best: no padding, or as little as sorting by length leaves, and several sizes of batch. What is
-credited are the tokens scored in a second, in the median of the rounds; in a round each takes its turn. With
-`--dtype int8` the peers stay in float32, since they have no int8.
+Transformers gets its best: a text at a time, so there is no padding. What is credited are the tokens scored in a second,
+in the median of the rounds; in a round each takes its turn. It has no int8: there it stays in float32.
 """
 
 import argparse
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -28,7 +25,7 @@ from minibert.score import pseudo_log_likelihood
 from minibert.tokenizer import load_tokenizer
 from minibert.training.processes import keep_freed_memory
 
-Way = Callable[[list[str]], list[list[float]]]  # texts → the log-probability of each token of each
+Way = Callable[[str], list[float]]  # the log-probability of each token of a text
 BERT_BASE = "bert-base"
 # nats, of log-probabilities of order 10. float32: the same sums in another order; bfloat16 and int8: some tens of
 # roundings.
@@ -53,48 +50,23 @@ def make_texts(tokenizer: Tokenizer, number: int) -> list[str]:
     return [" ".join(word() for _ in range(length)) + "." for length in lengths]
 
 
-def ways(model: BertForMaskedLM, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype) -> dict[str, Way]:
-    """Everything that is timed, ours first. Preparing and loading are not timed."""
-    from transformers import BertForMaskedLM as HubBert
-    from transformers import PreTrainedTokenizerFast
-
-    prepared = prepare_for_inference(model, dtype)
-
-    def ours(texts: list[str]) -> list[list[float]]:
-        scores = pseudo_log_likelihood(prepared, tokenizer, texts)
-        return [[token.log_probability for token in score.tokens] for score in scores]
-
-    theirs = HubBert.from_pretrained(folder, dtype=torch.float32 if dtype == torch.int8 else dtype).eval()
-    names = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
-    hub_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    found: dict[str, Way] = {
-        "minibert": ours,
-        "transformers, a text at a time": loop(theirs, hub_tokenizer, everywhere=True),
-        "transformers, and its head at the masked positions only": loop(theirs, hub_tokenizer, everywhere=False),
-    }
-    if find_spec("minicons") is not None:
-        found |= {
-            f"minicons, {size} {'text' if size == 1 else 'texts'} at a time": minicons(theirs, hub_tokenizer, size)
-            for size in (1, 4, 16)
-        }
-    return found
-
-
-def loop(model: Any, tokenizer: Any, *, everywhere: bool) -> Way:
-    """All masked copies of a text as one batch, so without padding. everywhere: with the logits of all positions, as
-    transformers gives them.
+def theirs(folder: Path, tokenizer: Tokenizer, dtype: torch.dtype, *, everywhere: bool) -> Way:
+    """All masked copies of a text as one batch. everywhere: with the logits of all positions, as transformers gives
+    them.
     """
+    from transformers import BertForMaskedLM as HubBert
 
-    def one(text: str) -> list[float]:
-        encoding = tokenizer(text)
-        ids, words = torch.tensor(encoding["input_ids"]), encoding.word_ids()
+    model = HubBert.from_pretrained(folder, dtype=torch.float32 if dtype == torch.int8 else dtype).eval()
+
+    @torch.inference_mode()
+    def score(text: str) -> list[float]:
+        encoding = tokenizer.encode(text)
+        ids, words = torch.tensor(encoding.ids), encoding.word_ids
         places = torch.tensor([place for place, word in enumerate(words) if word is not None])
         copies = ids.repeat(len(places), 1)
         for row, place in enumerate(places.tolist()):
-            end = place
-            while words[end] == words[place]:
-                copies[row, end] = tokenizer.mask_token_id
-                end += 1
+            of_the_word = [later for later in range(place, len(words)) if words[later] == words[place]]
+            copies[row, of_the_word] = tokenizer.token_to_id("[MASK]")
         rows = torch.arange(len(places))
         if everywhere:
             logits = model(input_ids=copies).logits[rows, places]
@@ -102,32 +74,7 @@ def loop(model: Any, tokenizer: Any, *, everywhere: bool) -> Way:
             logits = model.cls(model.bert(input_ids=copies).last_hidden_state[rows, places])
         return logits.float().log_softmax(-1)[rows, ids[places]].tolist()
 
-    @torch.inference_mode()
-    def run(texts: list[str]) -> list[list[float]]:
-        return [one(text) for text in texts]
-
-    return run
-
-
-def minicons(model: Any, tokenizer: Any, size: int) -> Way:
-    """What minicons' token_score does, on batches of `size` texts of like length."""
-    from minicons.scorer import MaskedLMScorer
-
-    scorer = MaskedLMScorer(model, device="cpu", tokenizer=tokenizer)
-
-    @torch.inference_mode()
-    def run(texts: list[str]) -> list[list[float]]:
-        order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-        answers: dict[int, list[float]] = {}
-        for first in range(0, len(order), size):
-            numbers = order[first : first + size]
-            # minicons 0.3.39 would tokenize with a method that transformers 5 no longer has, and takes what this gives.
-            batch = tokenizer([texts[number] for number in numbers], padding="longest")
-            scores = scorer.compute_stats(scorer.prepare_text(batch, PLL_metric="within_word_l2r"))
-            answers.update(zip(numbers, scores, strict=True))
-        return [answers[number] for number in range(len(texts))]
-
-    return run
+    return score
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -142,10 +89,21 @@ def main(arguments: list[str] | None = None) -> None:
     random = options.model == BERT_BASE
     model = random_model(layers=12) if random else BertForMaskedLM.from_pretrained(options.model)
     tokenizer = load_tokenizer("minibert-uncased" if random else options.model)
-    texts = make_texts(tokenizer, options.texts)
+    texts, prepared = make_texts(tokenizer, options.texts), prepare_for_inference(model, dtype)
+
+    def ours(texts: list[str]) -> list[list[float]]:
+        scores = pseudo_log_likelihood(prepared, tokenizer, texts)
+        return [[token.log_probability for token in score.tokens] for score in scores]
+
+    contenders: dict[str, Callable[[list[str]], list[list[float]]]] = {"minibert": ours}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        contenders = ways(model, tokenizer, Path(folder), dtype)
+        for name, everywhere in (
+            ("transformers", True),
+            ("transformers, its head at the masked positions only", False),
+        ):
+            one = theirs(Path(folder), tokenizer, dtype, everywhere=everywhere)
+            contenders[name] = lambda texts, one=one: [one(text) for text in texts]
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     answers: dict[str, list[list[float]]] = {}
     for way in contenders.values():
@@ -155,9 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
             began = perf_counter()
             answers[name] = way(texts)
             seconds[name].append(perf_counter() - began)
-    names = ("torch", "transformers", *(["minicons"] if find_spec("minicons") else []))
-    print(f"{options.model}, {options.dtype}, {len(texts)} texts, {torch.get_num_threads()} threads;", end=" ")
-    print(", ".join(f"{name} {version(name)}" for name in names))
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    print(f"{options.model}, {options.dtype}, {len(texts)} texts, {torch.get_num_threads()} threads; {packages}")
     print_table(seconds, answers, TOLERANCE[dtype])
 
 

@@ -2,12 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from measure import picture
 from studied import SIZES, tokenizer
 
+import minibert
+from minibert import BertForMaskedLM, load_tokenizer
 from minibert.cli import main
+from minibert.study import study
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +106,19 @@ def test_force_replaces_a_file_and_a_page_needs_none(folder, tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_the_readmes_picture_is_drawn_from_the_models_numbers(tmp_path):
-    """The picture in the project is what the program draws today: the same words, and nearly the same numbers."""
-    picture.draw_to(tmp_path / "picture.svg")
-    drawn, kept = ((folder / "picture.svg").read_text(encoding="utf-8") for folder in (tmp_path, picture.FOLDER))
-    number = re.compile(r"-?\d+(?:\.\d+)?")
-    assert number.sub("0", drawn) == number.sub("0", kept)
-    for one, other in zip(number.findall(drawn), number.findall(kept), strict=True):
-        assert float(one) == pytest.approx(float(other), abs=1.01)
-    assert (picture.FOLDER / "picture.png").stat().st_size <= 200_000
+def test_the_readmes_picture_shows_what_the_model_guesses():
+    """The drawing is kept, and its numbers must stay the model's: the best guess after the sum and after each layer."""
+    folder = Path(minibert.__file__).parent / "study"
+    drawn = (folder / "picture.svg").read_text(encoding="utf-8")
+    name = "minibert-uncased"
+    shown = study(
+        BertForMaskedLM.from_pretrained(name), load_tokenizer(name), "Paris is the capital of [MASK].", name=name
+    )
+    best = [step.best[0] for step in shown.guesses[0].steps if not step.after.endswith("attention")]
+    found = re.findall(r'font-size="14px">(.+)</text>\n<rect .*/>\n<text .*>(.+) %</text>', drawn)
+    assert [token for token, _ in found] == [guess.token for guess in best]
+    assert [float(percent) for _, percent in found] == [
+        pytest.approx(100 * guess.probability, abs=0.51) for guess in best
+    ]
+    assert (folder / "picture.png").stat().st_size <= 200_000
     assert not re.findall("https?:", drawn.replace("http://www.w3.org/2000/svg", ""))
