@@ -44,14 +44,10 @@ class BertConfig:
             value = getattr(self, key)
             if type(value) is not int or not 1 <= value < 2**31:
                 raise ValueError(f"{key} must be a whole number from 1 to 2^31 - 1, not {value!r}")
-        for key in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps"):
             value = getattr(self, key)
-            if type(value) not in (int, float) or not 0 <= value < 1:
-                raise ValueError(f"{key} must be a probability, 0 <= p < 1, not {value!r}")
-        for key in ("initializer_range", "layer_norm_eps"):
-            value = getattr(self, key)
-            if type(value) not in (int, float) or not 0 < value < 1:
-                raise ValueError(f"{key} must be a number between 0 and 1, not {value!r}")
+            if type(value) not in (int, float) or not 0 <= value < 1 or (value == 0 and not key.endswith("prob")):
+                raise ValueError(f"{key} must be a number from 0 to below 1 (0 for dropout only), not {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} cannot be split into num_attention_heads "

@@ -50,7 +50,6 @@ class TokenizerReport:
     files: tuple[Path, ...]
     notes: tuple[str, ...]  # which file said what, and what another one said that was not taken
     roles: Mapping[str, str] = field(default_factory=dict)  # "mask" → "[MASK]", …
-    extra: tuple[str, ...] = ()  # special tokens without a role
     settings: Mapping[str, Any] = field(default_factory=dict)  # tokenizer_config.json; a save writes it back
 
 
@@ -70,10 +69,8 @@ def load_tokenizer(
     with naming(found.path()):
         try:
             tokenizer = _as_it_stands(found) if found.as_it_stands else _bert(found)
-        except ValueError:
-            raise
         except BaseException as error:  # the library's are no more special, and its own faults are PanicExceptions
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if isinstance(error, ValueError | KeyboardInterrupt | SystemExit):
                 raise
             raise ValueError(f"not a tokenizer file: the tokenizers library cannot use it: {error}") from error
     roles = {role: token.content for role, token in special_tokens(found.settings).items() if role in ROLES}
@@ -82,7 +79,6 @@ def load_tokenizer(
         files=tuple(found.paths.values()),
         notes=tuple(notes(found)),
         roles=roles,
-        extra=tuple(extra_tokens(found.settings)),
         settings={**found.settings, "added_tokens_decoder": _added(tokenizer)},
     )
     tokenizer.load_report = report  # type: ignore[attr-defined]
@@ -124,30 +120,27 @@ def _report_of(tokenizer: Any) -> TokenizerReport:
         tokenizer.save_pretrained(folder)
         settings = {**read_json(Path(folder) / SETTINGS), "added_tokens_decoder": _added(tokenizer.backend_tokenizer)}
     name = str(getattr(tokenizer, "name_or_path", ""))
-    return TokenizerReport(name, (), ("from transformers",), roles, tuple(extra_tokens(settings)), settings)
+    return TokenizerReport(name, (), ("from transformers",), roles, settings)
 
 
 def _undeclared(tokenizer: Tokenizer) -> list[AddedToken]:
     """The tokens of BERT's roles that are in the vocabulary, and that nobody has declared special."""
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     names = [own_token(tokenizer, f"[{role.upper()}]") for role in ROLES]
+    wanted = [name for name in names if name is not None and name not in special]
     return [
-        AddedToken(name, special=True, normalized=False)
-        for name in names
-        if name is not None and name not in special and tokenizer.token_to_id(name) is not None
+        AddedToken(name, special=True, normalized=False) for name in wanted if tokenizer.token_to_id(name) is not None
     ]
 
 
 def _bert(found: TokenizerFiles) -> Tokenizer:
     """BERT's tokenizer, from a vocabulary and settings."""
-    vocabulary = found.vocabulary
-    if found.whole is not None:
-        vocabulary = found.whole["model"].get("vocab")
-        if not isinstance(vocabulary, dict) or not all(type(n) is int and 0 <= n < 2**32 for n in vocabulary.values()):
-            raise ValueError("not a tokenizer file: its vocab must be an object of tokens and their ids")
-        if len(set(vocabulary.values())) < len(vocabulary):
-            raise ValueError("two tokens of the vocabulary have the same id")
-    return from_vocabulary(vocabulary or {}, found.settings, found.added)
+    vocabulary = found.vocabulary if found.whole is None else found.whole["model"].get("vocab")
+    if not isinstance(vocabulary, dict) or not all(type(number) is int for number in vocabulary.values()):
+        raise ValueError("not a tokenizer file: its vocab must be an object of tokens and their ids")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError("two tokens of the vocabulary have the same id")
+    return from_vocabulary(vocabulary, found.settings, found.added)
 
 
 def from_vocabulary(
@@ -193,12 +186,11 @@ def _as_it_stands(found: TokenizerFiles) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(found.path()))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    require_template(tokenizer, (found.whole or {}).get("post_processor"))
+    require_template(tokenizer)
     missing = {number: token for number, token in found.added.items() if tokenizer.token_to_id(token.content) is None}
     _add_tokens(tokenizer, missing, special_tokens(found.settings), extra_tokens(found.settings))
     if "split_special_tokens" in found.settings:
         tokenizer.encode_special_tokens = found.settings["split_special_tokens"]
-    tokenizer.decode(tokenizer.encode("a", "b").ids)  # what the library does not find when it reads, it finds here
     return tokenizer
 
 
@@ -273,8 +265,7 @@ def special_ids(tokenizer: Tokenizer) -> list[int]:
     masked, never predicted by BERT's recipe.
     """
     ids = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    report = getattr(tokenizer, "load_report", None)
-    named = [own_token(tokenizer, f"[{role.upper()}]") for role in ROLES] + list(report.extra if report else ())
+    named = [own_token(tokenizer, f"[{role.upper()}]") for role in ROLES] + extra_tokens(_said(tokenizer))
     numbers = [tokenizer.token_to_id(token) for token in named if token is not None]
     return sorted(ids.union(number for number in numbers if number is not None))
 
@@ -302,8 +293,7 @@ def as_files(tokenizer: Any, max_length: int) -> dict[str, str]:
             f"{names[-1]} is in the vocabulary of this tokenizer and not special in it, so it is cut into pieces: call "
             f"its add_special_tokens({names}) before it is saved"
         )
-    report = getattr(tokenizer, "load_report", None)
-    settings: dict[str, Any] = {**(report.settings if report else {})}
+    settings: dict[str, Any] = {**_said(tokenizer)}
     if isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         for key, part in zip(CASE, ("lowercase", "strip_accents", "handle_chinese_chars"), strict=True):
             settings.setdefault(key, getattr(tokenizer.normalizer, part))
@@ -434,8 +424,7 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special_tokens: boo
     settings, without the space before a full stop and the like.
     """
     text: str = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-    report = getattr(tokenizer, "load_report", None)
-    settings = report.settings if report else {}
+    settings = _said(tokenizer)
     if settings.get("clean_up_tokenization_spaces") and (
         not isinstance(tokenizer.model, BPE)
         or settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
@@ -443,6 +432,12 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special_tokens: boo
         for spaced, clean in CLEAN_UP:
             text = text.replace(spaced, clean)
     return text
+
+
+def _said(tokenizer: Tokenizer) -> Mapping[str, Any]:
+    """What the settings of its files say; nothing, if it came without."""
+    report = getattr(tokenizer, "load_report", None)
+    return report.settings if report else {}
 
 
 def own_mask(tokenizer: Tokenizer, text: str) -> str:

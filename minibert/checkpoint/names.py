@@ -122,8 +122,7 @@ def other_keys(values: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, .
 
 # ----------------------------------------------------------------------------------------------------- names of tensors
 
-# Our module, and the module (or the three modules) of the hub's BERT checkpoints. N is a layer's number. Loading,
-# saving and layer-by-layer parity all read this table.
+# Our module, and the module (or the three modules) of the hub's BERT checkpoints. N is a layer's number.
 NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embeddings.word", ("bert.embeddings.word_embeddings",)),
     ("embeddings.position", ("bert.embeddings.position_embeddings",)),
@@ -131,11 +130,7 @@ NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("embeddings.LayerNorm", ("bert.embeddings.LayerNorm",)),
     (
         "layers.N.attention.qkv",
-        (
-            "bert.encoder.layer.N.attention.self.query",
-            "bert.encoder.layer.N.attention.self.key",
-            "bert.encoder.layer.N.attention.self.value",
-        ),
+        tuple(f"bert.encoder.layer.N.attention.self.{part}" for part in ("query", "key", "value")),
     ),
     ("layers.N.attention.output", ("bert.encoder.layer.N.attention.output.dense",)),
     ("layers.N.attention_LayerNorm", ("bert.encoder.layer.N.attention.output.LayerNorm",)),
@@ -218,7 +213,8 @@ def read_names(keys: Iterable[str]) -> Spelling:
     keys = list(keys)
     _refuse_adapters(keys)
     result = Spelling(prefix=common_prefix(keys))
-    bare = {key: _bare(key, result.prefix) for key in keys}
+    prefix = result.prefix
+    bare = {key: (key if key.startswith(prefix) else WRAPPERS.sub("", key)).removeprefix(prefix) for key in keys}
     names = {key: hub_spelling(name) for key, name in bare.items()}
     present = set(names.values())
     for key, name in names.items():
@@ -246,19 +242,13 @@ def _refuse_adapters(keys: Iterable[str]) -> None:
 
 
 def common_prefix(keys: Iterable[str]) -> str:
-    """What stands before every name: "module.", "model.", "base_model.model.", … "" if nothing does, or not everywhere
-    the same.
-    """
+    """What stands before every name: "module.", "base_model.model.", … "" if nothing does, or not one and the same."""
     keys = list(keys)
     for names in (keys, [WRAPPERS.sub("", key) for key in keys]):
         prefixes = {name[: match.start()] for name in names if (match := BEGINS.search(name))}
         if len(prefixes) == 1:
             return prefixes.pop()
     return ""
-
-
-def _bare(key: str, prefix: str) -> str:
-    return (key if key.startswith(prefix) else WRAPPERS.sub("", key)).removeprefix(prefix)
 
 
 def hub_spelling(name: str) -> str:

@@ -128,10 +128,7 @@ def find_tensors(source: Source, config: Any, config_values: dict[str, Any], ope
     for fewer layers than the configuration has; FileNotFoundError if there are no weights.
     """
     paths, index = weight_files(source)
-    files = []
-    for path in paths:
-        files.append(SafetensorsFile(path))
-        opening.callback(files[-1].close)
+    files = [opening.enter_context(SafetensorsFile(path)) for path in paths]
     entries: dict[str, SafetensorsFile] = {}
     for file in files:
         if twice := [key for key in file.header if key in entries]:
@@ -235,7 +232,8 @@ def read_weights(
             for name, part in zip(parts, state[ours].chunk(len(parts)), strict=True):
                 entries[name].fill(part, name)
     for file in found.files:
-        file.require_unchanged()
+        if stamp(file.file.fileno()) != file.stamp:
+            raise ValueError(f"{file.path} was changed while it was read: try again")
     harmless, unknown = other_keys(config_values)
     report = LoadReport(
         name=found.source.name,
@@ -346,8 +344,8 @@ class SafetensorsFile:
     """A safetensors file, opened once. What another process puts in its place later is not read. Raises ValueError for
     a file that is not whole.
 
-    The library itself maps the file into memory: what has been read then counts as memory of this process, and a file
-    that is cut off meanwhile ends it. So it only checks the file, and the tensors are read here.
+    The library checks the file. It would map it into memory, too, and a file that is cut off meanwhile would end this
+    process: so the tensors are read here.
     """
 
     def __init__(self, path: Path) -> None:
@@ -364,14 +362,7 @@ class SafetensorsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         self.file.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "file"):  # not after an error before it was opened
-            self.close()
 
     def _read_header(self) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
         """Tensor name → its dtype, shape and place; the metadata; and where the tensors begin."""
@@ -411,22 +402,15 @@ class SafetensorsFile:
         self.fill(tensor, name, 0 if rows is None else rows.start)
         return tensor
 
-    def require_unchanged(self) -> None:
-        """Raise ValueError if the open file itself was written to since it was opened."""
-        if stamp(self.file.fileno()) != self.stamp:
-            raise ValueError(f"{self.path} was changed while it was read: try again")
-
 
 # ----------------------------------------------------------------- a model that has shapes, before its weights are read
 
 
-@contextmanager
-def shapes_only() -> Iterator[None]:
+def shapes_only() -> TorchFunctionMode:
     """Within this block modules have shapes, but no memory and no initial values. In this thread only: torch's own
     `with torch.device("meta")` also writes a variable that all threads share.
     """
-    with _NoMemory():
-        yield
+    return _NoMemory()
 
 
 class _NoMemory(TorchFunctionMode):

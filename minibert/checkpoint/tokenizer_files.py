@@ -200,35 +200,22 @@ def _id(value: Any) -> int:
 
 
 def _list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
+    if not isinstance(value, list | None):
         raise ValueError(f"a list of tokens was expected, not {value!r}")
-    return value
+    return value or []
 
 
-def require_template(tokenizer: Tokenizer, post_processor: Any) -> None:
-    """Raise ValueError if [CLS], [SEP] or what else is put around a text is not in the vocabulary, with the same id.
-    The library takes it from a file as it is, and panics, or gives ids of other tokens.
+def require_template(tokenizer: Tokenizer) -> None:
+    """Raise ValueError if [CLS], [SEP] or what else is put around a text has another id in the vocabulary. The library
+    takes it from a file as it is, and gives ids of other tokens, or panics, here already.
     """
-    if not isinstance(post_processor, dict):
-        return
-    for each in post_processor.get("processors") or []:
-        require_template(tokenizer, each)
-    listed = post_processor.get("special_tokens")
-    pairs = [post_processor[key] for key in ("cls", "sep") if isinstance(post_processor.get(key), list)]
-    if isinstance(listed, dict):
-        pairs = [pair for each in listed.values() for pair in zip(each["tokens"], each["ids"], strict=True)]
-        pieces = [*(post_processor.get("single") or []), *(post_processor.get("pair") or [])]
-        named = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
-        if unknown := sorted(named - listed.keys()):
-            raise ValueError(f"not a tokenizer file: its template has {unknown[0]!r}, which it does not list")
-    for token, number in pairs:
-        if tokenizer.token_to_id(token) != number:
-            raise ValueError(
-                f"not a tokenizer file: its template gives {token!r} the id {number}, and the vocabulary "
-                f"{tokenizer.token_to_id(token)}"
-            )
+    for encoding in (tokenizer.encode("a"), tokenizer.encode("a", "b")):
+        for token, number, special in zip(encoding.tokens, encoding.ids, encoding.special_tokens_mask, strict=True):
+            if special and (known := tokenizer.token_to_id(token)) != number:
+                raise ValueError(
+                    f"not a tokenizer file: its template gives {token!r} the id {number}, and the vocabulary {known}"
+                )
+        tokenizer.decode(encoding.ids)
 
 
 def notes(found: TokenizerFiles) -> list[str]:
@@ -236,8 +223,6 @@ def notes(found: TokenizerFiles) -> list[str]:
     pieces = found.path().name
     notes = [f"pieces from {pieces}"]
     stored = (found.whole or {}).get("normalizer") or {}
-    if not isinstance(stored, dict):
-        raise ValueError(f"{found.path()}: its normalizer is {stored!r}, and must be an object")
     if found.as_it_stands:
         notes.append(f"{TOKENIZER} stands as it is")
         notes += [f"{key} {found.settings[key]} in {SETTINGS} has no effect" for key in CASE if key in found.settings]
@@ -246,7 +231,7 @@ def notes(found: TokenizerFiles) -> list[str]:
     for key, default in CASE.items():
         origin = SETTINGS if key in found.settings else "BERT's default"
         value = found.settings.get(key, default)
-        other = value if found.whole is None else stored.get(names.get(key, key), value)
+        other = stored.get(names.get(key, key), value) if isinstance(stored, dict) else value
         notes.append(f"{key} {value} ({origin}" + (f"; {TOKENIZER} has {other})" if value != other else ")"))
     if found.added:
         notes.append(f"{len(found.added)} added tokens")
