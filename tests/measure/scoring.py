@@ -3,8 +3,8 @@
     python tests/measure/scoring.py                          # the bundled model
     python tests/measure/scoring.py --model bert-base        # BERT-base's sizes with random weights
 
-Transformers gets its best: a text at a time, so there is no padding. What is credited are the tokens scored in a second,
-in the median of the rounds; in a round each takes its turn. It has no int8: there it stays in float32.
+Transformers gets its best: a text at a time, so there is no padding. It has no int8: there it stays in float32. What is
+credited are the tokens scored in a second, in the median of the rounds; in a round each takes its turn.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What measures for the READMEs, on tiny models: all contenders are asked the same, and the tables say what they mean."""
+"""What measures for the READMEs, on tiny models: all are asked the same, and the tables say what they mean."""
 
 import re
 
