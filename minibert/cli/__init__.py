@@ -19,13 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMMANDS = {  # what each is for, and its file
-    "fill-mask": ("The likeliest words for each [MASK].", "masks"),
-    "study": (
-        "See what BERT does with a sentence: the guess after each layer, the words that matter, every head.",
-        "study",
-    ),
-    "mlm": ("Mask a text, let the model guess, and give its loss.", "masks"),
-    "score": ("How likely each sentence is: its pseudo-log-likelihood, in nats.", "score"),
+    "fill-mask": ("The likeliest words for each [MASK].", "texts"),
+    "study": ("See what BERT does with a sentence: guesses after each layer, words that matter, every head.", "texts"),
+    "mlm": ("Mask a text, let the model guess, and give its loss.", "texts"),
+    "score": ("How likely each sentence is: its pseudo-log-likelihood, in nats.", "texts"),
     "info": ("A model's configuration, its parameters, and how its files were read.", "models"),
     "train": ("Train a masked language model on text files.", "runs"),
     "parity": ("Compare this model with transformers, on this machine. Exit status 1 if they differ.", "port"),
@@ -36,8 +33,6 @@ COMMANDS = {  # what each is for, and its file
     "bench": ("Time minibert beside the peers that are installed.", "runs"),
 }
 USER_ERRORS = (ValueError, OSError, FloatingPointError)  # OSError: no such file, no connection, disk full
-
-
 # What a terminal would obey → what is shown. (JSON writes those below 32 itself, and may have \u009b in a text.)
 CONTROL = {n: f"\\x{n:02x}" for n in range(32) if chr(n) not in "\n\t"} | {n: f"\\u{n:04x}" for n in range(127, 160)}
 
@@ -71,22 +66,17 @@ def main(arguments: "Sequence[str] | None" = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal or pipe that is not UTF-8
     options, unknown = build_parser().parse_known_args(arguments)
+    name = f"minibert {options.command}"
     if unknown:
-        said = f"unrecognized arguments: {' '.join(unknown)}"
-        say(f"minibert {options.command}: {said} (see minibert {options.command} --help)")
+        say(f"{name}: unrecognized arguments: {' '.join(unknown)} (see {name} --help)")
         return 2
     if sys.stdout is None:
         if getattr(options, "out", None) is None or getattr(options, "json", False):
-            say(f"minibert {options.command}: standard output is closed, so there is nowhere to print the answer")
+            say(f"{name}: standard output is closed, so there is nowhere to print the answer")
             return 2
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the answer goes to --out)
-    with redirect_stdout(cast(TextIO, Shown(sys.stdout))):
-        return run(options)
-
-
-def run(options: argparse.Namespace) -> int:
     try:
-        with warnings.catch_warnings():
+        with redirect_stdout(cast(TextIO, Shown(sys.stdout))), warnings.catch_warnings():
             warnings.showwarning = _one_line_warning
             status = options.run(options) or 0  # None, or the exit status of a command that judges
         sys.stdout.flush()
@@ -98,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     except USER_ERRORS as error:
         if options.traceback:
             raise
-        say(f"minibert {options.command}: {error}")
+        say(f"{name}: {error}")
         return 2
     return int(status)
 

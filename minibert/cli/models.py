@@ -2,15 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minibert.cli.options import add, load_model
-
-if TYPE_CHECKING:
-    from minibert.checkpoint.reading import LoadReport
-    from minibert.tokenizer import TokenizerReport
 
 
 def info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,18 +14,7 @@ def info_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_info(options: argparse.Namespace) -> None:
-    from minibert import load_tokenizer
-    from minibert.tokenizer import TokenizerReport
-
     model = load_model(options)
-    report = model.load_report
-    assert report is not None
-    try:
-        tokenizer = load_tokenizer(options.model, revision=options.revision).load_report  # type: ignore[attr-defined]
-    except FileNotFoundError:
-        tokenizer = None
-    except ValueError as error:  # such as one for Japanese: the model can be used all the same
-        tokenizer = TokenizerReport(options.model, (), (f"it cannot be read: {error}",))
     parts = {
         "embeddings": model.embeddings,
         "encoder layers": model.get_submodule("layers"),
@@ -37,74 +22,55 @@ def run_info(options: argparse.Namespace) -> None:
     }
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     counts["total"] = sum(p.numel() for p in model.parameters())
+    report = model.load_report
+    assert report is not None
+    found = {field.name: getattr(report, field.name) for field in fields(report) if field.repr}
+    found |= {"files": [str(path) for path in report.files], "sha256": report.sha256}
+    tokenizer = tokenizer_values(options)
+    config = asdict(model.config)
     if options.json:
-        values: dict[str, Any] = {"config": asdict(model.config), "parameters": counts}
-        values["load_report"] = {
-            **{field.name: getattr(report, field.name) for field in fields(report) if field.repr},
-            "files": [str(path) for path in report.files],
-            "sha256": report.sha256,
-        }
-        values["tokenizer"] = tokenizer and {
-            "files": [str(path) for path in tokenizer.files],
-            "notes": list(tokenizer.notes),
-            "roles": dict(tokenizer.roles),
-        }
+        values = {"config": config, "parameters": counts, "load_report": found, "tokenizer": tokenizer}
         print(json.dumps(values, indent=2))
         return
-    sections: dict[str, Iterable[str]] = {
-        "configuration": (f"{key:<30} {value}" for key, value in asdict(model.config).items()),
-        "parameters (the decoder is the word embedding matrix, and is counted once)": (
-            f"{name:<30} {number:>12,}" for name, number in counts.items()
-        ),
-        "load report": report_lines(report),
-        "tokenizer": ["there is none"] if tokenizer is None else tokenizer_lines(tokenizer),
+    sections = {
+        "configuration": config,
+        "parameters (the decoder is the word embedding matrix, and is counted once)": {
+            name: f"{count:>12,}" for name, count in counts.items()
+        },
+        "load report": {**found, "loaded": f"{len(report.loaded)} tensors"},
+        "tokenizer": tokenizer or {"files": "none"},
     }
-    for title, lines in sections.items():
-        print(title, *lines, sep="\n  ")
+    for title, section in sections.items():
+        print(title, *lines_of(section), sep="\n  ")
 
 
-def report_lines(report: "LoadReport") -> Iterator[str]:
-    for path in report.files:
-        yield f"{path}"
-        yield f"SHA-256 {report.sha256[path.name]}"
-    if report.commit is not None:
-        yield f"commit {report.commit}"
-    stored = ", ".join(f"{count} × {name}" for name, count in report.file_dtypes.items())
-    yield f"{len(report.loaded)} tensors loaded (in the file: {stored}), held as {report.dtype}"
-    if report.prefix:
-        yield f"before every name in the file stands {report.prefix!r}"
-    for title, names in (("renamed", report.renamed), ("tied copy", report.tied), ("ignored", report.ignored)):
-        for name, what in names.items():
-            yield f"{title}: {name} ({what})"
-    for title, listed in (
-        ("initialised, not loaded", report.initialised),
-        ("NaN or infinite values in", report.non_finite),
-        ("config keys that change nothing", report.ignored_config_keys),
-        ("config keys that no BERT reads", report.unknown_config_keys),
-        ("config keys left to their default", report.defaulted_config_keys),
-    ):
-        if listed:
-            yield f"{title}: {', '.join(listed)}"
+def tokenizer_values(options: argparse.Namespace) -> dict[str, Any] | None:
+    """What its files say, or why they cannot be read: the model can be used all the same. None where there are none."""
+    from minibert import load_tokenizer
+
+    try:
+        report = load_tokenizer(options.model, revision=options.revision).load_report  # type: ignore[attr-defined]
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # such as one for Japanese
+        return {"files": [], "notes": [f"it cannot be read: {error}"], "roles": {}}
+    files = [str(path) for path in report.files]
+    return {"files": files, "notes": list(report.notes), "roles": dict(report.roles)}
 
 
-def tokenizer_lines(report: "TokenizerReport") -> Iterator[str]:
-    yield from (str(path) for path in report.files)
-    yield from report.notes
-    if report.roles:
-        yield "special tokens: " + ", ".join(f"{role} {token}" for role, token in report.roles.items())
+def lines_of(values: dict[str, Any]) -> Iterator[str]:
+    """A line for each value, and for each entry of one that has names; none for what is empty."""
+    for name, value in values.items():
+        for key, one in value.items() if isinstance(value, dict) else [("", value)]:
+            shown = ", ".join(one) if isinstance(one, list | tuple) else str(one)
+            if shown not in ("", "None"):
+                yield f"{f'{name} {key}':<30} {shown}"
 
 
 def export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", required=True, metavar="FILE", help="the file to write: its name ends in .onnx or .pt2"
-    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="what is written: its name ends in .onnx or .pt2")
+    add(parser, "--device", default="cpu", help="where the file is tried: cpu, cuda, … (default: %(default)s)")
     add(parser, "--model", "--revision", "--json")
-    add(
-        parser,
-        "--device",
-        default="cpu",
-        help="where the file is tried: cpu, cuda, cuda:1, mps, … (default: %(default)s)",
-    )
 
 
 def run_export(options: argparse.Namespace) -> None:

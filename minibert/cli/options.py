@@ -20,11 +20,9 @@ def names(text: str) -> tuple[str, ...]:
 
 
 DEFAULT_MODEL = "minibert-uncased"
+A_MODEL = "a folder, a bundled name, bert-base-uncased, or a hub id"
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--model": {
-        "default": DEFAULT_MODEL,
-        "help": "a folder, a bundled name, bert-base-uncased, or a hub id (default: %(default)s)",
-    },
+    "--model": {"default": DEFAULT_MODEL, "help": f"{A_MODEL} (default: %(default)s)"},
     "--revision": {"metavar": "REV", "help": "a branch, tag or commit of the model, if that is a hub id"},
     "--device": {
         "default": "auto",
@@ -32,13 +30,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--dtype": {
         "choices": ("float32", "bfloat16", "int8"),
-        "help": "prepare the model for inference in this type, however few the texts; for many, bfloat16 and int8 take "
-        "less time than float32 and are less exact: a close call may go the other way (default: float32, prepared if "
-        "there are many texts)",
+        "help": "prepare the model for inference in this type; for many texts bfloat16 and int8 are faster and less "
+        "exact: a close call may go the other way (default: float32, prepared if there are many texts)",
     },
     "--top-k": {"type": int, "default": 5, "metavar": "K", "help": "how many words to show (default: %(default)s)"},
     "--targets": {"type": names, "metavar": "W,W"},
     "--truncate": {"action": "store_true", "help": "cut a text that is too long for the model"},
+    "--names": {"metavar": "FILE", "help": "JSON: what the port's own names stand for, {N} for a layer's number"},
     "--json": {"action": "store_true", "help": "print JSON"},
 }
 
@@ -59,12 +57,22 @@ def load_model(options: argparse.Namespace, **how: Any) -> "BertForMaskedLM":
     return BertForMaskedLM.from_pretrained(options.model, revision=options.revision, **how)
 
 
-def load(options: argparse.Namespace) -> "tuple[BertForMaskedLM, Tokenizer]":
-    """That model, on --device, and its tokenizer."""
+def load(options: argparse.Namespace, *, many: bool = False) -> "tuple[BertForMaskedLM, Tokenizer]":
+    """That model, on --device, and its tokenizer. The model is prepared for inference if --dtype was given, or if there
+    are many texts.
+    """
+    import torch
+
     from minibert import load_tokenizer
     from minibert.checks import find_device
+    from minibert.inference import prepare_for_inference
 
     model = load_model(options, device=find_device(options.device))
+    dtype = getattr(options, "dtype", None)
+    if dtype is not None:
+        model = prepare_for_inference(model, getattr(torch, dtype))
+    elif many:
+        model = prepare_for_inference(model, model.embeddings.word.weight.dtype)
     return model, load_tokenizer(options.model, revision=options.revision)
 
 
@@ -72,19 +80,6 @@ def require_model_of_revision(options: argparse.Namespace) -> None:
     """For a command whose --model may be left out."""
     if options.model is None and options.revision is not None:
         raise ValueError(f"--revision {options.revision} is of a hub model, and no --model was given")
-
-
-def prepare(model: "BertForMaskedLM", dtype: str | None, many: bool) -> "BertForMaskedLM":
-    """The model, prepared for inference if --dtype was given, or if there are many texts. Raises ValueError for a dtype
-    that this CPU does not have.
-    """
-    import torch
-
-    from minibert.inference import prepare_for_inference
-
-    if dtype is not None:
-        return prepare_for_inference(model, getattr(torch, dtype))
-    return prepare_for_inference(model, model.embeddings.word.weight.dtype) if many else model
 
 
 def read_texts(arguments: Iterable[str], *, blank: bool = True) -> Iterator[list[str]]:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minibert.checkpoint.files import writable_place
-from minibert.cli.options import add, load_model, read_texts, require_model_of_revision
+from minibert.cli.options import A_MODEL, add, load_model, read_texts, require_model_of_revision
 from minibert.cli.printing import as_json, progress, shown
 
 if TYPE_CHECKING:
     from minibert.trace.tracefile import TraceFile
 
-NAMES = "JSON: what the port's own names stand for, {N} for a layer's number"
 COMPUTED = {"--dtype": "float32", "--device": "cpu"}  # where numbers are compared, they are those of the CPU
 
 
@@ -132,9 +131,8 @@ def diff_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantised", action="store_true", help="A is of a port in 8 bits: name the steps that 8 bits do not explain"
     )
-    add(parser, "--model", default=None, help="a folder, a bundled name, bert-base-uncased, or a hub id")
-    add(parser, "--revision")
-    parser.add_argument("--names", metavar="FILE", help=NAMES)
+    add(parser, "--model", default=None, help=A_MODEL)
+    add(parser, "--revision", "--names")
     _format_arguments(parser)
 
 
@@ -160,8 +158,7 @@ def run_diff(options: argparse.Namespace) -> int:
 
 def diagnose_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", metavar="TRACE", help="a safetensors or .npz file, or a folder of .npy files")
-    add(parser, "--model", "--revision")
-    parser.add_argument("--names", metavar="FILE", help=NAMES)
+    add(parser, "--model", "--revision", "--names")
     _format_arguments(parser)
 
 

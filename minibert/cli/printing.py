@@ -50,13 +50,8 @@ def shown(report: AnyReport, form: str) -> int:
     return 0 if report.ok else 1
 
 
-def progress(faults: Iterable[Any], what: str) -> Iterable[Any]:
+def progress(values: Iterable[Any], what: str) -> Iterable[Any]:
     """A line on stderr that tells how far it is, on a terminal, for what takes longer than PATIENCE."""
     from tqdm import tqdm
 
-    return tqdm(faults, desc=what, disable=None, delay=PATIENCE, leave=False)
-
-
-def percent(probability: float) -> str:
-    """ "12.34%"; what would round to 0 keeps one digit: "3e-05%"."""
-    return f"{probability:.2%}" if probability >= 5e-5 else f"{100 * probability:.0e}%"
+    return tqdm(values, desc=what, disable=None, delay=PATIENCE, leave=False)

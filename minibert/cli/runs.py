@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, get_args
 
-from minibert.cli.options import add, names, require_model_of_revision
+from minibert.cli.options import A_MODEL, add, names, require_model_of_revision
 
 if TYPE_CHECKING:
     from minibert.training.step import Figures
@@ -79,7 +79,7 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     from minibert.bench.settings import BenchSettings
 
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", help="a folder, a bundled name, bert-base-uncased, or a hub id")
+    which.add_argument("--model", help=A_MODEL)
     which.add_argument("--random", action="store_true", help="BERT-base's sizes with random weights (the default)")
     add(parser, "--revision", "--device", "--json")
     add_settings(parser, BenchSettings)

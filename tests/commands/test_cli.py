@@ -30,21 +30,21 @@ def test_info_counts_what_transformers_counts(run, hub_model, folder):
     assert f"{budget['total']:,}" in text
     assert report["sha256"]["model.safetensors"] in text
     assert re.search(r"\n  hidden_size +20\n", text)
-    assert f"{len(report['loaded'])} × F32), held as float32" in text
-    assert text.endswith("".join(f"  {line}\n" for line in (*tokenizer["files"], *tokenizer["notes"])))
+    assert re.search(rf"\n  loaded +{len(report['loaded'])} tensors\n", text)
+    assert all(line in text for line in (*tokenizer["files"], *tokenizer["notes"]))
 
 
 @pytest.mark.parametrize(
     ("files", "option", "said"),
     [
-        ({}, "", "tokenizer\n  there is none\n"),
+        ({}, "", " none\n"),
         ({}, "--json", '"tokenizer": null\n'),
         (
             {"vocab.txt": "[PAD]\n", "tokenizer_config.json": '{"tokenizer_class": "BertJapaneseTokenizer"}'},
             "",
             "Japanese",
         ),
-        ({"tokenizer_config.json": '{"mask_token": "[MASK]"}', "tokenizer.json": None}, "", "tokens: mask [MASK]\n"),
+        ({"tokenizer_config.json": '{"mask_token": "[MASK]"}', "tokenizer.json": None}, "", "[MASK]\n"),
         ({"tokenizer_config.json": '{"mask_token": "[MASK]"}', "tokenizer.json": None}, "--json", '"mask": "[MASK]"'),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_line_is_its_text(given, run, tmp_path):
         ("score", b"the [MASK]\n\nthe\0 [MASK]", "standard input, line 3 has a NUL"),
         ("score", b"\xff\xfet\0h\0e\0\n\0", "line 1 is not UTF-8"),
         ("score", b"the [MASK]\n" + b"the " * 300, "line 2 is longer than 1000 bytes"),
-        ("score", b"", "no line on standard input"),
+        ("score", b"", "lines on standard input"),
         ("fill-mask", b"\n \r\n", "no line on standard input"),
         ("fill-mask", None, "standard input is closed"),
         ("mlm", b"the\nrain\n", "2 lines"),

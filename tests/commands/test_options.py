@@ -11,7 +11,8 @@ from small import LONG, TEXT
 
 from minibert import BertForMaskedLM
 from minibert.checks import find_device
-from minibert.cli import COMMANDS, build_parser, main, masks, score
+from minibert.cli import COMMANDS, build_parser, main
+from minibert.cli.texts import MANY_MASKS, MANY_SCORES
 
 
 def parsers():
@@ -182,7 +183,7 @@ def log_probabilities(printed):
 
 @pytest.mark.parametrize(
     ("command", "text", "many"),
-    [("fill-mask", "the [MASK]", masks.WORTH_PREPARING), ("score", "the rain", score.WORTH_PREPARING)],
+    [("fill-mask", "the [MASK]", MANY_MASKS), ("score", "the rain", MANY_SCORES)],
 )
 def test_many_texts_take_the_fast_form_and_answer_the_same(command, text, many, run, prepared):
     few = log_probabilities(run(command, *[text] * (many - 1), "--json"))

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minibert import BertConfig, BertForMaskedLM, load_tokenizer
-from minibert.cli.score import read_pairs
+from minibert.cli.texts import read_pairs
 from minibert.parity import trace
 from minibert.parity.check import read_tokenizer
 from minibert.tokenizer import encode, from_vocabulary, special_ids
