@@ -207,10 +207,9 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 def test_dtypes_by_name(good):
     for name, dtype in DTYPES.items():
-        for options in ({"dtype": name}, {"dtype": dtype}, {"torch_dtype": name}):
+        for options in ({"dtype": name}, {"torch_dtype": dtype}):
             model = BertForMaskedLM.from_pretrained(good, **options)
-            assert {tensor.dtype for tensor in model.state_dict().values()} == {dtype}
-            assert model.load_report.dtype == name
+            assert (model.dtype, model.load_report.dtype) == (dtype, name)
     with pytest.raises(ValueError, match="dtype is 'float32' and torch_dtype 'float16'"):
         BertForMaskedLM.from_pretrained(good, dtype="float32", torch_dtype="float16")
     for none in (torch.int64, "int8", 16):

@@ -117,11 +117,15 @@ def test_lincoln_gives_the_notebooks_62_ids(bundled):
 def test_same_ids_and_text_as_both_of_transformers(family):
     ours, rust, python = family
     for name, text in TEXTS.items():
-        encoding, ids = ours.encode(text), rust(text)["input_ids"]
+        encoding, theirs = ours.encode(text), rust(text)
+        ids = theirs["input_ids"]
         assert encoding.tokens == rust.convert_ids_to_tokens(ids), name
         assert encoding.ids == ids, name
         if name != "final sigma":  # Python knows that Σ at the end of a word becomes ς, Rust takes letter by letter
             assert encoding.ids == python(text)["input_ids"], name
+        numbers = {}  # words in the order in which they come, from 0
+        words = [None if word is None else numbers.setdefault(word, len(numbers)) for word in theirs.word_ids()]
+        assert words_of(ours, encoding, text) == words, name
         for skip in (True, False):
             assert decode(ours, ids, skip_special_tokens=skip) == rust.decode(ids, skip_special_tokens=skip), name
 
