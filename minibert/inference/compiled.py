@@ -2,14 +2,11 @@
 
 A short text takes hardly any arithmetic. What takes the time is reading the weights, and many small steps, each of them
 a call from Python. So torch.export records what the layers do to up to 128 tokens, and torch's compiler makes one
-program of it, which holds the weights: small steps are melted together, and for each product it tries its own code and
-oneDNN's, and takes the faster. In int8, on a CPU with VNNI, its own is.
+program of it, which holds the weights. For each product it tries its own code and oneDNN's, and takes the faster.
 
-Compiling takes about a minute. It is done once on a machine: the program is kept beside the hub's cache, under a name
-that is made of all that it depends on, the weights too. Another process loads it in a fraction of a second.
-
-torch has a public way to compile a program, and to load one, but that way first imports the compiler, which takes
-longer than a hundred answers. So it is loaded by the private class behind it, as seen in torch 2.13.
+That takes about a minute, once on a machine: the program is kept beside the hub's cache, under a name that is made of
+all that it depends on, the weights too. Another process loads it in a fraction of a second, by a private class as seen
+in torch 2.13: the public way first imports the compiler, which takes longer than a hundred answers.
 """
 
 import ctypes
@@ -19,7 +16,7 @@ import platform
 import sys
 import zipfile
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from io import StringIO
@@ -96,16 +93,15 @@ class RecordedInt8(nn.Module):
 
 def recorded(model: BertForMaskedLM, dtype: torch.dtype) -> Layers:
     """The layers of `model`, in `dtype`, as they are compiled."""
-    layers = [deepcopy(layer) for layer in model.layers]
-    whole = Layers(layers).requires_grad_(False).eval()
+    layers = Layers([deepcopy(layer) for layer in model.layers]).requires_grad_(False).eval()
     if dtype != torch.int8:
-        return whole.to(dtype)
-    whole.float()
-    for part in list(whole.modules()):
-        for name, plain in list(part.named_children()):
+        return layers.to(dtype)
+    layers.float()
+    for part in list(layers.modules()):
+        for name, plain in part.named_children():
             if isinstance(plain, nn.Linear):
                 setattr(part, name, RecordedInt8(plain))
-    return whole
+    return layers
 
 
 def attention_type(dtype: torch.dtype) -> torch.dtype:
@@ -136,11 +132,9 @@ def load_program(model: BertForMaskedLM, dtype: torch.dtype, compile_it: bool) -
     if not compile_it and not any(FOLDER.glob("layers-*.so")):
         return None  # before the weights are read
     path = program_path(model, dtype)
-    if not path.exists():
-        if not compile_it:
-            return None
+    if compile_it and not path.exists():
         compile_program(model, dtype, path)
-    return CompiledLayers(path, dtype)
+    return CompiledLayers(path, dtype) if path.exists() else None
 
 
 def compile_program(model: BertForMaskedLM, dtype: torch.dtype, path: Path) -> None:
@@ -150,28 +144,21 @@ def compile_program(model: BertForMaskedLM, dtype: torch.dtype, path: Path) -> N
 
     try:
         get_cpp_compiler()
-        print(
-            f"minibert: compiling the layers for up to {MOST} tokens in {str(dtype).removeprefix('torch.')}: a minute "
-            "or two, once on this machine",
-            file=sys.stderr,
-            flush=True,
-        )
+        what = f"the layers for up to {MOST} tokens in {str(dtype).removeprefix('torch.')}"
+        print(f"minibert: compiling {what}: a minute or two, once on this machine", file=sys.stderr, flush=True)
         _compile(model, dtype, path)
-    except InvalidCxxCompiler:
+    except (InvalidCxxCompiler, CppCompileError) as error:
         raise ValueError(
-            'linear="compiled" needs a C++ compiler, and there is none: install g++ or clang, or leave linear out'
-        ) from None
-    except CppCompileError as error:
-        raise ValueError(
-            f'linear="compiled" needs a C++ compiler that works, and this one says {str(error)[-300:]!r}: mend it, or '
-            "leave linear out"
+            'linear="compiled" needs a C++ compiler that works, and there is none: install g++ or clang, or leave '
+            f"linear out ({str(error)[-300:]})"
         ) from None
 
 
 def _compile(model: BertForMaskedLM, dtype: torch.dtype, path: Path) -> None:
     import torch._inductor.config
 
-    _describe_order_int8()
+    with suppress(RuntimeError):  # torch does not know what shape `order_int8` gives; or it has been told
+        torch.library.register_fake("onednn::qlinear_prepack", lambda weight, shape: weight.t().contiguous())
     tokens = torch.export.Dim("tokens", min=2, max=MOST)
     x = torch.randn(TRIED, model.config.hidden_size).to(torch.float32 if dtype == torch.int8 else dtype)
     mask = torch.zeros(TRIED, TRIED, dtype=attention_type(dtype))
@@ -193,14 +180,6 @@ def _compile(model: BertForMaskedLM, dtype: torch.dtype, path: Path) -> None:
             library = next(name for name in files.namelist() if name.endswith(".so"))
             with whole_file(path) as new:
                 os.replace(files.extract(library, folder), new)
-
-
-def _describe_order_int8() -> None:
-    """Tell the recorder what shape `order_int8` gives. torch 2.13 has not been told."""
-    try:
-        torch.library.register_fake("onednn::qlinear_prepack", lambda weight, shape: weight.t().contiguous())
-    except RuntimeError:  # it has been told
-        return
 
 
 class CompiledLayers:

@@ -29,10 +29,8 @@ def can_compile() -> bool:
 
 
 def has_flash_attention(weight: Tensor, head_size: int) -> bool:
-    half = weight.dtype in (torch.float16, torch.bfloat16)
-    return (
-        half and head_size % 8 == 0 and head_size <= 256 and torch.cuda.get_device_capability(weight.device) >= (8, 0)
-    )
+    fits = weight.dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
+    return fits and torch.cuda.get_device_capability(weight.device) >= (8, 0)
 
 
 Predict = Callable[[PackedBatch, Tensor], Tensor]
@@ -55,7 +53,9 @@ class Graphs:
         """The logits (M, V); or None if the batch is too large for a graph, or the first of its size. longest: how long
         a sequence of this model can be.
         """
-        if max(batch.num_tokens, len(positions)) > GRAPH_TOKENS or forced_kernel() is not None or capturing():
+        if max(batch.num_tokens, len(positions)) > GRAPH_TOKENS or forced_kernel() is not None:
+            return None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # our caller, a graph of its own
             return None
         size = (_round_up(batch.num_tokens), _power_of_two(batch.num_sequences), _round_up(len(positions)))
         with self.lock:
@@ -63,7 +63,7 @@ class Graphs:
             if size not in self.captured:
                 if self.seen[size] == 1 or len(self.captured) == GRAPHS:
                     return None
-                self.captured[size] = CapturedPredict(self, predict, *size, longest=longest)
+                self.captured[size] = CapturedPredict(self, predict, size, longest)
             return self.captured[size](batch, positions)
 
 
@@ -72,9 +72,9 @@ class CapturedPredict:
     in the others does no harm: attention looks at no token outside a sequence, and their logits are not returned.
     """
 
-    def __init__(
-        self, graphs: Graphs, predict: Predict, tokens: int, sequences: int, asked: int, *, longest: int
-    ) -> None:
+    def __init__(self, graphs: Graphs, predict: Predict, size: tuple[int, int, int], longest: int) -> None:
+        tokens, sequences, asked = size
+
         def zeros(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=graphs.device)
 
@@ -126,11 +126,6 @@ def capture(run: Callable[[], Tensor], graphs: Graphs) -> tuple[Callable[[], Non
         with torch.cuda.graph(graph, pool=graphs.pool, stream=stream, capture_error_mode="thread_local"):
             result = run()
     return graph.replay, result
-
-
-def capturing() -> bool:
-    """Whether our caller is capturing a graph of its own."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _round_up(number: int) -> int:

@@ -1,20 +1,16 @@
 """The linear layers of a prepared model on the CPU: oneDNN computes them, on weights that are in its own order.
 
-torch computes nn.Linear in float32 with MKL, which is up to two times slower than oneDNN on an AMD CPU, and slower for
-short batches on others. In bfloat16 it uses oneDNN, but orders the weights anew in each call. Here they are ordered
-once, and the activation is computed while its input is still in the cache.
+torch computes nn.Linear in float32 with MKL, which is slower on many CPUs. In bfloat16 it uses oneDNN, but orders the
+weights anew in each call. Here they are ordered once, and the activation is computed while its input is still in the
+cache. oneDNN has two ways to compute a linear layer: as a matrix product, and as a 1×1 convolution. Which is the
+fastest, or whether torch's own is, depends on the CPU (prepare.py). Layers of 8-bit numbers are in int8.py.
 
-oneDNN has two ways to compute a linear layer: as a matrix product, and as a 1×1 convolution. Which is the fastest, or
-whether torch's own is, depends on the CPU (prepare.py). Products of 8-bit numbers are in int8.py.
-
-torch has no public way to call oneDNN like this. All private operators are in the first part of this file. Each was
-seen in torch 2.13. If another version lacks one, or it computes something else, `working_ways` leaves the way out.
+torch has no public way to call oneDNN like this. All private operators are in the first part of this file, as seen in
+torch 2.13. If another version lacks one, or it computes something else, `working_ways` leaves the way out.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +34,7 @@ FUSED: dict[str, Activation] = {
 
 
 def has_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16. torch 2.13"""
+    """Whether this CPU has instructions for bfloat16."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError, NotImplementedError):  # another torch, or one that was built without oneDNN
@@ -47,7 +43,7 @@ def has_bfloat16() -> bool:
 
 def has_int8() -> bool:
     """Whether this CPU has instructions that multiply 8-bit numbers and add the products up exactly (VNNI). Without
-    them oneDNN adds two products up in 16 bits, which is too little for the largest. torch 2.13
+    them oneDNN adds two products up in 16 bits, which is too little for the largest.
     """
     try:
         return bool(torch.cpu._is_vnni_supported() or torch.cpu.get_capabilities().get("avx_vnni"))
@@ -56,27 +52,27 @@ def has_int8() -> bool:
 
 
 def order_for_product(weight: Tensor) -> Tensor:
-    """A copy of weight (outputs, inputs) in oneDNN's order. Only oneDNN can read the result. torch 2.13"""
+    """A copy of weight (outputs, inputs) in oneDNN's order. Only oneDNN can read the result."""
     ordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return ordered
 
 
 def multiply(x: Tensor, ordered: Tensor, bias: Tensor, activation: Activation) -> Tensor:
-    """activation(x · weightᵀ + bias), of x (T, inputs): (T, outputs). T must not be 0. torch 2.13"""
+    """activation(x · weightᵀ + bias), of x (T, inputs): (T, outputs). T must not be 0."""
     name, algorithm = activation
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, ordered, bias, name, [], algorithm)
     return y
 
 
 def order_int8(weight: Tensor) -> Tensor:
-    """A copy of weight (outputs, inputs), int8, in oneDNN's order. torch 2.13"""
+    """A copy of weight (outputs, inputs), int8, in oneDNN's order."""
     ordered: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
     return ordered
 
 
 def multiply_int8(x: Tensor, ordered: Tensor, factor: Tensor, zeros: Tensor) -> Tensor:
     """x · weightᵀ, of x (T, inputs), int8, and each column times factor (outputs,): (T, outputs) float32. zeros
-    (outputs,) int32. T must not be 0. torch 2.13
+    (outputs,) int32. T must not be 0.
 
     VNNI multiplies numbers without a sign by numbers with one. For two with a sign, oneDNN has a fast kernel with AMX
     only. So elsewhere it gets x + 128, and is told that 128 means 0.
@@ -90,7 +86,7 @@ def multiply_int8(x: Tensor, ordered: Tensor, factor: Tensor, zeros: Tensor) -> 
 
 def order_for_images(weight: Tensor, images: int, height: int) -> Tensor:
     """A copy of weight (outputs, inputs) in the order that oneDNN wants for convolving so many images of height × 1
-    pixels. torch 2.13
+    pixels.
     """
     shape = [images, weight.shape[1], height, 1]
     ordered: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight[:, :, None, None], *ONE_BY_ONE, shape)
@@ -98,27 +94,18 @@ def order_for_images(weight: Tensor, images: int, height: int) -> Tensor:
 
 
 def convolve(x: Tensor, ordered: Tensor, bias: Tensor, activation: Activation) -> Tensor:
-    """The same as `multiply`, of images (N, inputs, height, 1): (N, outputs, height, 1). torch 2.13"""
+    """The same as `multiply`, of images (N, inputs, height, 1): (N, outputs, height, 1)."""
     name, algorithm = activation
     y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, ordered, bias, *ONE_BY_ONE, name, [], algorithm)
     return y
 
 
 def describe_order(ordered: Tensor) -> tuple[int, ...]:
-    """oneDNN's description of the order that a matrix is in. torch 2.13"""
+    """oneDNN's description of the order that a matrix is in."""
     return tuple(torch.ops.mkldnn._get_mkldnn_serialized_md(ordered).tolist())
 
 
 # ------------------------------------------------------------------------------------------------------- linear layers
-
-
-def refuse(what: str) -> Callable[..., Any]:
-    """A method that a prepared model has not, since it would have no effect or half of one."""
-
-    def refusal(*_: object, **__: object) -> NoReturn:
-        raise ValueError(f"a model prepared for inference {what} the one it was made from")
-
-    return refusal
 
 
 BADLY_SHARED = (768, 3072)  # outputs and inputs of a product; and of how many tokens
@@ -132,10 +119,6 @@ class PrepackedLinear(nn.Module):
     With AMX, oneDNN shares the second product of BERT-base's feed-forward badly among several threads, in bfloat16 and
     for some numbers of tokens. It is computed in pieces. Products of other sizes gain nothing by that, or lose.
     """
-
-    _apply = refuse("stays as it is and where it is: move or convert")
-    state_dict = refuse("has no list of its tensors: ask")
-    __reduce_ex__ = refuse("can be neither copied nor pickled: copy or save")
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: Activation = NONE) -> None:
         super().__init__()
@@ -174,17 +157,17 @@ class ConvolvedLinear(PrepackedLinear):
         self.shape = weight.shape  # (outputs, inputs)
         self.weight = order_for_images(weight, *USUAL)
 
+    def height(self, tokens: int) -> int:
+        return _best_height(*self.shape, tokens, torch.get_num_threads())
+
     def missing(self, tokens: int) -> int:
         """How many more tokens it takes to fill the last image."""
         return -tokens % self.height(tokens) if tokens else 0
 
-    def height(self, tokens: int) -> int:
-        return _best_height(*self.shape, tokens, torch.get_num_threads())
-
     def compute(self, x: Tensor) -> Tensor:
         tokens, inputs = x.shape
         height = self.height(tokens)
-        if missing := -tokens % height:
+        if missing := self.missing(tokens):
             x = torch.cat([x, x.new_zeros(missing, inputs)])
         images = x.reshape(-1, height, 1, inputs).permute(0, 3, 1, 2)  # (images, inputs, height, 1), inputs innermost
         y = convolve(images, self.weight, self.bias, self.activation)  # (images, outputs, height, 1)

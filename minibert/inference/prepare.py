@@ -23,8 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int
 def prepare_for_inference(
     model: BertForMaskedLM, dtype: torch.dtype | None = None, *, linear: str = "auto"
 ) -> PreparedBert:
-    """The fastest form of `model` for inference on its device. It holds a copy of every tensor: what happens to `model`
-    afterwards does not reach it, and `model` itself stays as it is. A model that is prepared already is returned.
+    """The fastest form of `model` for inference on its device. It holds a copy of every tensor, so what happens to
+    `model` afterwards does not reach it. A model that is prepared already is returned.
 
     dtype: of the weights and the arithmetic; None is the model's own on the CPU, bfloat16 on CUDA. torch.int8, on the
     CPU: the weights and what they are multiplied with have 8 bits, the rest float32 or bfloat16.
@@ -40,16 +40,22 @@ def prepare_for_inference(
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype must be torch.int8 or a floating-point type such as torch.bfloat16, not {dtype!r}")
     if isinstance(model, PreparedBert):
-        return _as_it_is(model, dtype, linear)
+        had = model.dtype
+        if dtype in (None, had) and linear in ("auto", model.linear):
+            return model
+        raise ValueError(
+            f"this model is prepared already, in {had} with linear={model.linear!r}: for {dtype or had} with "
+            f"linear={linear!r}, prepare the one it was made from"
+        )
     if hooked := [name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks]:
         raise ValueError(
             f"{hooked[0] or 'the model'} has a forward hook, and a prepared model would not call it: remove the hook, "
             "or use the model as it is"
         )
     _require_unchanged(model)
-    device = model.embeddings.word.weight.device
+    device = model.device
     if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else model.embeddings.word.weight.dtype
+        dtype = torch.bfloat16 if device.type == "cuda" else model.dtype
     _require_dtype(dtype, device)
     with torch.inference_mode(False):  # tensors that are made in inference mode could not be used outside it
         way, program = _choose_way(linear, dtype, device), None
@@ -98,16 +104,6 @@ def _same_function(one: object, other: object) -> bool:
     return one is other
 
 
-def _as_it_is(model: PreparedBert, dtype: torch.dtype | None, linear: str) -> PreparedBert:
-    had = model.embeddings.word.weight.dtype
-    if dtype not in (None, had) or linear not in ("auto", model.linear):
-        raise ValueError(
-            f"this model is prepared already, in {had} with linear={model.linear!r}: for {dtype or had} with "
-            f"linear={linear!r}, prepare the one it was made from"
-        )
-    return model
-
-
 # ---------------------------------------------------------------------------------- how linear layers are computed
 
 WAYS: dict[str, type[PrepackedLinear] | None] = {
@@ -126,17 +122,16 @@ def _choose_way(linear: str, dtype: torch.dtype, device: torch.device) -> str:
     """One of WAYS; with "compiled", the one for more tokens than the compiled program takes."""
     if linear not in ("auto", *WAYS, "compiled"):
         raise ValueError(f"linear must be one of auto, {', '.join(WAYS)}, compiled, not {linear!r}")
-    if device.type != "cpu" and linear == "auto":
+    there: tuple[str, ...] = ("torch",)
+    if device.type == "cpu":
+        there = (*working_ways(dtype), *(["compiled"] if dtype in COMPILED else []))
+    elif linear == "auto":
         return "torch"
-    there = working_ways(dtype) if device.type == "cpu" else ("torch",)
-    if device.type == "cpu" and dtype in COMPILED:
-        there = (*there, "compiled")
-    if linear != "auto" and linear not in there:
+    if linear not in ("auto", *there):
         raise ValueError(
             f"linear={linear!r} cannot be had in {dtype} on this {device.type}: choose one of auto, {', '.join(there)}"
         )
-    if linear == "compiled":
-        return fastest_way(dtype)
+    linear = "auto" if linear == "compiled" else linear
     return fastest_way(dtype) if linear == "auto" else linear
 
 
@@ -158,12 +153,11 @@ def has_int8_products() -> bool:
 
 @cache
 def fastest_way(dtype: torch.dtype) -> str:
-    """The fastest of them for a linear layer of BERT-base's size with GELU, with few tokens and with many. It is
-    measured once in a process, in a fifth of a second. Where two are almost equal, the choice may differ from one
-    process to the next.
+    """The fastest of them for a linear layer of BERT-base's size with GELU, with few tokens and with many: measured
+    once in a process, in a fifth of a second.
 
-    "torch" must win by a tenth: this layer fits into the cache and a whole model does not, and there the ordered
-    weights gain more (on an AMD EPYC with AVX-512, 16 tokens: 1.6 times as fast here, 2.5 times in a whole model).
+    "torch" must win by a tenth: this layer fits into the cache. A whole model does not, and there the ordered weights
+    gain more.
     """
     if len(working_ways(dtype)) == 1:
         return working_ways(dtype)[0]
@@ -176,8 +170,7 @@ def fastest_way(dtype: torch.dtype) -> str:
                 began = perf_counter()
                 trials[way](inputs[size])
                 fastest[way, size] = min(fastest[way, size], perf_counter() - began)
-    handicap = {"torch": 1.1**2}
-    return min(trials, key=lambda way: fastest[way, 0] * fastest[way, 1] * handicap.get(way, 1.0))
+    return min(trials, key=lambda way: fastest[way, 0] * fastest[way, 1] * (1.1**2 if way == "torch" else 1))
 
 
 def _trials(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -189,13 +182,12 @@ def _trials(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
 
     trials: dict[str, Callable[[Tensor], Tensor]] = {}
     for way in POSSIBLE.get(dtype, ("torch",)):
-        linear = linear_layer(way, dtype)
+        linear, near = linear_layer(way, dtype), TOLERANCE.get(dtype, 0.0)
         if linear is None:
             trials[way] = plain
             continue
         with suppress(AttributeError, RuntimeError, NotImplementedError), torch.inference_mode():  # no such operator
             packed = linear(weight, bias, FUSED["gelu"])
-            near = TOLERANCE[dtype]
             if all(torch.allclose(packed(x), plain(x), rtol=near, atol=near) for x in (few, many)):
                 trials[way] = packed
     return trials

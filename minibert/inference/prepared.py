@@ -1,17 +1,15 @@
 """PreparedBert: what `prepare_for_inference` returns. It has the two calls of BertForMaskedLM, and gives the same
-answers, up to rounding.
+answers, up to rounding. Everywhere, `predict` runs the last layer for the asked positions only: no later layer reads
+the others.
 
-Everywhere, `predict` runs the last layer for the asked positions only: no later layer reads the others.
-
-On the CPU, linear layers are computed by oneDNN on weights that were ordered for it beforehand (onednn.py), in int8 on
-weights of 8 bits (int8.py).
-
-On CUDA, the weights are bfloat16, so attention.py chooses flash attention on the packed tokens. What is done for each
-token alone is compiled by the first call, once for all lengths. Attention stays outside, since it needs the lengths on
-the host. Small batches are replayed as CUDA graphs (cuda_graphs.py).
+On the CPU, linear layers are computed by oneDNN (onednn.py, int8.py), and a few tokens by a compiled program, if there
+is one (compiled.py). On CUDA, what is done for each token alone is compiled by the first call, once for all lengths.
+Attention stays outside, since it needs the lengths on the host. Small batches are replayed as CUDA graphs
+(cuda_graphs.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +29,21 @@ from minibert.inference.onednn import (
     PrepackedLinear,
     filled_up,
     has_bfloat16,
-    refuse,
 )
 from minibert.masked_lm import BertForMaskedLM, Layer
 from minibert.model import SelfAttention
 from minibert.packing import PackedBatch
 
 COMPILED_ON = ("cuda",)
+
+
+def refuse(what: str) -> Callable[..., Any]:
+    """A method that a prepared model has not, since it would have no effect or half of one."""
+
+    def refusal(*_: object, **__: object) -> NoReturn:
+        raise ValueError(f"a model prepared for inference {what} the one it was made from")
+
+    return refusal
 
 
 class _NotCalled(nn.Module):
@@ -110,24 +116,9 @@ class PreparedBert(BertForMaskedLM):
             super().__init__(model.config)
             layers = nn.ModuleList(PreparedLayer(model.config) for _ in model.layers)
             self.layers = layers  # type: ignore[assignment]
-        self.linear, self.program = linear, program
-        # Its own copy of every tensor. A matrix that is put into oneDNN's order, or rounded, is copied by that.
-        copied = {f"{name}.weight" for name, part in self.named_modules() if packed and isinstance(part, nn.Linear)}
-        if dtype == torch.int8:
-            copied.add("embeddings.word.weight")
-        full = torch.float32 if dtype == torch.int8 else dtype
-        own = {  # tensors that were made in inference mode could not be used outside it, so they are copied too
-            name: x.detach().to(full, copy=x.is_inference() or name not in copied)
-            for name, x in model.state_dict().items()
-        }
-        nn.Module.load_state_dict(self, own, assign=True)
-        for part in self.modules():
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0  # whatever happens to the mode of a part
-        for _, x in nn.Module.named_parameters(self):
-            x.requires_grad_(False)
+        self.linear, self.program, self.load_report = linear, program, model.load_report
+        self._copy(model, torch.float32 if dtype == torch.int8 else dtype, packed)
         self.eval()
-        self.load_report = model.load_report
         self._before, self._after = PreparedLayer.before_attention, PreparedLayer.after_attention
         self._graphs: Graphs | None = None
         if packed:
@@ -138,6 +129,19 @@ class PreparedBert(BertForMaskedLM):
             self._after = torch.compile(PreparedLayer.after_attention, dynamic=True)
         if word.is_cuda and has_flash_attention(word, model.config.head_size):
             self._graphs = Graphs(word.device)
+
+    def _copy(self, model: BertForMaskedLM, dtype: torch.dtype, packed: type[PrepackedLinear] | None) -> None:
+        """Its own copy of every tensor. A matrix that is put into oneDNN's order, or rounded, is copied by that."""
+        copied = {f"{name}.weight" for name, part in self.named_modules() if packed and isinstance(part, nn.Linear)}
+        if packed is Int8Linear:
+            copied.add("embeddings.word.weight")
+        own = {  # tensors that were made in inference mode could not be used outside it, so they are copied too
+            name: x.detach().to(dtype, copy=x.is_inference() or name not in copied)
+            for name, x in model.state_dict().items()
+        }
+        nn.Module.load_state_dict(self, own, assign=True)
+        for _, x in nn.Module.named_parameters(self):
+            x.requires_grad_(False)
 
     def _pack(self, linear: type[PrepackedLinear]) -> None:
         """Replace the linear layers, and in int8 the word embeddings."""
