@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from minibert.checkpoint.files import naming, read_json
 from minibert.checkpoint.hub import Source, locate, read_config
-from minibert.checkpoint.names import SIZES, own_values
+from minibert.checkpoint.names import OWN_KEYS, SIZES, own_values
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu", "silu")
 
@@ -58,6 +58,14 @@ class BertConfig:
         pad = self.pad_token_id
         if pad is not None and (type(pad) is not int or not 0 <= pad < self.vocab_size):
             raise ValueError(f"pad_token_id {pad!r} is not an id below vocab_size {self.vocab_size}")
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(
+                f"BertConfig has no {name!r}: it holds {', '.join(OWN_KEYS)}; dataclasses.replace(config, …) makes "
+                "another, and json.dumps(config.to_dict()) its text"
+            )
 
     @property
     def head_size(self) -> int:

@@ -10,9 +10,9 @@ from twins import CONFIGS, twins
 import minibert.export
 from minibert import BertConfig, BertForMaskedLM
 from minibert.cli import main
-from minibert.export import export
+from minibert.export import INPUTS, export
 
-SIZES = CONFIGS["batch 13, gelu"]
+SIZES = {**CONFIGS["batch 13, gelu"], "num_hidden_layers": 1, "max_position_embeddings": 80}
 
 
 @pytest.fixture(scope="module")
@@ -28,29 +28,17 @@ def folder(model, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_pt2_file_runs_by_itself(model, folder, tmp_path, capsys):
+def test_a_pt2_file_runs_by_itself_at_the_longest_length(model, folder, tmp_path, capsys):
     path = tmp_path / "model.pt2"
     assert main(["export", "--model", folder, "--out", str(path), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["difference"] < 1e-5
     assert len({tuple(shape) for shape in said["shapes"]}) == 8
-    program = torch.export.load(path).module()
-    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
-    given = {"input_ids": ids, "attention_mask": (ids > 0).long(), "token_type_ids": torch.zeros_like(ids)}
-    torch.testing.assert_close(program(**given), model(**given).logits, rtol=0, atol=1e-5)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
-
-
-@pytest.mark.slow
-def test_a_model_in_training_has_all_its_positions_in_the_file_and_trains_on(tmp_path):
-    model = BertForMaskedLM(BertConfig(**{**SIZES, "num_hidden_layers": 1, "max_position_embeddings": 80}))
-    export(model.train(), tmp_path / "model.pt2")
-    assert model.training
-    assert model.layers[0].training
+    assert list(tmp_path.iterdir()) == [path]
     ids = torch.arange(80)[None]
-    program = torch.export.load(tmp_path / "model.pt2").module()
-    got = program(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
-    torch.testing.assert_close(got, model.eval()(ids).logits, rtol=0, atol=1e-5)  # sums in other orders
+    given = [ids, (ids > 0).long(), torch.zeros_like(ids)]
+    got = torch.export.load(path).module()(**dict(zip(INPUTS, given, strict=True)))
+    torch.testing.assert_close(got, model(*given).logits, rtol=0, atol=1e-5)  # sums in other orders
 
 
 @pytest.mark.slow
@@ -64,42 +52,40 @@ def test_an_onnx_file_is_right_in_onnxruntime_on_ten_shapes(model, tmp_path):
     assert [one.name for one in session.get_inputs()] == ["input_ids", "attention_mask", "token_type_ids"]
     from test_tracing import batches
 
-    for ids, mask, types in batches():
-        given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-        got = torch.from_numpy(session.run(None, {name: x.numpy() for name, x in given.items()})[0])
-        torch.testing.assert_close(got, model(ids, mask, types).logits, rtol=0, atol=1e-5)  # sums in other orders
+    for given in batches():
+        named = {name: x.numpy() for name, x in zip(INPUTS, given, strict=True)}
+        got = torch.from_numpy(session.run(None, named)[0])
+        torch.testing.assert_close(got, model(*given).logits, rtol=0, atol=1e-5)  # sums in other orders
 
 
 @pytest.mark.slow
-def test_a_program_that_is_wrong_is_not_kept(model, tmp_path, monkeypatch):
-    path = tmp_path / "model.pt2"
+def test_a_program_that_is_wrong_is_not_kept_and_a_model_in_training_trains_on(tmp_path, monkeypatch):
+    path, model = tmp_path / "model.pt2", BertForMaskedLM(BertConfig(**SIZES)).train()
     path.write_text("what was there before")
     load = minibert.export._load_pt2
     monkeypatch.setattr(minibert.export, "_load_pt2", lambda *where: lambda given: load(*where)(given) + 0.5)
     with pytest.raises(ValueError, match="recorded it wrongly, and it was not kept"):
         export(model, path)
     assert path.read_text() == "what was there before"
-    assert model.training is False
+    assert model.training
+    assert model.layers[0].training
 
 
 @pytest.mark.parametrize(
     ("out", "said"),
-    [
-        ("model.bin", "must end in .onnx or .pt2"),
-        ("nowhere/model.pt2", "there is no folder nowhere"),
-        ("", "must end in"),
-    ],
+    [("model.bin", "must end in .onnx or .pt2"), ("nowhere/model.pt2", "no folder nowhere"), ("", "must end in")],
 )
-def test_mistakes(folder, tmp_path, monkeypatch, capsys, out, said):
+def test_mistakes(folder, tmp_path, monkeypatch, fails, out, said):
     monkeypatch.chdir(tmp_path)
-    assert main(["export", "--model", folder, "--out", out]) == 2
-    assert said in capsys.readouterr().err
+    assert said in fails("export", "--model", folder, "--out", out)
 
 
-def test_a_missing_package_is_named(model, tmp_path, monkeypatch):
+def test_a_missing_package_and_another_dtype_are_named(model, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"onnx is not installed: pip install -c constraints.txt -e "):
         export(model, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="load it in float32 on the CPU"):
+        export(twins(SIZES, dtype=torch.float64)[0], tmp_path / "model.pt2")
 
 
 @pytest.mark.slow
@@ -116,8 +102,3 @@ def test_the_file_is_tried_on_the_device_that_is_asked_for(model, tmp_path, monk
 @pytest.mark.gpu
 def test_the_file_runs_on_a_gpu(model, tmp_path):
     assert export(model, tmp_path / "model.pt2", device="cuda").difference < 1e-4
-
-
-def test_another_dtype_is_refused(model, tmp_path):
-    with pytest.raises(ValueError, match="load it in float32 on the CPU"):
-        export(twins(SIZES, dtype=torch.float64)[0], tmp_path / "model.pt2")

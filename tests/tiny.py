@@ -29,14 +29,8 @@ class Tiny:
         self.text.write_text(prose, encoding="utf-8")
         words = sorted(set(re.findall(r"[a-z0-9]+|[^a-z0-9\s]", prose.lower())))
         vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-        self.config = BertConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=40,
-        )
+        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        self.config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=40, **sizes)
         torch.manual_seed(0)
         BertForMaskedLM(self.config).save_pretrained(self.start)
         from_vocabulary(vocabulary).save(str(self.start / "tokenizer.json"))

@@ -1,7 +1,7 @@
 """A model saved with its tokenizer, and as accelerate saves it."""
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
@@ -135,27 +135,18 @@ def test_tensors_of_another_model_are_not_written(model, tmp_path):
 
 @pytest.mark.slow
 def test_loading_while_other_threads_load_and_compute(model, tmp_path):
-    """The weights' memory is made by torch.device("meta"), of this thread alone."""
+    """While it loads, a thread makes tensors without memory: that thread alone."""
     model.save_pretrained(tmp_path)
-    ids, wrong, done = torch.tensor([[3, 4, 5]]), [], threading.Event()
+    ids = torch.tensor([[3, 4, 5]])
     expected = model(ids).logits
 
     def load():
-        for _ in range(10):
-            if not torch.equal(BertForMaskedLM.from_pretrained(tmp_path)(ids).logits, expected):
-                wrong.append("loaded")
+        return torch.equal(BertForMaskedLM.from_pretrained(tmp_path)(ids).logits, expected)
 
-    def compute():
-        while not done.is_set():
-            if torch.empty(1).is_meta or torch.nn.Linear(1, 1).weight.is_meta:
-                wrong.append("computed")
-
-    other, *threads = [threading.Thread(target=target) for target in (compute, *[load] * 8)]
-    for thread in (other, *threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    done.set()
-    other.join()
-    assert not wrong
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(load) for _ in range(80)]
+        while not all(answer.done() for answer in answers):
+            assert not torch.empty(1).is_meta
+            assert not torch.nn.Linear(1, 1).weight.is_meta
+    assert all(answer.result() for answer in answers)
     assert torch.utils._device.CURRENT_DEVICE is None, "what torch.compile takes for the default device"
