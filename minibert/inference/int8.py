@@ -5,12 +5,8 @@ CPU adds up exactly:
 
     x ≈ step_x · x₈      w ≈ step_w · w₈      x · w ≈ step_x · step_w · (x₈ · w₈)
 
-The step of a weight matrix is another one for each output, and the step of the input another one for each token. It is
-the largest number there, over 127. So a token with large numbers costs the others nothing, and the steps for a text are
-the same whatever else is in the batch. (A place that is large in every token, as real checkpoints have some, still
-takes the fine steps from the rest of its token.) The steps of the weights are known beforehand; those of the tokens are
-found in each call.
-
+Each output of a weight matrix and each token of the input has a step of its own: its largest number over 127. So a
+token with large numbers costs the others nothing, and the steps for a text are the same whatever else is in the batch.
 LayerNorm, the activation function and the residual sums stay in float32. Attention is computed in bfloat16 where the
 CPU has instructions for that, and else in float32.
 

@@ -108,8 +108,7 @@ def describe_order(ordered: Tensor) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------------------------------- linear layers
 
 
-BADLY_SHARED = (768, 3072)  # outputs and inputs of a product; and of how many tokens
-BADLY_SHARED_TOKENS = range(500, 1281)
+BADLY_SHARED, BADLY_SHARED_TOKENS = (768, 3072), range(500, 1281)  # outputs and inputs of a product; of how many tokens
 PIECE = 384  # tokens
 
 
@@ -117,7 +116,7 @@ class PrepackedLinear(nn.Module):
     """nn.Linear and an activation function in one call, as a matrix product. It holds copies of weight and bias.
 
     With AMX, oneDNN shares the second product of BERT-base's feed-forward badly among several threads, in bfloat16 and
-    for some numbers of tokens. It is computed in pieces. Products of other sizes gain nothing by that, or lose.
+    for some numbers of tokens. So that one is computed in pieces.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: Activation = NONE) -> None:

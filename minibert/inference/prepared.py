@@ -94,9 +94,10 @@ class PreparedLayer(_NotCalled, Layer):
 
 
 class PreparedBert(BertForMaskedLM):
-    """It answers, and that is all: it cannot be trained, saved, moved or copied. The model it was made from can. Its
-    matrices are copies in oneDNN's own order, which torch does not know as parameters. On CUDA, kernels are recorded
-    together with the addresses of the tensors that they read.
+    """It answers, and that is all: it cannot be trained, saved, moved or copied. The model it was made from can.
+
+    Why: its matrices are copies in oneDNN's own order, which torch does not know as parameters. On CUDA, kernels are
+    recorded together with the addresses of the tensors that they read.
 
     linear: the way in which its linear layers are computed. packed: the class that computes them; None is torch's own.
     program: computes all layers for few tokens.
@@ -162,16 +163,13 @@ class PreparedBert(BertForMaskedLM):
     def requires_grad_(self, requires_grad: bool = True) -> "PreparedBert":
         return self.train(requires_grad)
 
-    # What .to(), .half(), .cpu(), .share_memory() and the like go through.
-    _apply = refuse("stays as it is and where it is: move or convert")
+    _apply = refuse("stays as it is and where it is: move or convert")  # to(), half(), cpu() and the like call it
     resize_token_embeddings = refuse("keeps its size: resize")
     gradient_checkpointing_enable = refuse("cannot be trained: train")
     load_state_dict = refuse("takes no other weights: load them into")
     save_pretrained = refuse("cannot be saved: save")
-    # What copy, deepcopy, pickle and torch.save go through.
-    __reduce_ex__ = refuse("can be neither copied nor pickled: copy or save")
-    # What the padded call goes through while a program is recorded.
-    _forward_rectangle = refuse("cannot be recorded: export or trace")
+    __reduce_ex__ = refuse("can be neither copied nor pickled: copy or save")  # deepcopy and torch.save call it
+    _forward_rectangle = refuse("cannot be recorded: export or trace")  # the padded call while a program is recorded
     state_dict = parameters = named_parameters = refuse(
         "has no list of its tensors, since some are in an order that only oneDNN knows, nor a size to be counted: its "
         "device is model.device. For the rest ask"
@@ -182,19 +180,19 @@ class PreparedBert(BertForMaskedLM):
         return False
 
     def get_input_embeddings(self) -> nn.Embedding:
-        if self.dtype == torch.int8:
-            raise ValueError(
-                "a model prepared for inference in int8 has its words as whole numbers: call model.embeddings.word(ids)"
-            )
-        return super().get_input_embeddings()
+        if self.dtype != torch.int8:
+            return super().get_input_embeddings()
+        raise ValueError("a model prepared in int8 has its words as whole numbers: call model.embeddings.word(ids)")
+
+    def _shown(self, attention_map: Tensor) -> Tensor:
+        """In int8, attention is computed in bfloat16, but what is shown has the type of the answers."""
+        return attention_map.float() if self.dtype == torch.int8 else attention_map
 
     def attention_maps(self, batch: PackedBatch, layers: Sequence[int]) -> dict[int, Tensor]:
-        maps = super().attention_maps(batch, layers)
-        return {number: x.float() if self.dtype == torch.int8 else x for number, x in maps.items()}
+        return {number: self._shown(x) for number, x in super().attention_maps(batch, layers).items()}
 
     def _padded_maps(self, states: Sequence[Tensor], batch: PackedBatch) -> Iterator[Tensor]:
-        for x in super()._padded_maps(states, batch):
-            yield x.float() if self.dtype == torch.int8 else x  # attention in int8 is computed in bfloat16
+        yield from map(self._shown, super()._padded_maps(states, batch))
 
     def encode(self, batch: PackedBatch) -> Tensor:
         """As in BertForMaskedLM: (T, D)."""
@@ -212,7 +210,7 @@ class PreparedBert(BertForMaskedLM):
         checks.require_positions(positions, batch.num_tokens)
         checks.require_embeddings(batch.largest, self.config)
         if self.program is not None and self.program.takes(batch):
-            return self.head(self.program(self.embeddings(batch), batch)[positions], self.word_embeddings)
+            return self.head(self.encode(batch)[positions], self.word_embeddings)
         if self._graphs is not None and len(positions):
             logits = self._graphs(self._predict, batch, positions, self.config.max_position_embeddings)
             if logits is not None:
