@@ -5,12 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from twins import CONFIGS, make_batch, on_a_fake_gpu, twins
+from twins import CONFIGS, make_batch, twins
 
-from minibert import BertConfig, BertForMaskedLM, PackedBatch
+from minibert import PackedBatch
 from minibert import attention as module
 from minibert.attention import attention, choose_kernel, formula, use_kernel
-from minibert.inference.prepared import attention_at
 from minibert.training.step import QuickDropout, quick_dropout
 
 UNEVEN, UNIFORM = (5, 1, 9, 3), (6, 6, 6)
@@ -67,40 +66,18 @@ def test_each_kernel_is_equation_1(lengths, kernel, dtype):
     torch.testing.assert_close(got.double(), by_hand(*qkv, lengths), rtol=0, atol=TOLERANCE[dtype])
 
 
-def with_gradients(run, batch, dtype=torch.float32):
-    """What it gives for the same query, key and value every time, and their gradients."""
-    torch.manual_seed(0)
-    qkv = random_qkv(batch, dtype, requires_grad=True)
-    context = run(*qkv)
-    context.double().square().sum().backward()
-    return [context, *(x.grad for x in qkv)]
-
-
 @lengths_given
 @pytest.mark.parametrize("kernel", ["sdpa", "sequences", "jagged"])
 def test_gradients_agree_with_the_formula(lengths, kernel):
-    batch, results = packed(lengths), []
+    batch, gradients = packed(lengths), []
     for name in ("formula", kernel):
+        torch.manual_seed(0)
+        qkv = random_qkv(batch, requires_grad=True)
         with use_kernel(name):
-            results.append(with_gradients(lambda *qkv: attention(*qkv, batch), batch))
-    for got, expected in zip(*results, strict=True):
+            attention(*qkv, batch).square().sum().backward()
+        gradients.append([x.grad for x in qkv])
+    for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("positions", [[], [3], [8, 0, 17, 5, 2], [0, 0, 7], list(range(18))], ids=str)
-def test_attention_at_some_positions_has_the_values_and_gradients_of_attention_there(positions, dtype, monkeypatch):
-    batch, positions = packed((5, 0, 9, 1, 3)), torch.tensor(positions, dtype=torch.int64)
-    expected = with_gradients(lambda *qkv: formula(*qkv, batch)[0][positions], batch, dtype)
-    for one, right in zip(
-        with_gradients(lambda *qkv: attention_at(*qkv, batch, positions), batch, dtype), expected, strict=True
-    ):
-        torch.testing.assert_close(one, right, rtol=0, atol=5 * TOLERANCE[dtype])
-    called = []
-    monkeypatch.setattr(module, "formula", lambda *a: called.append(1) or formula(*a))
-    with use_kernel("formula"):
-        attention_at(*random_qkv(batch), batch, positions)
-    assert called, "on the kernel that was asked for"
 
 
 @pytest.mark.parametrize("kernel", ["formula", "sdpa", "sequences", "jagged"])
@@ -252,24 +229,6 @@ def test_attention_maps_are_those_of_transformers(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU
-
-
-def test_the_cuda_path_as_far_as_fake_tensors_go(monkeypatch):
-    config = BertConfig(num_hidden_layers=1, hidden_size=48, num_attention_heads=3, intermediate_size=37, vocab_size=99)
-    with torch.device("meta"):
-        layer = BertForMaskedLM(config).layers[0].eval()
-    called, real = [], module.varlen
-    monkeypatch.setattr(module, "varlen", lambda *arguments: called.append(1) or real(*arguments))
-    batch = packed((5, 3))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-
-        def cuda(*shape):
-            return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
-
-        weights = {name: cuda(*tensor.shape) for name, tensor in layer.state_dict().items()}
-        hidden = torch.func.functional_call(layer, weights, (cuda(8, 48), on_a_fake_gpu(batch)))
-        assert (hidden.shape, hidden.dtype, hidden.device.type) == ((8, 48), torch.bfloat16, "cuda")
-    assert called, "the layer went through flash attention on packed tokens"
 
 
 @pytest.mark.gpu

@@ -105,20 +105,21 @@ def test_compiled_once_for_all_lengths(monkeypatch):
 
 
 def test_nothing_in_the_layers_asks_the_device(monkeypatch):
-    """On fake CUDA tensors whatever would wait for a number from the device is an error."""
-    monkeypatch.setattr("minibert.attention.varlen", lambda query, key, value, batch: torch.empty_like(query))
+    """Prepared or not. On fake CUDA tensors whatever would wait for a number from the device is an error."""
+    called, real = [], minibert.attention.varlen
+    monkeypatch.setattr(minibert.attention, "varlen", lambda *given: called.append(1) or real(*given))
     monkeypatch.setattr(prepare, "COMPILED_ON", ())
     monkeypatch.setattr(prepare, "has_flash_attention", lambda *arguments: False)  # so no graphs
     with torch.device("meta"):
-        model = BertForMaskedLM(BertConfig(**{**SIZES, "hidden_size": 48, "num_attention_heads": 3}))
+        model = BertForMaskedLM(BertConfig(**{**SIZES, "hidden_size": 48, "num_attention_heads": 3})).eval()
     batch = random_batch([3, 1, 4])
     with FakeTensorMode(allow_non_fake_inputs=True):
-        weights = {name: torch.empty_like(x, device="cuda") for name, x in model.state_dict().items()}
+        weights = {name: torch.empty_like(x, device="cuda") for name, x in model.bfloat16().state_dict().items()}
         model.load_state_dict(weights, assign=True)
-        fast = prepare_for_inference(model)
-        hidden = fast.encode(on_a_fake_gpu(batch))
-    assert fast.embeddings.word.weight.dtype == torch.bfloat16
-    assert (hidden.shape, hidden.dtype, hidden.device.type) == ((8, 48), torch.bfloat16, "cuda")
+        for form in (prepare_for_inference(model), model):
+            hidden = form.encode(on_a_fake_gpu(batch))
+            assert (hidden.shape, hidden.dtype, hidden.device.type) == ((8, 48), torch.bfloat16, "cuda")
+    assert len(called) == 2 * 5, "each layer went through flash attention on packed tokens"
 
 
 @pytest.mark.gpu

@@ -57,9 +57,11 @@ def test_it_is_the_product_of_rounded_numbers(size, activation, amx, monkeypatch
     monkeypatch.setattr(onednn, "has_amx", lambda: amx)
     inputs, outputs = size
     weight, bias = rows(outputs, inputs) / 50, torch.randn(outputs)
+    weight[1:2] = 0
     linear = Int8Linear(weight, bias, activation)
     for tokens in (0, 1, 2, 13, 100):
         x = rows(tokens, inputs)
+        x[1:2] = 0  # gives the bias
         given = x.clone()
         got = linear(x)
         (numbers, steps), (weights, weight_steps) = quantised(given), quantised(weight)
@@ -71,25 +73,20 @@ def test_it_is_the_product_of_rounded_numbers(size, activation, amx, monkeypatch
         assert torch.equal(x, given), "the input stays as it is"
 
 
-@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("activation", REFERENCE)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @torch.inference_mode()
-def test_rows_of_zeros_give_the_bias_and_what_is_no_number_does_not_become_one(bad, activation):
+def test_what_is_no_number_does_not_become_one(bad):
     """Nor does it touch the other tokens; in a weight, the other outputs."""
     weight, bias, x = torch.randn(99, 37), torch.randn(99), torch.randn(4, 37)
-    linear = Int8Linear(weight, bias, activation)
-    expected = linear(x)
-    x[2], weight[5] = (0, 0) if bad == 0 else (x[2].clone().index_fill(0, torch.tensor(11), bad), weight[5])
-    got = linear(x)
+    expected = Int8Linear(weight, bias)(x)
+    broken = x.index_put((torch.tensor(2), torch.tensor(11)), torch.tensor(bad))
+    got = Int8Linear(weight, bias)(broken)
     assert torch.equal(got[[0, 1, 3]], expected[[0, 1, 3]])
-    x[2], weight[5, 3 if bad else slice(None)] = 0, bad
-    in_weight = Int8Linear(weight, bias, activation)(x)
-    assert torch.equal(in_weight[[0, 1, 3], :5], expected[[0, 1, 3], :5])
-    for some, biases in ((got[2], bias), (in_weight[[0, 1, 3], 5], bias[5].expand(3))):
-        if bad == 0:
-            torch.testing.assert_close(some, REFERENCE[activation](biases), rtol=0, atol=1e-6)
-        else:  # 0 is what an activation may make of −∞
-            assert not (some.isfinite() & (some != 0)).any()
+    assert not got[2].isfinite().any()
+    weight[5, 3] = bad
+    got = Int8Linear(weight, bias)(x)
+    assert torch.equal(got[:, :5], expected[:, :5])
+    assert not got[:, 5].isfinite().any()
 
 
 # ------------------------------------------------------------------------------------------ what else is in the batch
@@ -130,19 +127,11 @@ def test_a_text_has_the_same_answer_in_every_batch(monkeypatch):
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
-def tensors(model):
-    """All that its modules hold, oneDNN's too, each once."""
-    held = {}
-    for part in model.modules():
-        for value in (*vars(part).values(), *part._parameters.values(), *part._buffers.values()):
-            if isinstance(value, torch.Tensor):
-                held[id(value)] = value
-    return list(held.values())
-
-
-def held_bytes(model):
-    """oneDNN's tensors have no storage that torch knows of."""
-    return sum(torch.ops.mkldnn._nbytes(x) if x.is_mkldnn else x.untyped_storage().nbytes() for x in tensors(model))
+def held(model):
+    """All tensors of its modules, oneDNN's too, each once, and their bytes; oneDNN's have no storage."""
+    values = [value for part in model.modules() for value in (*vars(part).values(), *part._parameters.values())]
+    found = list({id(x): x for x in values if isinstance(x, torch.Tensor)}.values())
+    return found, sum(torch.ops.mkldnn._nbytes(x) if x.is_mkldnn else x.untyped_storage().nbytes() for x in found)
 
 
 def test_it_holds_less_than_a_third_and_nothing_of_the_original():
@@ -150,11 +139,12 @@ def test_it_holds_less_than_a_third_and_nothing_of_the_original():
     sizes = dict(vocab_size=4000, hidden_size=256, num_hidden_layers=8, num_attention_heads=4, intermediate_size=1024)
     model = BertForMaskedLM(BertConfig(**sizes))
     full = 4 * model.num_parameters()
-    assert held_bytes(model) == full
+    assert held(model)[1] == full
     originals = [StorageWeakRef(x.untyped_storage()) for x in model.state_dict().values()]
     fast = prepare_for_inference(model, torch.int8)
-    assert 0.25 * full < held_bytes(fast) <= 0.32 * full
-    assert sum(x.dtype == torch.int8 for x in tensors(fast)) == 4 * 8 + 3, "so they were counted"
+    tensors, size = held(fast)
+    assert 0.25 * full < size <= 0.32 * full
+    assert sum(x.dtype == torch.int8 for x in tensors) == 4 * 8 + 3, "so they were counted"
     assert not any(storage.expired() for storage in originals)
     del model
     assert all(storage.expired() for storage in originals), "nothing keeps the original's numbers"
