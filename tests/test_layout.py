@@ -17,35 +17,32 @@ PACKAGE = Path(minibert.__file__).parent
 AROUND = {"bench", "cli", "parity", "study", "trace", "training"}
 
 
-def room(path):
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
-FILES = {room(path): path for path in PACKAGE.rglob("*.py")}
-
-
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported(name):
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
+            assert node.level == 0, f"{name}: a relative import"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
-def imported_files(path):
+def imported_files(name):
     """Those of this package, wherever in the file the import stands. `from minibert.study import text` is the file
     study/text.py, and `from minibert.study import study` is study/__init__.py.
     """
-    names = [name.removeprefix("minibert.") for name in imported(path)]
+    names = [name.removeprefix("minibert.") for name in imported(name)]
     parts = {name for name in names if name in FILES or f"{name}.__init__" in FILES}
     of_a_part = {name.rpartition(".")[0] for name in parts}
     taken = {name for name in parts if name in FILES or name not in of_a_part}
     return {name if name in FILES else f"{name}.__init__" for name in taken}
 
 
-IMPORTS = {name: imported_files(path) for name, path in FILES.items()}
+IMPORTS = {name: imported_files(name) for name in FILES}
 
 
 def test_imports_go_downward():
@@ -58,48 +55,39 @@ def test_imports_go_downward():
         list(TopologicalSorter(graph).static_order())  # a CycleError names those that import each other
 
 
-def test_bert_itself_imports_nothing_that_is_done_with_it():
+def test_bert_itself_imports_neither_what_is_done_with_it_nor_transformers():
     for name, others in IMPORTS.items():
-        if name.split(".")[0] not in AROUND | {
-            "__main__",
-            "__init__",
-        }:  # __init__ gives names, when they are first used
+        own = name.split(".")[0]
+        if own not in AROUND | {"__main__", "__init__"}:  # __init__ gives names, when they are first used
             assert not {other.split(".")[0] for other in others} & AROUND, name
+        if own not in ("parity", "bench"):
+            assert "transformers" not in {module.split(".")[0] for module in imported(name)}, name
 
 
-def test_only_parity_and_bench_import_transformers():
-    for name, path in FILES.items():
-        if name.split(".")[0] not in ("parity", "bench"):
-            assert "transformers" not in {module.split(".")[0] for module in imported(path)}, name
-
-
-def code_lines(path):
-    """The numbers of the lines with code: neither blank, nor comment, nor docstring."""
-    text = path.read_text(encoding="utf-8")
+def code_lines(name):
+    """How many lines have code: neither blank, nor comment, nor docstring."""
     lines = set()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
-            lines |= set(range(token.start[0], token.end[0] + 1)) if token.string.strip() else set()
-    for node in ast.walk(ast.parse(text)):
-        first = node.body[0] if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-            lines -= set(range(first.lineno, first.end_lineno + 1))
-    return lines
+    for token in tokenize.generate_tokens(io.StringIO(FILES[name].read_text(encoding="utf-8")).readline):
+        if token.type != tokenize.COMMENT and token.string.strip():
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
 
 
 def test_bert_is_short():
-    counts = {name: len(code_lines(PACKAGE / f"{name}.py")) for name in ("model", "attention", "packing", "config")}
+    counts = {name: code_lines(name) for name in ("model", "attention", "packing", "config")}
     assert sum(counts.values()) <= 400, counts
     assert counts["model"] <= 150, counts
 
 
 def test_no_file_over_500_lines_and_no_function_over_60():
-    for path in FILES.values():
-        text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 500, path
-        for node in ast.walk(ast.parse(text)):
+    for name, path in FILES.items():
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, name
+        for node in ast.walk(TREES[name]):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+                assert node.end_lineno - node.lineno < 60, f"{name}: {node.name}"
 
 
 def test_a_module_is_not_hidden_behind_a_name():
@@ -111,42 +99,31 @@ def test_a_module_is_not_hidden_behind_a_name():
             exec(code, {})
 
 
-def test_importing_minibert_imports_nothing_heavy_but_torch():
-    code = (
-        "import sys, torch; before = set(sys.modules); from minibert import *; "
-        "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
-    )
-    names = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-    assert not names & {"transformers", "huggingface_hub", "requests", "httpx", "tqdm", "onnxruntime", "sympy"}
+TORCH = {"torch"}
+HEAVY = {"transformers", "huggingface_hub", "requests", "httpx", "tqdm", "onnxruntime", "sympy"}
 
 
-def test_help_does_not_wait_for_torch():
-    code = "import sys; from minibert.cli import build_parser; build_parser(); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
-
-
-@pytest.mark.parametrize("room", ["config", "checkpoint.hub", "tokenizer"])
-def test_names_and_tokenizers_do_without_torch(room):
-    code = f"import sys, minibert.{room}; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
-
-
-def test_the_processes_that_tokenize_do_without_torch():
-    code = "import sys, minibert.training.processes; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
-
-
-def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'BertModel'"):
-        _ = minibert.BertModel
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        pytest.param("import torch; before = set(sys.modules); from minibert import *", HEAVY, id="minibert"),
+        pytest.param("from minibert.cli import build_parser; build_parser()", TORCH, id="--help"),
+        pytest.param("import minibert.training.processes", TORCH, id="the processes that tokenize"),
+        *((f"import minibert.{name}", TORCH) for name in ("config", "checkpoint.hub", "tokenizer")),
+    ],
+)
+def test_what_is_not_imported(code, absent):
+    code = f"import sys; before = set(); {code}; print(*{{name.split('.')[0] for name in set(sys.modules) - before}})"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "minibert" in names
+    assert not set(names) & absent
 
 
 def test_no_pickle_is_opened_anywhere():
-    for path in FILES.values():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+    for name, tree in TREES.items():
         called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-        assert "torch.load" not in called, path
-        assert "pickle" not in {module.split(".")[0] for module in imported(path)}, path
+        assert "torch.load" not in called, name
+        assert "pickle" not in {module.split(".")[0] for module in imported(name)}, name
 
 
 def test_the_top_level_is_as_the_readme_says():
@@ -154,9 +131,7 @@ def test_the_top_level_is_as_the_readme_says():
     if listed.returncode:
         pytest.skip("not a git checkout: nobody knows which files are the project's")
     top = {name.split("/")[0] for name in listed.stdout.splitlines() if not name.startswith(".")}
-    assert top == {
-        *("minibert", "weights", "tests", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"),
-    }
+    assert top == {"minibert", "weights", "tests", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"}
 
 
 def test_the_readme_names_every_entry_of_the_package():
@@ -170,19 +145,11 @@ def test_the_readme_names_every_entry_of_the_package():
 
 def test_public_surface():
     assert set(minibert.__all__) == {
-        *(
-            "BertConfig",
-            "BertForMaskedLM",
-            "PackedBatch",
-            "load_tokenizer",
-            "mask_tokens",
-            "masked_lm_loss",
-            "parameter_groups",
-            "FillMask",
-        ),
-        "prepare_for_inference",
-        "pseudo_log_likelihood",
+        *("BertConfig", "BertForMaskedLM", "PackedBatch", "load_tokenizer", "mask_tokens", "masked_lm_loss"),
+        *("parameter_groups", "FillMask", "prepare_for_inference", "pseudo_log_likelihood"),
     }
     assert set(minibert.__all__) <= set(dir(minibert)), "an editor completes them"
     for name in minibert.__all__:
         assert getattr(minibert, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'BertModel'"):
+        _ = minibert.BertModel

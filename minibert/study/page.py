@@ -49,9 +49,7 @@ def to_html(data: dict[str, Any], title: str) -> str:
         "script": script,
         "script_hash": _hash(script),
         # No < in it: so no </script> and no <!-- can end or change the element that it stands in.
-        "data": json.dumps(_plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace(
-            "<", "\\u003c"
-        ),
+        "data": json.dumps(_plain(data), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], frame)
 
