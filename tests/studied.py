@@ -1,10 +1,8 @@
 """What the tests of study share: a tokenizer of few words, twins of a model for it, and how weights are unpacked."""
 
 import base64
-import re
 import zlib
 
-import pytest
 import torch
 from twins import twins
 
@@ -45,11 +43,3 @@ def inputs(reading):
 def unpack(text):
     """The weights that `heads.pack` was given, (n,), to 0.004."""
     return torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8).div(255).square()
-
-
-def assert_alike(one, other, **tolerances):
-    """Two texts with the same words, and nearly the same numbers."""
-    number = re.compile(r"-?\d+(?:\.\d+)?(?:e-\d+)?")
-    assert number.sub("0", one) == number.sub("0", other)
-    numbers = ([float(found) for found in number.findall(text)] for text in (one, other))
-    assert next(numbers) == pytest.approx(next(numbers), **tolerances)

@@ -108,17 +108,14 @@ def test_force_replaces_a_file_and_a_page_needs_none(folder, tmp_path):
 
 def test_the_readmes_picture_shows_what_the_model_guesses():
     """The drawing is kept, and its numbers must stay the model's: the best guess after the sum and after each layer."""
-    folder = Path(minibert.__file__).parent / "study"
+    folder, name = Path(minibert.__file__).parent / "study", "minibert-uncased"
     drawn = (folder / "picture.svg").read_text(encoding="utf-8")
-    name = "minibert-uncased"
-    shown = study(
-        BertForMaskedLM.from_pretrained(name), load_tokenizer(name), "Paris is the capital of [MASK].", name=name
-    )
+    model = BertForMaskedLM.from_pretrained(name)
+    shown = study(model, load_tokenizer(name), "Paris is the capital of [MASK].")
     best = [step.best[0] for step in shown.guesses[0].steps if not step.after.endswith("attention")]
     found = re.findall(r'font-size="14px">(.+)</text>\n<rect .*/>\n<text .*>(.+) %</text>', drawn)
     assert [token for token, _ in found] == [guess.token for guess in best]
-    assert [float(percent) for _, percent in found] == [
-        pytest.approx(100 * guess.probability, abs=0.51) for guess in best
-    ]
+    percents = [100 * guess.probability for guess in best]
+    assert [float(percent) for _, percent in found] == pytest.approx(percents, abs=0.51)
     assert (folder / "picture.png").stat().st_size <= 200_000
     assert not re.findall("https?:", drawn.replace("http://www.w3.org/2000/svg", ""))
