@@ -32,12 +32,11 @@ class FillMask:
         """top_k and targets hold for each call that does not say."""
         checks.require_model(model)
         self.top_k, self.targets = top_k, targets
-        tokenizer = as_tokenizer(tokenizer)
-        self.model = model
-        self.tokenizer = tokenizer
-        self.mask_id = require_id(tokenizer, "[MASK]")
-        self._mask, self._padding = own_token(tokenizer, "[MASK]") or "", own_token(tokenizer, "[PAD]")
-        self._words = known_words(tokenizer, model.config)
+        self.model, self.tokenizer = model, as_tokenizer(tokenizer)
+        self.mask_id = require_id(self.tokenizer, "[MASK]")
+        self._mask = own_token(self.tokenizer, "[MASK]") or ""
+        self._padding = self.tokenizer.token_to_id(own_token(self.tokenizer, "[PAD]") or "")
+        self._words = known_words(self.tokenizer, model.config)
 
     def __call__(
         self,
@@ -55,10 +54,9 @@ class FillMask:
         several: such a list for each [MASK]. For a list of texts: a list with what each would give alone; for a list of
         one text, as in the pipeline, what it gives alone (`stream` gives one answer a text in any case).
 
-        targets: only these words compete; each must be one token. truncate: cut a text that is too long for the model,
-        which is otherwise an error. By the pipeline's names: inputs is the text, tokenizer_kwargs={"truncation": True}
-        cuts it, and batch_size changes nothing, since texts of like length are computed together. Raises ValueError for
-        a text without [MASK], one too long, a bad top_k, and a target of several tokens.
+        targets: only these words compete; each must be one token. truncate: cut a text that is too long for the model.
+        By the pipeline's names: inputs is the text, tokenizer_kwargs={"truncation": True} cuts it, and batch_size
+        changes nothing. Raises ValueError for a text without [MASK], one too long, a bad top_k or target.
         """
         if (text is None) == (inputs is None):
             raise TypeError("give the text once: fill(text), or fill(inputs=text)")
@@ -98,8 +96,7 @@ class FillMask:
             for numbers in batches_by_length([len(row) for row in window], BATCH_TOKENS):
                 rows = [window[number] for number in numbers]
                 answers.update(zip(numbers, self._answer_batch(rows, top_k, wanted), strict=True))
-            for number in range(len(window)):
-                yield answers[number]
+            yield from (answers[number] for number in range(len(window)))
 
     def _encode(self, text: str, truncate: bool) -> list[int]:
         ids = encode(self.tokenizer, text, self.model.config.max_position_embeddings, truncate=truncate).ids
@@ -107,9 +104,7 @@ class FillMask:
             shown = text if len(text) <= 60 else text[:57] + "…"
             if self._mask in own_mask(self.tokenizer, text):
                 raise ValueError(f"{self._mask} in {shown!r} is cut into pieces: this tokenizer splits special tokens")
-            raise ValueError(
-                f"there is no {self._mask} in {shown!r}: write {self._mask} where a word is to be filled in"
-            )
+            raise ValueError(f"there is no {self._mask} in {shown!r}: write {self._mask} where a word is missing")
         return ids
 
     @torch.inference_mode()
@@ -118,27 +113,25 @@ class FillMask:
         batch = PackedBatch.from_lists(rows, device=self.model.embeddings.word.weight.device)
         positions = (batch.input_ids == self.mask_id).nonzero().flatten()  # (M,)
         scores, chosen = best_words(self.model.predict(batch, positions), top_k, wanted)  # both (M, top_k)
-        answers, number = [], 0
+        best = iter(zip(scores.tolist(), chosen.tolist(), strict=True))
+        answers = []
         for row in rows:
             places = [place for place, token in enumerate(row) if token == self.mask_id]
-            per_mask = []
-            for place in places:
-                pairs = zip(scores[number].tolist(), chosen[number].tolist(), strict=True)
-                per_mask.append([self._answer(row, place, token, score, len(places) == 1) for score, token in pairs])
-                number += 1
+            per_mask = [self._answers(row, place, *next(best), len(places) == 1) for place in places]
             answers.append(per_mask[0] if len(places) == 1 else per_mask)
         return answers
 
-    def _answer(self, row: list[int], place: int, token: int, score: float, single: bool) -> dict[str, Any]:
-        padding = None if self._padding is None else self.tokenizer.token_to_id(self._padding)
-        filled = [other for other in (*row[:place], token, *row[place + 1 :]) if other != padding]
-        return {
-            "score": score,
-            "token": token,
-            "token_str": decode(self.tokenizer, [token]),
+    def _answers(
+        self, row: list[int], place: int, scores: list[float], tokens: list[int], single: bool
+    ) -> list[dict[str, Any]]:
+        rows = []
+        for score, token in zip(scores, tokens, strict=True):
+            filled = [other for other in (*row[:place], token, *row[place + 1 :]) if other != self._padding]
             # As transformers has it: no [PAD]; with several masks the others stay visible, and so do [CLS] and [SEP].
-            "sequence": decode(self.tokenizer, filled, skip_special_tokens=single),
-        }
+            sequence = decode(self.tokenizer, filled, skip_special_tokens=single)
+            word = decode(self.tokenizer, [token])
+            rows.append({"score": score, "token": token, "token_str": word, "sequence": sequence})
+        return rows
 
 
 def require_top_k(top_k: int, most: int | None = None) -> None:
@@ -183,11 +176,8 @@ def target_ids(tokenizer: Tokenizer, targets: str | Sequence[str]) -> list[int]:
             pieces = tokenizer.encode(word, add_special_tokens=False)
             unknown = require_id(tokenizer, "[UNK]")
             if len(pieces.ids) != 1 or pieces.ids[0] == unknown:
-                mask = own_token(tokenizer, "[MASK]")
-                raise ValueError(
-                    f"the target {word!r} is not one token of the vocabulary: it became "
-                    f"{' '.join(pieces.tokens) or 'nothing'}. A {mask} stands for exactly one token"
-                )
+                became = " ".join(pieces.tokens) or "nothing"
+                raise ValueError(f"the target {word!r} became {became}: take a word that is one token, as a [MASK] is")
             token = pieces.ids[0]
         ids.append(token)
     return list(dict.fromkeys(ids))

@@ -9,6 +9,7 @@ Devlin et al. 2019, section 3.1, task 1, and appendix A.1.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import exp
 
 import torch
 from tokenizers import Encoding, Tokenizer
@@ -24,7 +25,6 @@ from minibert.tokenizer import as_tokenizer, count_ids, encode, require_id, spec
 
 RECIPES = ("bert", "plain", "whole-word")
 SCORES = ("masked", "all")
-LISTED = 60  # tokens of a text that an error message lists, at most
 
 
 @dataclass(frozen=True)
@@ -102,29 +102,18 @@ def mask_and_guess(
     encoding = _encode(model, tokenizer, text, truncate)
     ids = torch.tensor(encoding.ids)  # (S,)
     own = ids == require_id(tokenizer, "[MASK]")  # (S,)
-    draw = {"probability": probability, "recipe": recipe, "seed": seed}
-    if positions is not None:
-        _require_nothing_drawn(draw, "positions names the masked tokens")
-        masked = _mask_these(ids, _places(positions, encoding), tokenizer)
-    elif own.any():
-        _require_nothing_drawn(draw, "the text has a [MASK] of its own, and no other token is drawn")
-        masked = _mask_these(ids, [], tokenizer)
-    else:
-        masked = _mask_drawn(text, encoding, tokenizer, 0.15 if probability is None else probability, recipe, seed)
+    masked = _mask(text, encoding, tokenizer, positions, probability, recipe, seed)
     asked = torch.ones_like(own) if score == "all" else (masked.labels[0] != IGNORE) | own  # (S,)
     places = asked.nonzero().flatten()  # (M,)
     batch = PackedBatch.from_lists(masked.input_ids.tolist(), device=model.embeddings.word.weight.device)
     guess = model.layer_guesses if layers else model.predict
     logits = guess(batch, places.to(batch.input_ids.device)).cpu()  # (N + 1, M, V), or only the last (M, V)
-    rows = _scored(places.tolist(), encoding, masked, own, logits, tokenizer, words, top_k)
     known = ~own[places]  # (M,): where the text says which token is the true one
     loss = masked_lm_loss((logits[-1] if layers else logits)[known], ids[places][known])
+    rows = _scored(places, known, encoding, masked, logits, tokenizer, words, top_k)
     return MaskedText(
         encoding.tokens, encoding.ids, masked.input_ids[0].tolist(), score, rows, loss.mean.item(), int(loss.count)
     )
-
-
-# ----------------------------------------------------------------------------------------------------------- the choice
 
 
 def _encode(model: BertForMaskedLM, tokenizer: Tokenizer, text: str, truncate: bool) -> Encoding:
@@ -144,44 +133,46 @@ def _places(positions: Sequence[int], encoding: Encoding) -> list[int]:
     """The positions, checked. The error numbers the tokens, so that the right position can be read off."""
     count = len(encoding.ids)
     if outside := [place for place in positions if not 0 <= place < count]:
-        listed = ", ".join(f"{place} {token}" for place, token in enumerate(encoding.tokens[:LISTED]))
-        more = "" if count <= LISTED else f", … {count - 1} {encoding.tokens[-1]}"
-        raise ValueError(f"position {outside[0]} is not in the text, which is {count} tokens: {listed}{more}")
+        listed = ", ".join(f"{place} {token}" for place, token in enumerate(encoding.tokens))
+        raise ValueError(f"position {outside[0]} is not in the text, which is {count} tokens: {listed}")
     return list(positions)
 
 
-def _mask_these(ids: Tensor, places: list[int], tokenizer: Tokenizer) -> MaskedTokens:
-    """[MASK] at these places, and nothing else."""
-    not_chosen = torch.ones(1, len(ids), dtype=torch.bool)
-    not_chosen[0, places] = False
-    return mask_tokens(
-        ids[None],
-        not_chosen,
-        vocab_size=1,  # for random tokens, of which there are none
-        mask_token_id=require_id(tokenizer, "[MASK]"),
-        probability=1.0,
-        mask_fraction=1.0,
-        random_fraction=0.0,
-    )
-
-
-def _mask_drawn(
-    text: str, encoding: Encoding, tokenizer: Tokenizer, probability: float, recipe: str | None, seed: int | None
+def _mask(
+    text: str,
+    encoding: Encoding,
+    tokenizer: Tokenizer,
+    positions: Sequence[int] | None,
+    probability: float | None,
+    recipe: str | None,
+    seed: int | None,
 ) -> MaskedTokens:
-    recipe, seed = recipe or "bert", seed or 0
+    """[MASK] at the positions if they are given, nothing more where the text has a [MASK], and else what is drawn."""
+    mask = require_id(tokenizer, "[MASK]")
+    ids = torch.tensor([encoding.ids])  # (1, S)
+    special = torch.isin(ids, torch.tensor(special_ids(tokenizer)))  # (1, S)
+    draw = {"probability": probability, "recipe": recipe, "seed": seed}
+    if positions is not None:
+        _require_nothing_drawn(draw, "positions names the masked tokens")
+    elif mask in encoding.ids:
+        _require_nothing_drawn(draw, "the text has a [MASK] of its own, and no other token is drawn")
+        positions = []
+    probability, recipe, seed = 0.15 if probability is None else probability, recipe or "bert", seed or 0
     if recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits, and {seed} does not")
-    ids = torch.tensor([encoding.ids])  # (1, S)
-    special = torch.isin(ids, torch.tensor(special_ids(tokenizer)))
-    plain = recipe == "plain"
+    plain = recipe == "plain" or positions is not None
+    left_out = torch.zeros_like(special) if plain else special
+    if positions is not None:
+        probability, left_out = 1.0, torch.ones_like(special)
+        left_out[0, _places(positions, encoding)] = False
     words = torch.tensor([[-1 if word is None else word for word in words_of(tokenizer, encoding, text)]])
     return mask_tokens(
         ids,
-        torch.zeros_like(special) if plain else special,
+        left_out,
         vocab_size=count_ids(tokenizer),
-        mask_token_id=require_id(tokenizer, "[MASK]"),
+        mask_token_id=mask,
         probability=probability,
         mask_fraction=1.0 if plain else 0.8,
         random_fraction=0.0 if plain else 0.1,
@@ -190,40 +181,35 @@ def _mask_drawn(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- the guesses
-
-
 def _scored(
-    places: list[int],
+    places: Tensor,
+    known: Tensor,
     encoding: Encoding,
     masked: MaskedTokens,
-    own: Tensor,
     logits: Tensor,
     tokenizer: Tokenizer,
     words: Tensor | None,
     top_k: int,
 ) -> list[ScoredToken]:
-    """own (S,): where the text has a mask. logits: of the M places, (M, V); or of each layer, (N + 1, M, V)."""
+    """A row for each of the M places. logits: of them, (M, V); or of each layer, (N + 1, M, V)."""
     after = [_predictions(tokenizer, x, 1, words) for x in logits] if logits.dim() == 3 else None
     logits = logits[-1] if after else logits  # (M, V)
-    predictions, probabilities = _predictions(tokenizer, logits, top_k, words), logits.float().softmax(-1)
-    rows = []
-    for row, place in enumerate(places):
-        true = None if own[place] else encoding.ids[place]
-        loss = None if true is None else masked_lm_loss(logits[row : row + 1], torch.tensor([true])).sum.item()
-        rows.append(
-            ScoredToken(
-                position=place,
-                token=encoding.tokens[place],
-                outcome="in the text" if true is None else _word(masked.outcome[0, place]),
-                seen=tokenizer.id_to_token(int(masked.input_ids[0, place])) or "",
-                predictions=predictions[row],
-                probability_of_token=None if true is None else probabilities[row, true].item(),
-                loss=loss,
-                layers=None if after is None else [of_layer[row][0] for of_layer in after],
-            )
+    predictions = _predictions(tokenizer, logits, top_k, words)
+    tokens = torch.tensor(encoding.ids)[places]  # (M,)
+    log_odds = logits.float().log_softmax(-1).gather(1, tokens[:, None]).flatten().tolist()
+    return [
+        ScoredToken(
+            position=place,
+            token=encoding.tokens[place],
+            outcome=Outcome(int(masked.outcome[0, place])).name.lower().replace("_", " ") if true else "in the text",
+            seen=tokenizer.id_to_token(int(masked.input_ids[0, place])) or "",
+            predictions=predictions[row],
+            probability_of_token=exp(log_odds[row]) if true else None,
+            loss=abs(log_odds[row]) if true else None,
+            layers=None if after is None else [of_layer[row][0] for of_layer in after],
         )
-    return rows
+        for row, (place, true) in enumerate(zip(places.tolist(), known.tolist(), strict=True))
+    ]
 
 
 def _predictions(tokenizer: Tokenizer, logits: Tensor, top_k: int, words: Tensor | None) -> list[list[Prediction]]:
@@ -233,7 +219,3 @@ def _predictions(tokenizer: Tokenizer, logits: Tensor, top_k: int, words: Tensor
         [Prediction(tokenizer.id_to_token(token) or "", score) for score, token in zip(scores, ids, strict=True)]
         for scores, ids in rows
     ]
-
-
-def _word(outcome: Tensor) -> str:
-    return Outcome(int(outcome)).name.lower().replace("_", " ")

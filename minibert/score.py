@@ -66,18 +66,14 @@ class Score:
 
     @property
     def pseudo_perplexity(self) -> float | None:
-        """exp(−PLL / tokens): among how many words, all as likely, the model would have to choose at each place. None
-        where there is no token.
-        """
+        """Among how many words, all as likely, the model would have to choose at each place."""
         return pseudo_perplexity(self.pll, len(self.tokens))
 
 
 def pseudo_perplexity(pll: float, tokens: int) -> float | None:
     """exp(−Σ PLL / Σ tokens), of a text or of a whole corpus; None if there is no token."""
-    if tokens == 0:
-        return None
     try:
-        return exp(-pll / tokens)
+        return exp(-pll / tokens) if tokens else None
     except OverflowError:
         return inf
 
@@ -172,10 +168,9 @@ class Scorer:
             if second is not None:
                 raise ValueError(f"{_shown(text)} is two sentences, and a third is given: BERT takes two at most")
             first, second = self.given, first
+        longest = self.model.config.max_position_embeddings
         try:
-            encoding = encode(
-                self.tokenizer, first, self.model.config.max_position_embeddings, pair=second, truncate=self.truncate
-            )
+            encoding = encode(self.tokenizer, first, longest, pair=second, truncate=self.truncate)
         except ValueError as error:
             raise ValueError(f"{_shown(text)}: {error}") from error
         sentences = encoding.sequence_ids  # 0, 1, or None for the special tokens around them
@@ -183,10 +178,9 @@ class Scorer:
         scored = [place for place in asked if encoding.ids[place] not in self.unscored]
         if len(scored) < len(asked) and not self.warned:
             self.warned = True  # once is enough, for a corpus may have millions
-            special = next(encoding.tokens[place] for place in asked if encoding.ids[place] in self.unscored)
+            special = next(encoding.tokens[place] for place in asked if place not in scored)
             checks.warn(
-                f"{_shown(text)} has {special} in it: the model sees it as that, and it is not scored nor counted as a "
-                "token, here and in the other texts"
+                f"{_shown(text)} has {special} in it, which is seen, but not scored: here and in the other texts"
             )
         words = words_of(self.tokenizer, encoding, first, second)
         ends = list(range(1, len(words) + 1))
@@ -218,9 +212,7 @@ class Scorer:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         values = -F.cross_entropy(logits, torch.cat(targets).to(device), reduction="none")  # (M,)
         if not bool(values.isfinite().all()):
-            raise FloatingPointError(
-                "the model's answer is not a number: are there NaN or infinite values in its file?"
-            )
+            raise FloatingPointError("the model's answer is not a number: is there a NaN or an infinity in its file?")
         return values.tolist()
 
     def answer(self, text: EncodedText, values: list[float]) -> Score:
@@ -256,8 +248,7 @@ def _shown(text: str | tuple[str, str]) -> str:
 # --------------------------------------------------------------------------------------------------------------- pairs
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """Two sentences of which one should be likelier: `good` and `bad`."""
 
     good: Score
