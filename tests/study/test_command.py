@@ -27,6 +27,10 @@ def test_the_text_view_answers_the_newcomer(capsys):
     text = capsys.readouterr().out
     assert "From layer 4 attention on, “capital” is the best guess." in " ".join(text.split())
     assert "Alone, “of” helps the most" in " ".join(text.split())
+    assert re.search(r"\n  paris +\S+ capital +\S+ paris\n", text), (
+        "which word wins with it hidden, and which with it alone"
+    )
+    assert re.search(r"\n  of +\S+ capital +\S+ state\n", text)
     assert "by weight:   3 on the previous token: 1.3 (100 %)" in text
     for title in ("The answer", *(f"{number} · " for number in range(1, 7))):
         assert f"\n{title}" in f"\n{text}"
