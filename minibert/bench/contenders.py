@@ -2,7 +2,6 @@
 `save_pretrained` writes it.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -255,17 +254,13 @@ def fused(folder: Path) -> tuple[Path, str]:
     if not path.exists():
         from onnxruntime.transformers import optimizer
 
-        config = read_config(folder)
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        model = optimizer.optimize_model(str(export(folder)), "bert", num_heads=heads, hidden_size=hidden, opt_level=0)
+        config = BertConfig.from_json_file(folder / "config.json")
+        sizes = dict(num_heads=config.num_attention_heads, hidden_size=config.hidden_size)
+        model = optimizer.optimize_model(str(export(folder)), "bert", **sizes, opt_level=0)
         model.save_model_to_file(str(path))
         done = [f"{count} {name}" for name, count in model.get_fused_operator_statistics().items() if count]
         notes.write_text(f"fused: {', '.join(done) or 'nothing'}")
     return path, notes.read_text()
-
-
-def read_config(folder: Path) -> BertConfig:
-    return BertConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
 def feed(work: Workload) -> dict[str, Any]:
@@ -306,7 +301,8 @@ def build_openvino(precision: str, folder: Path) -> Contender:
     }
     path = folder / "openvino-int8.xml" if precision == "int8" else export(folder)
     if not path.exists():
-        config, generator = read_config(folder), torch.Generator().manual_seed(0)
+        config = BertConfig.from_json_file(folder / "config.json")
+        generator = torch.Generator().manual_seed(0)
         shape = (4, min(64, config.max_position_embeddings))
         batches = [torch.randint(1, config.vocab_size, shape, generator=generator) for _ in range(CALIBRATION)]
         quantise_for_openvino(folder, [(ids, torch.ones_like(ids)) for ids in batches])

@@ -42,7 +42,6 @@ class Row:
     quartiles: tuple[float, float] | None = None
     tokens_per_second: float | None = None
     share_of_matmul: float | None = None  # its rate of arithmetic over the machine's
-    share_of_peak: float | None = None  # over what the maker of the card promises
     peak_memory_bytes: int | None = None
     against: str = ""  # which of our rows it is compared with
     ratio: float | None = None  # that row's median over this one
@@ -100,7 +99,7 @@ def table(report: BenchReport) -> str:
                 f"{task}, {shape}: {work['rows']} rows of {work['shortest']} to {work['longest']} tokens, "
                 f"{work['real_tokens']} real ({work['padded_tokens']} padded), asked at {work['asked']}",
                 f"  {'contender':<22} {'precision':<9} {'first s':>8} {'median ms':>10} {'quartiles':>17} "
-                f"{'tokens/s':>9} {'ours/its':>8} {'of matmul':>9} {'of peak':>8} {'differs':>8} {'peak MiB':>9}",
+                f"{'tokens/s':>9} {'ours/its':>8} {'of matmul':>9} {'differs':>8} {'peak MiB':>9}",
                 *map(_line, rows),
             ]
     if lost := slower(report.rows):
@@ -117,15 +116,16 @@ def _line(row: Row) -> str:
     start = f"  {row.contender:<22} {row.precision:<9} "
     if row.median is None or row.quartiles is None:
         return f"{start}{row.status}: {row.reason}"
+
+    def shown(number: float | None, form: str) -> str:
+        return "–" if number is None else format(number, form)
+
     spread = f"{1e3 * row.quartiles[0]:.1f}–{1e3 * row.quartiles[1]:.1f}"
-    ratio = "–" if row.ratio is None else f"{row.ratio:.2f}"
-    share = "–" if row.share_of_matmul is None else f"{row.share_of_matmul:.0%}"
-    peak = "–" if row.share_of_peak is None else f"{row.share_of_peak:.0%}"
-    memory = "–" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f}"
-    first = "–" if row.first_answer is None else f"{row.first_answer:.2f}"
+    memory = None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**20
     line = (
-        f"{start}{first:>8} {1e3 * row.median:>10.1f} {spread:>17} {row.tokens_per_second:>9.0f} {ratio:>8} {share:>9} "
-        f"{peak:>8} {row.difference:>8.0e} {memory:>9}"
+        f"{start}{shown(row.first_answer, '.2f'):>8} {1e3 * row.median:>10.1f} {spread:>17} "
+        f"{row.tokens_per_second:>9.0f} {shown(row.ratio, '.2f'):>8} {shown(row.share_of_matmul, '.0%'):>9} "
+        f"{row.difference:>8.0e} {shown(memory, '.0f'):>9}"
     )
     return f"{line}  {row.reason}".rstrip()
 
@@ -135,35 +135,19 @@ What this says. All contenders read one folder of weights and get the same padde
 time. "first s": from the folder to the first answer, once the libraries are loaded. "differs": the largest difference
 of a logit, at the asked positions, from minibert's in float32, over the largest logit. Who differs by more than 1e-4 in
 float32 or 5e-2 in bfloat16 is not timed; int8 has no gate. Dense shapes ask for logits everywhere, the others (and
-training) at 15 % of the tokens: there the peers compute them everywhere all the same, but for sdpa-asked, which calls
+training) at 15 % of the tokens. There the peers compute them everywhere all the same, but for sdpa-asked, which calls
 the head of transformers where it is asked.
 ours/its: our median over that row's, below 1 where ours is faster (minibert prepared, in training minibert, in the same
 precision; beside int8, where there is none of ours, in bfloat16 or else float32). tokens/s: of real tokens. "of
-matmul": the arithmetic that was asked for (products only, no padding), a second, over the rate above; "of peak": over
-what the maker of the card promises. Training is forward, loss, backward and AdamW on float32 weights, in bfloat16 under
-autocast, with dropout. peak MiB (--memory): the whole process on the CPU, torch's allocations on CUDA."""
+matmul": the arithmetic that was asked for (products only, no padding), a second, over the rate above. Training is
+forward, loss, backward and AdamW on float32 weights, in bfloat16 under autocast, with dropout. peak MiB (--memory): the
+whole process on the CPU, torch's allocations on CUDA."""
 
 
 # ---------------------------------------------------------------------------------------------------------- the machine
 
 
 SIZES = (1024, 768, 3072)  # rows, from, to: BERT-base's largest product for 8 × 128 tokens
-# FLOP/s of dense products, from NVIDIA's data sheets: bfloat16 with tensor cores, float32 without.
-CARDS = {
-    "H200": {"bfloat16": 989e12, "float32": 67e12},
-    "H100 PCIe": {"bfloat16": 756e12, "float32": 51e12},
-    "H100": {"bfloat16": 989e12, "float32": 67e12},
-    "A100": {"bfloat16": 312e12, "float32": 19.5e12},
-    "L40S": {"bfloat16": 362e12, "float32": 91.6e12},
-    "L4": {"bfloat16": 121e12, "float32": 30.3e12},
-    "RTX 4090": {"bfloat16": 165e12, "float32": 82.6e12},
-}
-
-
-def peak_rate(card: str, precision: str) -> float | None:
-    """FLOP/s that the maker promises for this card; None for a card or a precision that is not in the table."""
-    found = [name for name in CARDS if set(name.split()) <= set(card.split())]
-    return CARDS[found[0]].get(precision) if found else None
 
 
 @torch.inference_mode()
@@ -208,7 +192,8 @@ def synchronize(device: str) -> None:
 
 
 def describe_machine(device: str) -> dict[str, str]:
-    facts = {"processor": _processor(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    processor = _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
+    facts = {"processor": processor, "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
     if device.startswith("cuda"):
         facts["gpu"] = torch.cuda.get_device_name(device)
     if hasattr(os, "getloadavg"):
@@ -223,20 +208,16 @@ def describe_machine(device: str) -> dict[str, str]:
     return facts
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def peak_resident() -> int:
     """The peak resident memory of this process, in bytes: Python and libraries included."""
-    try:  # not getrusage: what it gives may be the peak of the process that started this one
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
-    except (OSError, StopIteration):
-        import resource
+    if peak := _proc("/proc/self/status", "VmHWM"):
+        return 1024 * int(peak.split()[0])
+    import resource  # on Linux it may give the peak of the process that started this one
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _proc(path: str, name: str) -> str:
+    """What stands beside a name in one of Linux's lists; "" where there is none."""
+    lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")

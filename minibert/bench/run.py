@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibert.bench.contenders import Absent, Contender, build, lineup, random_model, read_config
+from minibert.bench.contenders import Absent, Contender, build, lineup, random_model
 from minibert.bench.report import (
     BenchReport,
     Row,
     describe_machine,
     matmul_rate,
-    peak_rate,
     peak_resident,
     seconds,
     synchronize,
@@ -29,6 +28,7 @@ from minibert.bench.report import (
 from minibert.bench.settings import BenchSettings
 from minibert.bench.workloads import SHAPES, TRAINING_SHAPES, Workload, make_workload
 from minibert.checks import find_device
+from minibert.config import BertConfig
 from minibert.inference import prepare_for_inference
 from minibert.masked_lm import BertForMaskedLM
 from minibert.training.processes import keep_freed_memory
@@ -70,8 +70,6 @@ def run(settings: BenchSettings) -> BenchReport:
         for row in rows:
             if (row.task, row.shape) == (task, work.name) and row.median and (rate := matmul[row.precision]):
                 row.share_of_matmul = flops / row.median / rate
-                peak = peak_rate(machine.get("gpu", ""), row.precision)
-                row.share_of_peak = peak and flops / row.median / peak
         described[f"{task} {work.name}"] = {
             "rows": len(work.lengths),
             "shortest": min(work.lengths),
@@ -86,46 +84,37 @@ def run(settings: BenchSettings) -> BenchReport:
 def _run_task(
     task: str, works: Sequence[Workload], reference: BertForMaskedLM, folder: Path, settings: BenchSettings
 ) -> list[Row]:
-    contenders: dict[tuple[str, str], Contender | Exception] = {}
-    loading: dict[tuple[str, str], float] = {}  # seconds
+    expected = {work.name: _expected(reference, work) for work in works}  # before any training step
+    rows, running = [], []
     for name, precision in lineup(task, settings.peers, settings.precisions):
+        mine = [Row(task, work.name, name, name, precision, tokens=work.tokens) for work in works]
+        rows += mine
         began = perf_counter()
         try:
-            contenders[name, precision] = build(name, precision, task, folder, settings.device)
-            loading[name, precision] = perf_counter() - began
+            contender = build(name, precision, task, folder, settings.device)
         except Exception as error:
-            contenders[name, precision] = error
-            _require_a_peer(name, error)
-    expected = {work.name: _expected(reference, work) for work in works}  # before any training step
-    rows, gated = [], []
-    for work in works:
-        for (name, precision), contender in contenders.items():
-            row = Row(task, work.name, name, name, precision, tokens=work.tokens)
-            rows.append(row)
-            if isinstance(contender, Exception):
-                _fail(row, contender)
-            else:
-                row.contender = contender.name
-                began = perf_counter()
-                _gate(row, contender, work, expected[work.name])
-                row.first_answer = loading[name, precision] + perf_counter() - began
-                gated.append((row, contender))
+            for row in mine:
+                _fail(row, error)
+            continue
+        loading = perf_counter() - began
+        for row, work in zip(mine, works, strict=True):
+            began = perf_counter()
+            row.contender = contender.name
+            _gate(row, contender, work, expected[work.name])
+            row.first_answer = loading + perf_counter() - began
+            running.append((row, contender))
     for work in tqdm(works, desc=task, unit=" shapes", disable=None):  # None: only who waits at a terminal sees it
-        _time([(row, one) for row, one in gated if row.shape == work.name], work, settings)
+        _time([(row, one) for row, one in running if row.shape == work.name], work, settings)
         _ratios([row for row in rows if row.shape == work.name])
     return rows
 
 
-def _require_a_peer(name: str, error: Exception) -> None:
-    """A peer that breaks is a row of the table and not the end of it; of ours, only what cannot be had here."""
-    if name.startswith("minibert") and not isinstance(error, Absent):
-        raise error
-
-
 def _fail(row: Row, error: Exception) -> None:
-    _require_a_peer(row.key, error)
+    """A peer that breaks is a row of the table and not the end of it; of ours, only what cannot be had here."""
     if isinstance(error, Absent):
         row.status, row.reason = "absent", str(error)
+    elif row.key.startswith("minibert"):
+        raise error
     else:
         row.status, row.reason = "failed", f"{type(error).__name__}: {error}".split("\n")[0][:160]
 
@@ -207,7 +196,7 @@ def peaks_of(name: str, precision: str, task: str, folder: Path, device: str, sh
     Python and libraries included; on CUDA what torch allocated.
     """
     keep_freed_memory()  # as the command that started this process does
-    config = read_config(folder)
+    config = BertConfig.from_json_file(folder / "config.json")
     works = [make_workload(shape, config, device, everywhere=task == "inference") for shape in shapes]
     contender = build(name, precision, task, folder, device)
     peaks = {}

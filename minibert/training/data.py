@@ -12,9 +12,10 @@ import math
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -46,13 +47,11 @@ class Example:
     def to(self, device: torch.device) -> "Example":
         """The same on another device. CUDA fetches it by itself, from pinned memory, and nobody waits."""
 
-        def move(x: Any) -> Any:
-            if not isinstance(x, Tensor):
-                return x
+        def move(x: Tensor) -> Tensor:
             return (x.pin_memory() if device.type == "cuda" and x.is_cpu else x).to(device, non_blocking=True)
 
-        batch = replace(self.batch, **{one.name: move(getattr(self.batch, one.name)) for one in fields(self.batch)})
-        return Example(batch, move(self.positions), move(self.targets))
+        tensors: dict[str, Any] = {name: move(x) for name, x in vars(self.batch).items() if isinstance(x, Tensor)}
+        return Example(replace(self.batch, **tensors), move(self.positions), move(self.targets))
 
 
 class Cuts(NamedTuple):
@@ -249,13 +248,12 @@ class Shares(Dataset["Share | Exception"]):
     micro_tokens: int | None
 
     def __getitem__(self, step: tuple[int, int, list[int]]) -> "Share | Exception":
-        """An error is returned, not raised: DataLoader would wrap a worker's error in the text of its traceback."""
         try:
-            return self.share(*step)
-        except Exception as error:
+            return self._share(*step)
+        except Exception as error:  # raised in a worker, DataLoader would wrap it in the text of its traceback
             return error
 
-    def share(self, epoch: int, step_in_epoch: int, numbers: list[int]) -> Share:
+    def _share(self, epoch: int, step_in_epoch: int, numbers: list[int]) -> Share:
         length = dict(zip(numbers, self.corpus.lengths(epoch, numbers), strict=True))
         mine = sorted(numbers, key=lambda number: -length[number])[self.ranks.rank :: self.ranks.size]
         passes = [self.corpus.examples(epoch, some) for some in into_passes(mine, length, self.micro_tokens)]
@@ -295,7 +293,7 @@ def shares(corpus: Corpus, settings: Settings, begin: tuple[int, int], left: int
         sampler=islice(steps(), left),
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,  # the token files stay mapped, and are not copied
-        collate_fn=_as_it_is,
+        collate_fn=lambda share: share,
         worker_init_fn=_start_worker,
     )
     for share in loader:
@@ -305,24 +303,16 @@ def shares(corpus: Corpus, settings: Settings, begin: tuple[int, int], left: int
 
 
 def ahead(shares: Iterator[Share], device: torch.device) -> Iterator[Share]:
-    """The shares on the device. Each is sent there before the one before it is computed; on the CPU there is nothing to
-    send.
-    """
-    before: Share | None = None
+    """The shares on the device. Each is sent there before the one before it is computed."""
+    if device.type == "cpu":
+        yield from shares
+        return
+    sent: deque[Share] = deque()
     for share in shares:
-        if device.type == "cpu":
-            yield share
-            continue
-        sent = share._replace(passes=[example.to(device) for example in share.passes])
-        if before is not None:
-            yield before
-        before = sent
-    if before is not None:
-        yield before
-
-
-def _as_it_is(share: Any) -> Any:
-    return share
+        sent.append(share._replace(passes=[example.to(device) for example in share.passes]))
+        if len(sent) == 2:
+            yield sent.popleft()
+    yield from sent
 
 
 def _start_worker(_: int) -> None:

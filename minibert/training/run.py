@@ -65,7 +65,7 @@ def train(
     tokenizer to use; None: that of `init`. tokens: the folder for token files; None: out/tokens. resume: go on with the
     run in `out`; if there is none, one begins. device: "cpu", "cuda", …; "auto": "cuda" where there is one.
 
-    Under torchrun each process calls this, and they share the work (ranks.py). SIGINT (Ctrl-C) and SIGTERM end the run
+    Under torchrun each process calls this, and they share the work (data.py). SIGINT (Ctrl-C) and SIGTERM end the run
     after the step that it is at, and save it; a second one ends it at once.
 
     Raises ValueError, FileNotFoundError or OSError for what cannot be trained, read or written; FloatingPointError if
@@ -73,6 +73,8 @@ def train(
     """
     if not str(out).strip():
         raise ValueError("--out needs the name of a folder")
+    if init.endswith(".json") and revision is not None:
+        raise ValueError(f"revision {revision!r} was given, but {init} is a file: revisions are the hub's")
     out, name = Path(out), init if revision is None else f"{init} at {revision}"
     with join(device) as ranks, ExitStack() as around, _lost_workers():
         if ranks.first:
@@ -80,7 +82,7 @@ def train(
                 warnings.warn(f"there is no run in {out} to go on with: one begins", stacklevel=2)
             around.enter_context(saving.folder_of_run(out, resume=resume))
         ranks.wait()
-        config = start_config(init, revision)
+        config = BertConfig.from_json_file(init) if init.endswith(".json") else None
         pieces = start_tokenizer(init, tokenizer, revision)
         finished = saving.is_finished(out)
         checkpoint = out if finished else next(reversed(saving.checkpoints(out)), None)
@@ -89,7 +91,7 @@ def train(
         else:
             model = BertForMaskedLM.from_pretrained(checkpoint, device=ranks.device)
         require_fit(model, pieces, settings)
-        config = config or model.config
+        config = config or model.config  # that of the file may have changed since the run began
         if finished:
             saving.require_same(out, describe(name, config, pieces, [], settings))
             return Result("was finished", None, ranks.first)
@@ -97,25 +99,12 @@ def train(
         if ranks.first:
             saving.open_run(out, describe(name, config, pieces, files, settings))
             if not any(len(file.held_out) for file in files):
-                warnings.warn(
-                    f"the texts are so short that no line is held out: there will be no figures and no {out / 'best'}",
-                    stacklevel=2,
-                )
+                missing = f"there will be no figures and no {out / 'best'}"
+                warnings.warn(f"the texts are so short that no line is held out: {missing}", stacklevel=2)
         ranks.wait()
         with stopped_by_signals() as stop:
             figures = train_steps(model, pieces, files, out, settings, ranks=ranks, checkpoint=checkpoint, stop=stop)
         return Result("stopped" if figures is None else "finished", figures, ranks.first)
-
-
-def start_config(init: str, revision: str | None) -> BertConfig | None:
-    """The configuration in the file `init`, which may have changed since the run began with it. None if it is the name
-    of a model.
-    """
-    if not init.endswith(".json"):
-        return None
-    if revision is not None:
-        raise ValueError(f"revision {revision!r} was given, but {init} is a file: revisions are the hub's")
-    return BertConfig.from_json_file(init)
 
 
 def start_model(init: str, config: BertConfig | None, seed: int, device: str, revision: str | None) -> BertForMaskedLM:
@@ -137,9 +126,7 @@ def start_tokenizer(init: str, tokenizer: str | None, revision: str | None) -> T
 
 
 def require_fit(model: BertForMaskedLM, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Raise ValueError unless the rows fit the model's positions, the tokenizer's ids fit its vocabulary, and the
-    tokenizer has the special tokens that a row needs.
-    """
+    """Raise ValueError unless rows and ids fit the model, and the tokenizer has the tokens that a row needs."""
     longest, ids = model.config.max_position_embeddings, count_ids(tokenizer)
     if settings.max_length > longest:
         raise ValueError(f"max_length {settings.max_length} is more than the {longest} positions that the model has")

@@ -217,10 +217,7 @@ def _remove(folder: Path) -> None:
 def _remove_leftovers(out: Path) -> None:
     """Delete what a killed run was still writing or deleting."""
     for path in [*out.glob(f"{SCRATCH}*"), *out.glob(f"best/{SCRATCH}*"), *out.glob(".old-*")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     if is_finished(out):
         for checkpoint in checkpoints(out):
             _remove(checkpoint)

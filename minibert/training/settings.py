@@ -50,28 +50,24 @@ class Settings:
     evaluate_every: int = option(500, "look at the held-out lines every so many steps", metavar="STEPS")
 
     def __post_init__(self) -> None:
-        for key, least in (("steps", 1), ("save_every", 1), ("evaluate_every", 1), ("workers", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, not {getattr(self, key)}")
-        if self.max_length < 3:
-            raise ValueError(f"max_length must be at least 3, for [CLS], a token and [SEP], not {self.max_length}")
+        whole, above_0, share = "must be at least 1", "must be a number above 0", "is a share, from 0 to 1"
+        for key, right, rule in (
+            *((key, getattr(self, key) >= 1, whole) for key in ("steps", "save_every", "evaluate_every")),
+            *((key, 0 < getattr(self, key) < math.inf, above_0) for key in ("learning_rate", "clip")),
+            *((key, 0 <= getattr(self, key) <= 1, share) for key in ("warmup", "short_fraction")),
+            ("workers", self.workers >= 0, "must be at least 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "must be at least 0"),
+            ("max_length", self.max_length >= 3, "must be at least 3, for [CLS], a token and [SEP]"),
+            ("seed", -(2**63) <= self.seed < 2**63, "must fit in 64 bits"),
+            ("schedule", self.schedule in SCHEDULES, f"must be one of {', '.join(SCHEDULES)}"),
+            ("dtype", self.dtype in DTYPES, f"must be one of {', '.join(DTYPES)}"),
+        ):
+            if not right:
+                raise ValueError(f"{key} {rule}, not {getattr(self, key)}")
         for key in ("tokens_per_step", "micro_tokens"):
             tokens = getattr(self, key)
             if tokens is not None and tokens < self.max_length:
                 raise ValueError(f"{key} is {tokens}: a row of max_length {self.max_length} would not fit")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed must fit in 64 bits, and {self.seed} does not")
-        for key in ("learning_rate", "clip"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"{key} must be a number above 0, not {getattr(self, key)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be at least 0, not {self.weight_decay}")
-        for key in ("warmup", "short_fraction"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key} is a share, from 0 to 1, not {getattr(self, key)}")
-        for key, allowed in (("schedule", SCHEDULES), ("dtype", DTYPES)):
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"{key} must be one of {', '.join(allowed)}, not {getattr(self, key)!r}")
 
     def described(self) -> dict[str, Any]:
         """The settings that a run must keep when it goes on."""

@@ -46,7 +46,6 @@ FORMAT = "minibert-tokens 1"
 KINDS = ("train", "held_out")
 FILES = tuple(f"{kind}.{what}" for kind in KINDS for what in ("tokens", "starts"))
 CHUNK = 200_000  # characters that a worker gets at a time
-LARGEST_EPOCH = 10_000_000_000  # tokens: its rows are in memory, some 8 GB of them where a row has up to 128 tokens
 WORTH_A_WORKER = 4_000_000  # bytes of text: with less, starting a process takes longer than it saves
 
 
@@ -94,7 +93,7 @@ def token_files(
     in `folder`, this one waits.
 
     Raises FileNotFoundError or ValueError for a text that cannot be had or that has no line to train on, for a text
-    named twice, for weights that are not above 0 or make an epoch too large, and for files of another tokenizer.
+    named twice, for weights that are not above 0, and for files of another tokenizer.
     """
     # Not the caller's own: it may be set to cut what is long.
     tokenizer = Tokenizer.from_str(as_tokenizer(tokenizer).to_str())
@@ -124,14 +123,7 @@ def token_files(
                     about |= {"text": str(text.path.resolve()), "text_sha256": digests[number]}
                     chunks = _chunks(_read_lines(text.path, stamps[number], progress))
                     _write(text, place, about, _encoded(chunks, dtype, pool, 3 * workers))
-    files = [_open(place, text) for place, text in zip(places, texts, strict=True)]
-    tokens = sum(max(1, file.weight) * len(file.tokens) for file in files)  # all rows are cut, also for a share of them
-    if tokens > LARGEST_EPOCH:
-        raise ValueError(
-            f"an epoch of these weights is {tokens:.3g} tokens, more than {LARGEST_EPOCH:.3g}, and its rows must fit "
-            "in memory: make the weights smaller (only their proportions matter), or train on the texts in turn"
-        )
-    return files
+    return [_open(place, text) for place, text in zip(places, texts, strict=True)]
 
 
 # -------------------------------------------------------------------------------------------------------- finding texts
@@ -322,13 +314,11 @@ def _write(
 
 def _open(place: Path, text: Text) -> TokenFile:
     about = json.loads((place / "about.json").read_text())
-    dtype = {"uint16": torch.uint16, "uint32": torch.uint32}[about["dtype"]]
-    train, held_out = (
-        Lines(_map(place / f"{kind}.tokens", dtype), _map(place / f"{kind}.starts", torch.int64)) for kind in KINDS
-    )
+
+    def mapped(name: str, dtype: torch.dtype) -> Tensor:
+        size = (place / name).stat().st_size // dtype.itemsize
+        return torch.from_file(str(place / name), size=size, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+
+    dtype = getattr(torch, about["dtype"])
+    train, held_out = (Lines(mapped(f"{kind}.tokens", dtype), mapped(f"{kind}.starts", torch.int64)) for kind in KINDS)
     return TokenFile(train.tokens, train.starts, text.name, text.weight, held_out, about["text_sha256"])
-
-
-def _map(path: Path, dtype: torch.dtype) -> Tensor:
-    size = path.stat().st_size // dtype.itemsize
-    return torch.from_file(str(path), shared=False, size=size, dtype=dtype) if size else torch.empty(0, dtype=dtype)

@@ -73,7 +73,11 @@ def measured(folder, quick):
 
 
 def timed(name, task, precision, folder):
-    return contenders.build(name, precision, task, folder, "cpu"), make_workload("2x5", CONFIG, "cpu", everywhere=False)
+    return contenders.build(name, precision, task, folder, "cpu"), workload("2x5", everywhere=False)
+
+
+def workload(name, config=CONFIG, everywhere=True):
+    return make_workload(name, config, "cpu", everywhere=everywhere)
 
 
 # ------------------------------------------------------------------------------------------------- what stands in a row
@@ -104,42 +108,30 @@ def test_the_figures_follow_from_the_times(measured):
         assert row.ratio == pytest.approx(ours.median / row.median)
         assert row.against == f"{ours.contender} float32"
         assert row.tokens_per_second == pytest.approx(row.tokens / row.median)
-        work = make_workload(row.shape, CONFIG, "cpu", everywhere=row.task == "inference")
+        work = workload(row.shape, everywhere=row.task == "inference")
         done = work.flops(CONFIG) * (3 if row.task == "training" else 1)  # backward: two products for each one
         assert row.share_of_matmul == pytest.approx(done / row.median / measured.matmul["float32"])
-        assert row.share_of_peak is row.peak_memory_bytes is None, "the CPU is no card, and --memory was not given"
-
-
-def test_of_a_card_the_share_of_its_peak_is_given(folder, monkeypatch):
-    monkeypatch.setattr(run, "describe_machine", lambda device: {"gpu": "NVIDIA H100 80GB HBM3"})
-    settings = dict(dtype=("float32",), shapes=("2x5",), rounds=1, task="inference", device="cpu", peers=())
-    found = run.run(BenchSettings(model=str(folder), **settings))
-    done = make_workload("2x5", CONFIG, "cpu", everywhere=True).flops(CONFIG)
-    assert [row.share_of_peak for row in found.rows] == [pytest.approx(done / row.median / 67e12) for row in found.rows]
+        assert row.peak_memory_bytes is None, "--memory was not given"
 
 
 def test_only_real_tokens_and_asked_logits_are_counted(measured):
-    work = make_workload("mixed", CONFIG, "cpu", everywhere=True)
+    work = workload("mixed")
     assert {row.tokens for row in measured.rows if row.shape == "mixed"} == {int(work.attention_mask.sum())}
     assert {row.tokens for row in measured.rows if row.shape == "2x5"} == {10}
     assert work.tokens < work.input_ids.numel()
     assert int(work.asked.sum()) == round(0.15 * work.tokens)
     assert not (work.asked & (work.attention_mask == 0)).any()
     assert torch.equal(work.labels != -100, work.asked)
-    one = make_workload("1x1", CONFIG, "cpu", everywhere=True)
     d, f = 24, 37  # one token: q, k, v, output, two feed-forward maps, two products of attention; then the head
-    assert one.flops(CONFIG) == 2 * (2 * (4 * d * d + 2 * d * f) + 4 * d) + 2 * (d * d + 131 * d)
-    assert make_workload("2x5", CONFIG, "cpu", everywhere=True).asked.all()
-    assert int(make_workload("2x5", CONFIG, "cpu", everywhere=False).asked.sum()) == 2
-
-
-def test_the_shapes_have_the_lengths_they_promise():
+    assert workload("1x1").flops(CONFIG) == 2 * (2 * (4 * d * d + 2 * d * f) + 4 * d) + 2 * (d * d + 131 * d)
+    assert workload("2x5").asked.all()
+    assert int(workload("2x5", everywhere=False).asked.sum()) == 2
     for name, low, high in (("mixed", 10, 128), ("normal", 32, 512), ("lognormal", 3, 128), ("8x512", 512, 512)):
-        work = make_workload(name, BertConfig(), "cpu", everywhere=True)
+        work = workload(name, BertConfig())
         assert low <= min(work.lengths)
         assert max(work.lengths) <= high
-        assert torch.equal(work.input_ids, make_workload(name, BertConfig(), "cpu", everywhere=True).input_ids)
-    assert 15 <= median(make_workload("lognormal", BertConfig(), "cpu", everywhere=True).lengths) <= 25
+        assert torch.equal(work.input_ids, workload(name, BertConfig()).input_ids)
+    assert 15 <= median(workload("lognormal", BertConfig()).lengths) <= 25
 
 
 def row_of(contender, precision, median, **more):
@@ -164,18 +156,12 @@ def test_a_peer_of_the_same_or_a_higher_precision_that_is_faster_is_named(peer, 
     assert ("Slower than a peer" in text) == ("takes 2.00 of ONNX Runtime" in text) == lost
 
 
-@pytest.mark.parametrize(
-    ("here", "against"),
-    [
-        (["float32", "bfloat16", "int8"], "minibert prepared int8"),
-        (["float32", "bfloat16"], "minibert prepared bfloat16"),
-        (["float32"], "minibert prepared float32"),
-    ],
-)
-def test_int8_stands_beside_our_int8_if_there_is_one(here, against):
-    rows, peer = [row_of("minibert prepared", one, 2.0) for one in here], row_of("ONNX Runtime dynamic", "int8", 4.0)
-    run._ratios([*rows, peer])
-    assert (peer.against, peer.ratio) == (against, 0.5)
+def test_int8_stands_beside_our_int8_if_there_is_one():
+    for here in (["float32", "bfloat16", "int8"], ["float32", "bfloat16"], ["float32"]):
+        rows = [row_of("minibert prepared", one, 2.0) for one in here]
+        peer = row_of("ONNX Runtime dynamic", "int8", 4.0)
+        run._ratios([*rows, peer])
+        assert (peer.against, peer.ratio) == (f"minibert prepared {here[-1]}", 0.5)
 
 
 # --------------------------------------------------------------------------------------------------------- how it times
@@ -225,18 +211,13 @@ def test_a_row_is_computed_in_the_precision_that_it_names(name, task, precision,
     assert products.dtypes == {getattr(torch, precision)}
 
 
-def test_the_head_is_called_where_it_is_asked_and_only_by_those_who_say_so(folder):
+def test_each_form_of_transformers_is_what_its_name_says(folder, monkeypatch):
     for name, everywhere in (("sdpa", True), ("sdpa-asked", False), ("minibert prepared", False)):
         contender, work = timed(name, "inference", "float32", folder)
-        assert contender.run(work).shape == ((2, 5, 131) if everywhere else (2, 131))
-
-
-@pytest.mark.parametrize(("name", "attention"), [("eager", "eager"), ("sdpa", "sdpa"), ("sdpa-asked", "sdpa")])
-def test_transformers_has_the_attention_of_its_name(name, attention, folder):
-    assert contenders.load_transformers(name, folder, torch.float32, "cpu").config._attn_implementation == attention
-
-
-def test_compiled_peers_are_compiled(monkeypatch):
+        assert contender.run(work).shape == ((2, 5, 131) if everywhere else (2, 131)), "the head where it is asked"
+    for name, attention in (("eager", "eager"), ("sdpa", "sdpa"), ("sdpa-asked", "sdpa")):
+        model = contenders.load_transformers(name, folder, torch.float32, "cpu")
+        assert model.config._attn_implementation == attention
     monkeypatch.setattr(torch, "compile", lambda model, **settings: (model, settings))
     assert contenders.compiled("model", "sdpa") == "model"
     assert contenders.compiled("model", "compiled") == ("model", {})
@@ -339,30 +320,23 @@ def test_without_int8_it_is_absent_and_all_else_goes_on(bench, monkeypatch, miss
     assert "matmul: no such products here" in bench(*SMALL[:4], "--peers", "none", "--dtype", "int8")
 
 
-@pytest.mark.parametrize(
-    ("name", "precision", "device", "why"),
-    [
-        ("minibert prepared", "int8", "cuda", "int8 is for CPUs"),
-        ("onnxruntime", "float32", "cuda", "only its CPU form"),
-        ("sdpa", "bfloat16", "cpu", "no instructions for bfloat16"),
-        ("reduce-overhead", "float32", "cpu", "needs CUDA"),
-    ],
-)
-def test_what_cannot_run_here_says_why(name, precision, device, why, monkeypatch):
+def test_what_cannot_run_here_says_why(bench, monkeypatch):
     monkeypatch.setattr(contenders, "has_bfloat16", lambda: False)
-    monkeypatch.setattr(contenders, "require", lambda *packages: None)
-    with pytest.raises(Absent, match=why):
-        contenders.build(name, precision, "inference", None, device)
-
-
-def test_a_package_that_is_not_installed_is_said(bench, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(contenders, "require", lambda *packages: None)
+        for name, precision, device, why in (
+            ("minibert prepared", "int8", "cuda", "int8 is for CPUs"),
+            ("onnxruntime", "float32", "cuda", "only its CPU form"),
+            ("sdpa", "bfloat16", "cpu", "no instructions for bfloat16"),
+            ("reduce-overhead", "float32", "cpu", "needs CUDA"),
+        ):
+            with pytest.raises(Absent, match=why):
+                contenders.build(name, precision, "inference", None, device)
     monkeypatch.setattr(contenders, "find_spec", lambda name: None)
     out = bench("--shapes", "1x3", "--dtype", "float32")
     for name in ("transformers", "onnxruntime", "openvino"):
         assert f"absent: {name} is not installed" in out
-    assert out.count("transformers is not installed") == 4 + 3, (
-        "in inference and in training; reduce-overhead has another reason"
-    )
+    assert out.count("transformers is not installed") == 4 + 3, "in inference and training; one needs CUDA"
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("onnxruntime", 1e-4), ("onnxruntime-int8", 0.2), ("openvino", 1e-4),
@@ -376,7 +350,7 @@ def test_the_other_engines_agree(name, tolerance, folder, tmp_path, capsys, monk
         pytest.importorskip(needed)
     if precision == "bfloat16" and not has_bfloat16():
         lacking("bfloat16", "this CPU has no instructions for it")
-    work, model = make_workload("mixed", CONFIG, "cpu", everywhere=True), BertForMaskedLM.from_pretrained(folder)
+    work, model = workload("mixed"), BertForMaskedLM.from_pretrained(folder)
     model.save_pretrained(tmp_path)
     expected = run._expected(model, work)
     threads = []
@@ -428,19 +402,19 @@ def test_the_table_is_for_people(measured):
     assert "absent: reduce-overhead is CUDA graphs" in text
     assert f"torch {torch.__version__}" in text
     figures = dict(seconds=[0.25], quartiles=(0.125, 0.5), tokens_per_second=40.0, difference=1e-6, reason="a note")
-    shares = dict(peak_memory_bytes=3 * 2**30, share_of_matmul=0.5, share_of_peak=0.25, ratio=0.75)
+    figures |= dict(peak_memory_bytes=3 * 2**30, share_of_matmul=0.5, ratio=0.75, first_answer=1.5)
     work = {"rows": 1, "shortest": 10, "longest": 10, "real_tokens": 10, "padded_tokens": 10, "asked": 10}
-    rows = [row_of("sdpa", "float32", 0.25, first_answer=1.5, **figures, **shares)]
-    text = table(
-        BenchReport({"load": "0.1"}, BenchSettings(device="cpu"), {"float32": 2e9}, {"inference 1x3": work}, rows)
-    )
+
+    def shown(load, *rows):
+        settings = BenchSettings(device="cpu")
+        return table(BenchReport({"load": load}, settings, {"float32": 2e9}, {"inference 1x3": work}, list(rows)))
+
+    text = shown("0.1", row_of("sdpa", "float32", 0.25, **figures))
     (line,) = (line.split() for line in text.splitlines() if line.startswith("  sdpa"))
-    assert line[2:] == ["1.50", "250.0", "125.0–500.0", "40", "0.75", "50%", "25%", "1e-06", "3072", "a", "note"]
+    assert line[2:] == ["1.50", "250.0", "125.0–500.0", "40", "0.75", "50%", "1e-06", "3072", "a", "note"]
     assert "2 GFLOP/s in float32" in text
     assert "WARNING" not in text
-    assert "WARNING" in table(BenchReport({"load": "1000.0"}, BenchSettings(device="cpu"), {}, {}, [])), (
-        "a busy machine"
-    )
+    assert "WARNING" in shown("1000.0"), "a busy machine"
 
 
 def test_the_command_prints_one_line_of_json(bench):
@@ -457,13 +431,6 @@ def test_the_rate_of_the_machine_is_that_of_its_best_product(monkeypatch):
     times = chain([0.5, 0.25], repeat(1.0))
     monkeypatch.setattr(report, "seconds", lambda call, device: call() is None or next(times))
     assert report.matmul_rate("float32", "cpu") == 2 * 16 * 32 * 64 / 0.25
-
-
-def test_a_card_is_known_by_its_name():
-    assert report.peak_rate("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
-    assert report.peak_rate("NVIDIA H100 PCIe", "bfloat16") == 756e12
-    assert report.peak_rate("NVIDIA L4", "bfloat16") < report.peak_rate("NVIDIA L40S", "bfloat16")
-    assert report.peak_rate("Voodoo 2", "bfloat16") is report.peak_rate("NVIDIA H100", "int8") is None
 
 
 def test_every_peer_has_its_row():
@@ -495,37 +462,22 @@ def test_every_option_arrives():
     assert read("--random", "--layers", "3", "--peers", "none") == BenchSettings(layers=3, peers=())
 
 
-def test_our_layers_are_compiled_first_if_that_is_asked(folder, monkeypatch):
-    asked = []
-    monkeypatch.setattr(run, "prepare_for_inference", lambda model, dtype, linear: asked.append((dtype, linear)))
-    monkeypatch.setattr(run, "matmul_rate", lambda *_: 0.0)
-    monkeypatch.setattr(run, "_run_task", lambda *_: [])
-    settings = dict(model=str(folder), device="cpu", dtype=("float32", "int8"), task="inference", shapes=("1x3",))
-    run.run(BenchSettings(**settings))
-    assert not asked
-    run.run(BenchSettings(**settings, compile_layers=True))
-    assert asked == [(torch.float32, "compiled"), (torch.int8, "compiled")]
-
-
-def test_shapes_that_nobody_names_are_all_but_fewer_in_training(folder, monkeypatch):
-    made = []
-    monkeypatch.setattr(run, "make_workload", lambda name, *_, everywhere: made.append((name, everywhere)) or made[0])
-    monkeypatch.setattr(run, "matmul_rate", lambda *_: 0.0)
-    monkeypatch.setattr(run, "_run_task", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run.run(BenchSettings(model=str(folder), device="cpu"))
-    names = ("1x16", "1x128", "8x128", "8x512", "mixed", "normal", "lognormal")
-    assert made == [*((name, True) for name in names), ("8x128", False), ("mixed", False)]
-
-
-def test_the_model_is_the_one_that_was_asked_for(folder, monkeypatch, capsys):
+def test_a_run_has_the_model_the_shapes_and_the_compiled_layers_that_were_asked_for(folder, monkeypatch, capsys):
     asked, tiny = [], BertForMaskedLM.from_pretrained(folder)
     monkeypatch.setattr(run, "random_model", lambda layers: asked.append(layers) or tiny)
     monkeypatch.setattr(run.BertForMaskedLM, "from_pretrained", lambda name, **more: asked.append((name, more)) or tiny)
+    monkeypatch.setattr(run, "prepare_for_inference", lambda model, dtype, linear: asked.append((dtype, linear)))
+    monkeypatch.setattr(run, "matmul_rate", lambda *_: 0.0)
     monkeypatch.setattr(run, "_run_task", lambda *_: [])
     assert main(["bench", "--layers", "3", *SMALL]) == 0
-    assert main(["bench", "--model", "some/model", "--revision", "v2", *SMALL]) == 0
-    assert asked == [3, ("some/model", {"revision": "v2"})]
+    assert main(["bench", "--model", "some/model", "--revision", "v2", *SMALL, "--compile-layers"]) == 0
+    assert asked == [3, ("some/model", {"revision": "v2"}), (torch.float32, "compiled")]
+    made = []
+    monkeypatch.setattr(run, "make_workload", lambda name, *_, everywhere: made.append((name, everywhere)) or work)
+    work = workload("1x3")
+    run.run(BenchSettings(model=str(folder), device="cpu"))
+    names = ("1x16", "1x128", "8x128", "8x512", "mixed", "normal", "lognormal")
+    assert made == [*((name, True) for name in names), ("8x128", False), ("mixed", False)]
 
 
 @pytest.mark.parametrize(
