@@ -113,7 +113,7 @@ def test_nothing_in_the_layers_asks_the_device(monkeypatch):
     with torch.device("meta"):
         model = BertForMaskedLM(BertConfig(**{**SIZES, "hidden_size": 48, "num_attention_heads": 3})).eval()
     batch = random_batch([3, 1, 4])
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         weights = {name: torch.empty_like(x, device="cuda") for name, x in model.bfloat16().state_dict().items()}
         model.load_state_dict(weights, assign=True)
         for form in (prepare_for_inference(model), model):
