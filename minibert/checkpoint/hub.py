@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from minibert.checkpoint.files import read_json, sha256
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 NEXT = ".config.json.next"  # see writing._replace_model
 BUNDLED = (Path(__file__).parents[1] / "weights", Path(__file__).parents[2] / "weights")  # in the wheel, in a checkout
-# Google's BERTs had no owner in their names once, and many programs still call them so.
+# Google's BERTs had no owner in their names once.
 SHORT_NAMES = {
     name: f"google-bert/{name}"
     for name in """
@@ -148,20 +147,15 @@ def _ask_for_commit(source: Source, *, again: bool) -> str:
     try:
         commit = huggingface_hub.get_hf_file_metadata(url, timeout=ASK_SECONDS, retry_on_errors=again).commit_hash
     except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(
-            f"{source.name}: the hub has no revision {source.revision!r} of {source.repo_id}"
-        ) from error
+        raise FileNotFoundError(f"{source.name}: the hub has no revision {source.revision!r}") from error
     except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{source.name}: the hub has no repository {source.repo_id}, or it is private and you are not logged in"
-        ) from error
+        said = f"{source.name}: the hub has no repository {source.repo_id}, or it is private and you are not logged in"
+        raise FileNotFoundError(said) from error
     except errors.EntryNotFoundError as error:  # no config.json, perhaps a repository of tokenizers
         response = getattr(error, "response", None)
         commit = None if response is None else response.headers.get("X-Repo-Commit")
     except Exception as error:  # also those of the HTTP library, which depends on huggingface_hub's version
-        raise ConnectionError(
-            f"{source.name}: {CONFIG} could not be asked for, the hub cannot be reached: {error}"
-        ) from error
+        raise ConnectionError(f"{source.name}: {CONFIG}: the hub cannot be reached: {error}") from error
     if not commit:
         raise ConnectionError(f"{source.name}: {CONFIG}: the answer does not come from the hub: it names no commit")
     return str(commit)
@@ -198,27 +192,24 @@ def _download(source: Source, filename: str) -> Path | None:
     from huggingface_hub import errors
 
     # A commit does not change: what the cache has of it, and what the hub has said it has not, is not asked for again.
-    known = huggingface_hub.try_to_load_from_cache(source.repo_id, filename, revision=source.commit or source.revision)
+    known: Any = huggingface_hub.try_to_load_from_cache(
+        source.repo_id, filename, revision=source.commit or source.revision
+    )
     if not isinstance(known, str) and (source.only_cached or known is huggingface_hub._CACHED_NO_EXIST):
         return None
-    try:
-        if not isinstance(known, str):
-            ask = partial(huggingface_hub.hf_hub_download, source.repo_id, filename, revision=source.revision)
-            try:
-                known = ask()
-            except errors.EntryNotFoundError:
-                raise
-            except Exception:  # it asks again itself, but not after a connection that was reset
-                known = ask()
-    except errors.LocalEntryNotFoundError as error:
-        raise ConnectionError(
-            f"{source.name}: {filename} is not in the local cache and the hub cannot be reached: "
-            f"{error.__cause__ or error}"
-        ) from error
-    except errors.EntryNotFoundError:
-        return None
-    except Exception as error:  # also those of the HTTP library, which depends on huggingface_hub's version
-        raise ConnectionError(f"{source.name}: {filename} could not be downloaded: {error}") from error
+    for last in (False, True):  # it asks again itself, but not after a connection that was reset
+        if isinstance(known, str):
+            break
+        try:
+            known = huggingface_hub.hf_hub_download(source.repo_id, filename, revision=source.revision)
+        except errors.EntryNotFoundError as error:
+            if not isinstance(error, errors.LocalEntryNotFoundError):
+                return None
+            cause = error.__cause__ or error
+            raise ConnectionError(f"{source.name}: {filename}: the hub cannot be reached: {cause}") from error
+        except Exception as error:  # also those of the HTTP library, which depends on huggingface_hub's version
+            if last:
+                raise ConnectionError(f"{source.name}: {filename} could not be downloaded: {error}") from error
     path = Path(known)
     if source.commit and path.parent.name != source.commit:
         raise ConnectionError(f"{source.name}: the hub has just got another commit of it: load it again")

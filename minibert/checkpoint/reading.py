@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -82,11 +82,7 @@ class FoundTensors:
     files: list["SafetensorsFile"]
     entries: dict[str, "SafetensorsFile"]  # name → its file
     spelling: Spelling
-
-    @property
-    def where(self) -> Path:
-        """What an error about all of them names: the one file, or their folder."""
-        return self.files[0].path if len(self.files) == 1 else self.files[0].path.parent
+    where: Path  # what an error about all of them names: the one file, or their folder
 
 
 @contextmanager
@@ -139,8 +135,8 @@ def find_tensors(source: Source, config: Any, config_values: dict[str, Any], ope
         found = {key: file.path.name for key, file in entries.items()}
         if wrong := [key for key in weight_map.keys() | found.keys() if weight_map.get(key) != found.get(key)]:
             raise ValueError(f"{index}: {several('tensor', sorted(wrong))} not where the index says")
-    result = FoundTensors(source, config, config_values, files, entries, Spelling())
-    with naming(result.where):
+    where = paths[0] if len(paths) == 1 else paths[0].parent
+    with naming(where):
         spelling = read_names(entries)
         # Before the model is made: a config.json may say a billion.
         count = layers(spelling.spelled)
@@ -151,7 +147,7 @@ def find_tensors(source: Source, config: Any, config_values: dict[str, Any], ope
             like = nearest("bert.encoder.layer.0.attention.self.query.weight", entries)
             first = ", ".join([*entries][:3]) or "nothing: it is empty"
             raise ValueError(f"no tensor in it is of a layer of BERT. The names in the file look like {first}{like}")
-    return replace(result, spelling=spelling)
+    return FoundTensors(source, config, config_values, files, entries, spelling, where)
 
 
 def weight_files(source: Source) -> tuple[list[Path], Path | None]:
@@ -268,8 +264,8 @@ def as_dtype(dtype: torch.dtype | str | None, config_values: Mapping[str, Any], 
     names = {str(each).removeprefix("torch."): each for each in DTYPES.values()}
     if dtype == "auto":
         said = config_values.get("dtype") or config_values.get("torch_dtype")
-        floats = [DTYPES[name] for name, _ in stored.most_common() if name in DTYPES]
-        return names.get(str(said).removeprefix("torch."), floats[0] if floats else torch.float32)
+        most = next((DTYPES[name] for name, _ in stored.most_common() if name in DTYPES), torch.float32)
+        return names.get(str(said).removeprefix("torch."), most)
     found = torch.float32 if dtype is None else names.get(dtype) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
@@ -370,7 +366,7 @@ class SafetensorsFile:
         length = int.from_bytes(start, "little")
         try:
             with safe_open(path, framework="pt"):  # the library's own checks: offsets, sizes, the end of the file
-                header = parse_json(self.file.read(length))  # and the one for a name that stands there twice
+                header = parse_json(self.file.read(length))  # and that no name stands there twice
         except (ValueError, OSError, SafetensorError) as error:
             what = f"{path}: not a whole safetensors file ({self.stamp[1]} bytes, it starts with {start!r})"
             raise ValueError(f"{what}: {looks_like(path) or error}") from error
@@ -414,9 +410,8 @@ def shapes_only() -> TorchFunctionMode:
 
 
 class _NoMemory(TorchFunctionMode):
-    """Makes tensors on the meta device, and leaves out what would fill one. That would change nothing there, but torch
-    does some of it in Python, and imports sympy and torch.compile for that: a second, and twice the memory of the
-    bundled weights.
+    """Makes tensors on the meta device, and leaves out what would fill one: torch would import sympy for that, which
+    takes a second, and twice the memory of the bundled weights.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

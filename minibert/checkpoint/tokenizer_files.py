@@ -157,8 +157,9 @@ def _collect_tokens(source: Source, found: TokenizerFiles) -> None:
             for entry in _list(found.whole.get("added_tokens")):
                 if not isinstance(entry, dict):
                     raise ValueError(f"not a tokenizer file: the added token {entry!r} is no object")
-                if str(entry.get("content")) not in {token.content for token in found.added.values()}:
-                    found.added.setdefault(_id(entry.get("id")), added_token(entry))
+                new = added_token(entry)
+                if new.content not in {token.content for token in found.added.values()}:
+                    found.added.setdefault(_id(entry.get("id")), new)
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, AddedToken]:

@@ -98,7 +98,7 @@ def test_offline_without_the_file(hub, monkeypatch):
 
 
 def test_no_connection(unreachable, waited):
-    with pytest.raises(ConnectionError, match=r"config\.json .*cannot be reached.*folder.*bundled.*HF_HOME"):
+    with pytest.raises(ConnectionError, match=r"config\.json: .*cannot be reached.*folder.*bundled.*HF_HOME"):
         BertForMaskedLM.from_pretrained(NAME)
     assert sum(waited) < 30  # huggingface_hub's five more tries
 
@@ -143,7 +143,7 @@ def test_what_the_hub_does_not_have(hub):
     for load in (BertForMaskedLM.from_pretrained, load_tokenizer):
         with pytest.raises(FileNotFoundError, match="no repository owner/nobody"):
             load("owner/nobody")
-        with pytest.raises(FileNotFoundError, match="no revision 'v9' of owner/name"):
+        with pytest.raises(FileNotFoundError, match="no revision 'v9'"):
             load(NAME, revision="v9")
     del hub.repos[NAME][COMMIT]["config.json"]
     with pytest.raises(FileNotFoundError, match=r"owner/name: there is no config\.json"):
