@@ -60,28 +60,21 @@ def test_info_of_other_tokenizers(files, option, said, folder, tmp_path, capsys)
     ("typed", "words"),
     [  # the last part of what is typed is one argument, as a text is
         ("fill-mask|the rain", r"'the rain': write \[MASK\]"),
-        ("fill-mask --targets paris,unbelievable|the [MASK]", "became un ##believ ##able"),
         ("fill-mask|caf\udce9 [MASK]", "not UTF-8"),
         (f"mlm --positions 99|{TEXT}", r"position 99 .* 24 tokens: 0 \[CLS\], 1 the, 2 capital, .*, 23 \[SEP\]$"),
         ("mlm the --positions|1,x", "whole numbers from 0, .* '1,x'"),
-        ("mlm the --positions|", "whole numbers from 0"),
         ("mlm the --positions|-1", "whole numbers from 0"),
         ("mlm the --probability|1.5", "between 0 and 1, not 1.5"),
         (f"mlm the --seed|{2**64}", "seed must fit in 64 bits"),
         ("mlm| ", "no token to mask in ' '"),
-        ("study --top-k 21|[MASK]", "1 to 20, not 21"),
-        ("study --targets rain|no mask here", "the text has none"),
-        ("study --trace|", "should be a trace"),
         ("trace --out x --text|", "no token in the text ''"),
         ("info --model|nowhere", "'nowhere' is no folder"),
         ("parity --tokenizer FILE --dtype|float16", "--dtype is for comparing models"),
-        ("parity --tokenizer FILE --device|cuda", "--device is for comparing models"),
         # what argparse finds, which is one line too, and points to the help
         ("|nonsense", "invalid choice: 'nonsense'.*fill-mask.*mlm.*info.*train.*--help"),
         ("|fill-mask", "required: TEXT .*--help"),
         ("info --mod|x", "unrecognized arguments: --mod x .*--help"),
         ("study [MASK]|another", "unrecognized arguments: another .*--help"),
-        ("mlm the --recipe|mine", "'mine'.*--help"),
         ("mlm the --seed 1 --positions|1", "--positions: not allowed with argument --seed .*--help"),
         ("fill-mask [MASK] --top-k|many", "--top-k.*'many'.*--help"),
     ],
@@ -96,9 +89,9 @@ def test_a_mistake_is_one_line(folder, fails, tmp_path, monkeypatch, typed, word
     assert not list(tmp_path.iterdir())
 
 
-def test_traceback_shows_where(folder):
-    with pytest.raises(ValueError, match=r"\[MASK\]"):
-        main(["fill-mask", "the rain", "--traceback", "--model", str(folder)])
+def test_traceback_shows_where():
+    with pytest.raises(ValueError, match="whole numbers"):
+        main(["mlm", "the rain", "--positions", "x", "--traceback"])
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -85,18 +85,21 @@ def test_what_is_drawn(run):
     assert seen == {0, 3}
 
 
-def test_probability_0_asks_nothing_and_says_so(run, hub_model):
+def test_probability_0_asks_nothing_and_says_so(run):
     result = mlm(run, TEXT, "--probability", "0")
     assert result["input_ids"] == result["ids"]
     assert (result["loss"], result["count"], result["scored"]) == (0, 0, [])
     assert "--probability" in run("mlm", TEXT, "--probability", "0")
-    everything = mlm(run, TEXT, "--probability", "0", "--score", "all")
-    require_loss(everything, hub_model, range(len(everything["ids"])))
 
 
-def test_mlm_prints_a_table(run):
+def test_a_table_and_the_best_guess_after_each_layer(run, hub_model):
     typed = [TEXT, "--positions", "2,5", "--layers"]
     result, text = mlm(run, *typed), run("mlm", *typed)
+    plain = mlm(run, *typed[:-1])
+    assert {**result, "scored": [{**row, "layers": None} for row in result["scored"]]} == plain
+    with torch.no_grad():
+        states = hub_model(torch.tensor([result["input_ids"]]), output_hidden_states=True).hidden_states
+        expected = [hub_model.cls(state)[0].softmax(-1).max(-1) for state in states]  # of each (S,)
     assert " ".join(VOCAB[token] for token in result["input_ids"]) in text
     heading, *rows = [line for line in text.splitlines() if re.match(r" +\d| *position +token", line)]
     assert heading.split() == "position token outcome its guess probability true token loss".split()
@@ -106,10 +109,12 @@ def test_mlm_prints_a_table(run):
         words = [row["token"], "mask", best["token_str"]]
         assert line.split() == [str(row["position"]), *words, *percents, f"{row['loss']:.3f}"]
         start = text.splitlines().index(f"position {row['position']}, seen as [MASK]: the best guess after")
-        for number, guess in enumerate(row["layers"]):
-            name = f"layer {number}" if number else "embeddings"
-            shown = text.splitlines()[start + 1 + number]
-            assert shown.split() == [*name.split(), guess["token_str"], f"{guess['score']:.1%}"]
+        for number, (guess, best) in enumerate(zip(row["layers"], expected, strict=True)):
+            assert guess["token_str"] == VOCAB[best.indices[row["position"]]]
+            assert guess["score"] == pytest.approx(best.values[row["position"]].item(), abs=1e-6)
+            shown = text.splitlines()[start + 1 + number].split()
+            name = ["layer", str(number)] if number else ["embeddings"]
+            assert shown == [*name, guess["token_str"], f"{guess['score']:.1%}"]
     right = sum(row["token"] == row["predictions"][0]["token_str"] for row in result["scored"])
     assert text.endswith(f"loss {result['loss']:.4f} over 2 tokens (masked), {right} guessed right\n")
 
@@ -129,19 +134,6 @@ def test_a_mask_of_the_texts_own_is_guessed_and_has_no_loss(run, fill, hub_model
         assert result["input_ids"][2] == result["input_ids"][4] == 4
         require_loss(result, hub_model, labelled)
         assert 4 in [row["position"] for row in result["scored"]]
-
-
-def test_layers_gives_the_best_guess_after_each(run, hub_model):
-    plain, result = (mlm(run, TEXT, "--positions", "2,5", *more) for more in ([], ["--layers"]))
-    with torch.no_grad():
-        states = hub_model(torch.tensor([result["input_ids"]]), output_hidden_states=True).hidden_states
-        expected = [hub_model.cls(state)[0].softmax(-1).max(-1) for state in states]  # of each (S,)
-    for row, same in zip(result["scored"], plain["scored"], strict=True):
-        assert {**row, "layers": None} == same
-        for guess, best in zip(row["layers"], expected, strict=True):
-            assert guess["token_str"] == VOCAB[best.indices[row["position"]]]
-            assert guess["score"] == pytest.approx(best.values[row["position"]].item(), abs=1e-6)
-    assert result["loss"] == plain["loss"]
 
 
 def test_ids_without_a_word_are_no_answer(folder, fill):

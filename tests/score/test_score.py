@@ -10,11 +10,10 @@ from math import exp, log
 import pytest
 import torch
 from forms import FORMS, TOLERANCE, form_or_skip
-from needs import lacking
 from transformers import BertTokenizerFast
 from twins import CONFIGS, twins
 
-from minibert import BertForMaskedLM, FillMask, load_tokenizer, prepare_for_inference, pseudo_log_likelihood
+from minibert import BertForMaskedLM, FillMask, prepare_for_inference, pseudo_log_likelihood
 from minibert.score import WITHIN_WORD, EncodedText, Pair, Score, TokenScore, WinRate, pseudo_perplexity, score_pairs
 from minibert.tokenizer import from_vocabulary
 
@@ -311,17 +310,3 @@ def test_wilsons_interval(wins, pairs, low, high):
         assert rate.share == wins / rate.pairs
         assert rate.interval == pytest.approx((low, high), abs=5e-5)
     assert WinRate(pairs - wins, 0, wins).interval == pytest.approx((1 - high, 1 - low), abs=5e-5)
-
-
-@pytest.mark.real_weights
-def test_hello_world_as_mlm_scoring_documents_it():
-    """https://github.com/awslabs/mlm-scoring, README: bert-base-cased, the per-token scores of "Hello world!"."""
-    name = "google-bert/bert-base-cased"
-    try:
-        model, tokenizer = (
-            load(name, local_files_only=True) for load in (BertForMaskedLM.from_pretrained, load_tokenizer)
-        )
-    except OSError:
-        lacking("real-weights", f"{name} is not in the hub's cache")
-    score = score_one(model, tokenizer, "Hello world!", within_word="original")
-    assert values(score) == pytest.approx([-6.1267, -5.5014, -0.7826], abs=1e-3)
