@@ -15,6 +15,7 @@ import io
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,13 +88,13 @@ def run_command(command):
     """What a line of shell prints. `minibert` runs in this process, which saves the start; all else in a shell."""
     words = shlex.split(command, comments=True)
     if words[0] == "minibert" and not set(words) & {"|", "<", ">", "&&", ";"}:
-        return printed_by(lambda: main(words[1:]))
+        return printed_by(lambda: main(words[1:]), errors=True)
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
 
 
-def printed_by(call):
+def printed_by(call, errors=False):
     output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output if errors else sys.stderr):
         call()
     return output.getvalue()
 
