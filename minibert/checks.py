@@ -42,9 +42,8 @@ _INSTEAD = {
     "BERT is an encoder",
     "head_mask prune_heads": "set the head's columns in model.layers[N].attention.output.weight to 0",
     "next_sentence_label seq_relationship_logits": "that is of the next-sentence head, which this model does not have",
-    "last_hidden_state pooler pooler_output add_pooling_layer": "this is the masked language model: take hidden_states "
-    "(with output_hidden_states=True), or model.encode(batch)",
-    "num_labels classifier": "this is the masked language model, and has no classifier",
+    "last_hidden_state pooler pooler_output add_pooling_layer num_labels classifier": "this is the masked language "
+    "model, and has no classifier: take hidden_states (with output_hidden_states=True), or model.encode(batch)",
     "attn_implementation set_attn_implementation use_flash_attention_2": "the fastest is chosen for each batch; "
     "minibert.attention.use_kernel(…) forces one, within a with block",
     "config": "the sizes come from the checkpoint's config.json; for an untrained model, BertForMaskedLM(config)",
@@ -56,8 +55,7 @@ _INSTEAD = {
     "quantization_config load_in_8bit load_in_4bit quantize dequantize to_bettertransformer": "prepare_for_inference("
     "model) makes it faster, with torch.int8 on a CPU or torch.bfloat16 on a GPU smaller, too",
     "trust_remote_code code_revision": "no code of a checkpoint is ever run",
-    "token use_auth_token": "set HF_TOKEN, or log in with `hf auth login`",
-    "cache_dir proxies": "set HF_HUB_CACHE or HTTPS_PROXY",
+    "token use_auth_token cache_dir proxies": "set HF_TOKEN (or call `hf auth login`), HF_HUB_CACHE or HTTPS_PROXY",
     "force_download resume_download": "delete the checkpoint in the cache: `hf cache rm`",
     "output_loading_info name_or_path": "model.load_report says what was read",
     "from_tf from_flax": "convert it first, with the program that wrote it: only safetensors are read",
@@ -83,8 +81,8 @@ HOLDS: dict[str, tuple[object, ...]] = {
     **dict.fromkeys("use_safetensors safe_serialization tie_word_embeddings".split(), (True,)),
     **dict.fromkeys("low_cpu_mem_usage token use_auth_token use_cache resume_download".split(), (True, False)),
     **dict.fromkeys("trust_remote_code push_to_hub force_download is_decoder from_tf from_flax".split(), (False,)),
-    **dict.fromkeys("ignore_mismatched_sizes output_loading_info load_in_8bit load_in_4bit".split(), (False,)),
-    "add_pooling_layer": (False,),
+    **dict.fromkeys("ignore_mismatched_sizes load_in_8bit load_in_4bit add_pooling_layer".split(), (False,)),
+    "output_loading_info": (False,),
     "attn_implementation": ("eager", "sdpa"),
     "subfolder": ("",),
     "ignore_index": (IGNORE,),
@@ -113,42 +111,31 @@ def device_of(device_map: object, device: torch.device | str | None) -> torch.de
     """The one device that a device_map of accelerate names, or `device` if there is none. Raises TypeError for more,
     and ValueError for one that is not there.
     """
-    if isinstance(device_map, Mapping) and set(device_map) == {""}:
-        device_map = device_map[""]
-    if device_map is not None:
-        where = f"cuda:{device_map}" if type(device_map) is int else device_map
-        if not isinstance(where, str | torch.device) or where in ("auto", "balanced", "balanced_low_0", "sequential"):
-            raise TypeError(f"from_pretrained takes no device_map={device_map!r}: {INSTEAD['device_map']}")
-        if device is not None and torch.device(device) != torch.device(where):
-            raise ValueError(f"device is {device!r} and device_map {device_map!r}: give one of the two")
-        device = where
-    if device is None and torch.get_default_device().type == "meta":
-        device = "meta"
-    return None if device is None else find_device(device)
-
-
-def require_weights(model: nn.Module) -> None:
-    """Raise ValueError if a model was loaded where there is no memory for its weights, as accelerate can arrange it."""
-    if any(x.is_meta for x in model.parameters()):
-        raise ValueError(NOWHERE)
+    if device_map is not None and device is not None:
+        raise ValueError(f"device is {device!r} and device_map {device_map!r}: give one of the two")
+    where = device if device_map is None else f"cuda:{device_map}" if type(device_map) is int else device_map
+    spread = device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+    if spread or not isinstance(where, str | torch.device | None):
+        raise TypeError(f"from_pretrained takes no device_map={device_map!r}: {INSTEAD['device_map']}")
+    if where is None and torch.get_default_device().type == "meta":
+        where = "meta"
+    return None if where is None else find_device(where)
 
 
 def refuse_others(others: Mapping[str, object], what: str, more: Sequence[object] = ()) -> None:
     """Raise TypeError, as Python does, for an argument that `what` does not have, and say what to use; and for `more`
     of them by place. What a tokenizer gives to the model may be passed on to it.
     """
-    taken = TAKEN[what]
     if more:
         raise TypeError(
-            f"{what} takes {', '.join(taken)} by place, and more by name. (torch.onnx.export(dynamo=False) gives "
+            f"{what} takes {', '.join(TAKEN[what])} by place, and more by name. (torch.onnx.export(dynamo=False) gives "
             "all by place: call `minibert export --out model.onnx`, or minibert.export.export, instead.)"
         )
     for name, value in others.items():
-        if (name in FROM_TOKENIZERS and what == "the model") or (name in INSTEAD and value is None):
+        passed_on = (what == "the model" and name in FROM_TOKENIZERS) or (value is None and name in INSTEAD)
+        if passed_on or value in HOLDS.get(name, ()):
             continue
-        if value in HOLDS.get(name, ()):
-            continue
-        like = get_close_matches(name, taken, 1)
+        like = get_close_matches(name, TAKEN[what], 1)
         hint = INSTEAD.get(name) or (f"did you mean {like[0]}?" if like else "its docstring lists what it takes")
         if name in HOLDS:
             raise TypeError(f"{what} has {name}={' or '.join(map(repr, HOLDS[name]))} only, not {value!r}: {hint}")
@@ -210,44 +197,38 @@ def lengths_of_lists(name: str, lists: Sequence[Sequence[int]]) -> tuple[int, ..
 
 
 def padded_inputs(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
+    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The mask as bool (or None, if nothing is padding), the token types and the positions, each (B, S), with nothing
     else left out. `PackedBatch.from_padded` says what each may be. Raises ValueError for other shapes or types; what
     the mask holds is not asked while the call is recorded.
     """
-    require_tensors(
-        input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids
-    )
+    require_tensors(input_ids=input_ids, attention_mask=attention_mask)
+    require_tensors(token_type_ids=token_type_ids, position_ids=position_ids)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be (batch, length), not {tuple(input_ids.shape)}: add the batch dimension")
-    _require_integers("input_ids", input_ids)
-    if attention_mask is not None:
-        _require_shape("attention_mask", attention_mask, input_ids)
-        if attention_mask.dtype != torch.bool:
-            if not being_traced() and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-                raise ValueError(
-                    "attention_mask may hold only 0 (padding) and 1 (token), but it ranges from "
-                    f"{attention_mask.min().item()} to {attention_mask.max().item()}"
-                )
-            attention_mask = attention_mask.bool()
-    types_given = token_type_ids is not None
-    if token_type_ids is None:
-        token_type_ids = torch.zeros_like(input_ids)
-    if position_ids is None:
-        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    if position_ids.dim() == 2 and position_ids.shape[1] == input_ids.shape[1]:
+    types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    positions = columns if position_ids is None else position_ids
+    if positions.dim() == 2 and positions.shape[1] == input_ids.shape[1]:
         with suppress(RuntimeError):  # (1, S) holds for each row
-            position_ids = position_ids.expand(input_ids.shape)
-    for name, ids in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
+            positions = positions.expand(input_ids.shape)
+    for name, ids in (("input_ids", input_ids), ("token_type_ids", types), ("position_ids", positions)):
         _require_shape(name, ids, input_ids)
-        _require_integers(name, ids)
-    if attention_mask is not None and attention_mask.numel() and not being_traced():
-        _require_seen(attention_mask, token_type_ids if types_given else None)
-    return attention_mask, token_type_ids, position_ids
+        if ids.dtype not in INTEGERS:
+            raise ValueError(f"{name} must hold integers, not {ids.dtype}")
+    if attention_mask is None:
+        return None, types, positions
+    _require_shape("attention_mask", attention_mask, input_ids)
+    mask = attention_mask.bool()
+    if mask.numel() and not being_traced():
+        if not bool((attention_mask == mask).all()):
+            raise ValueError(
+                "attention_mask may hold only 0 (padding) and 1 (token), but it ranges from "
+                f"{attention_mask.min().item()} to {attention_mask.max().item()}"
+            )
+        _require_seen(mask, token_type_ids)
+    return mask, types, positions
 
 
 def _require_seen(mask: Tensor, token_type_ids: Tensor | None) -> None:
@@ -273,14 +254,9 @@ def warn(message: str) -> None:
 def require_labels(labels: Tensor, attention_mask: Tensor | None, input_ids: Tensor) -> None:
     """Raise ValueError for labels of another shape than `input_ids`, and for a label where there is no token."""
     _require_shape("labels", labels, input_ids)
-    if attention_mask is None:
-        return
-    under_padding = int(((labels != IGNORE) & (attention_mask == 0)).sum())
+    under_padding = 0 if attention_mask is None else int(((labels != IGNORE) & (attention_mask == 0)).sum())
     if under_padding:
-        raise ValueError(
-            f"{under_padding} labels stand where attention_mask is 0, and nothing is predicted there: make them "
-            f"{IGNORE}"
-        )
+        raise ValueError(f"{under_padding} labels stand where attention_mask is 0, and none is scored: make them -100")
 
 
 def largest(ids: Tensor, types: Tensor, positions: Tensor) -> tuple[int, int, int]:
@@ -295,13 +271,11 @@ def largest(ids: Tensor, types: Tensor, positions: Tensor) -> tuple[int, int, in
     if ids.numel() == 0:
         return (-1, -1, -1)
     stacked = torch.stack([ids, types, positions])  # (3, T): one question to the device, not six
-    (id_low, id_high), (type_low, type_high), (position_low, position_high) = torch.stack(
-        [stacked.amin(1), stacked.amax(1)], dim=1
-    ).tolist()
-    for name, low in (("input_ids", id_low), ("token_type_ids", type_low), ("position_ids", position_low)):
+    lows, (token_id, token_type, position) = torch.stack([stacked.amin(1), stacked.amax(1)]).tolist()
+    for name, low in zip(("input_ids", "token_type_ids", "position_ids"), lows, strict=True):
         if low < 0:
             raise ValueError(f"{name} may not be negative, but holds {low}")
-    return id_high, type_high, position_high
+    return token_id, token_type, position
 
 
 def require_embeddings(largest: tuple[int, int, int], config: BertConfig) -> None:
@@ -310,10 +284,7 @@ def require_embeddings(largest: tuple[int, int, int], config: BertConfig) -> Non
     """
     token_id, token_type, position = largest
     if token_id >= config.vocab_size:
-        raise ValueError(
-            f"token id {token_id} is unknown: the vocabulary has {config.vocab_size} entries, 0 to "
-            f"{config.vocab_size - 1}"
-        )
+        raise ValueError(f"token id {token_id} is unknown: the vocabulary has {config.vocab_size} entries, from 0")
     if token_type >= config.type_vocab_size:
         raise ValueError(f"token type {token_type} is unknown: the model has {config.type_vocab_size}, counted from 0")
     if position >= config.max_position_embeddings:
@@ -379,8 +350,3 @@ def require_vocabulary(tokens: int, config: BertConfig) -> None:
 def _require_shape(name: str, tensor: Tensor, input_ids: Tensor) -> None:
     if tensor.shape != input_ids.shape:
         raise ValueError(f"{name} is {tuple(tensor.shape)}, but input_ids is {tuple(input_ids.shape)}: give both alike")
-
-
-def _require_integers(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in INTEGERS:
-        raise ValueError(f"{name} must hold integers, not {tensor.dtype}")

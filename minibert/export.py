@@ -38,7 +38,7 @@ class Exported:
 
     path: Path
     difference: float
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @contextlib.contextmanager
@@ -91,27 +91,23 @@ def export(model: BertForMaskedLM, path: str | PathLike[str], *, device: torch.d
         with torch.no_grad(), files.whole_file(target) as temporary:
             write, load = (_write_onnx, _load_onnx) if target.suffix == ".onnx" else (_write_pt2, _load_pt2)
             with _quiet():
-                write(_Logits(model), _example(model), temporary)
-            return _check(model, load(temporary, place), target)
+                write(_recorded(model), temporary)
+            return _tried(model, load(temporary, place), target)
     finally:
         model.train(training)
 
 
-def _example(model: BertForMaskedLM) -> dict[str, Tensor]:
-    """A batch to record from. Neither number may be 1, which recorders take for a constant."""
-    ids = torch.zeros(2, min(8, model.config.max_position_embeddings), dtype=torch.int64)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+def _recorded(model: BertForMaskedLM) -> torch.export.ExportedProgram:
+    longest = model.config.max_position_embeddings
+    ids = torch.zeros(2, min(8, longest), dtype=torch.int64)  # neither may be 1, which recorders take for a constant
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    both = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1, max=longest)}
+    return torch.export.export(_Logits(model), (), example, dynamic_shapes=dict.fromkeys(INPUTS, both), strict=False)
 
 
-def _record(program: nn.Module, example: dict[str, Tensor]) -> torch.export.ExportedProgram:
-    longest = program.model.config.max_position_embeddings  # type: ignore[union-attr]
-    both = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1, max=longest)}  # type: ignore[arg-type]
-    return torch.export.export(program, (), example, dynamic_shapes=dict.fromkeys(INPUTS, both), strict=False)
-
-
-def _write_pt2(program: nn.Module, example: dict[str, Tensor], path: Path) -> None:
+def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> None:
     written = io.BytesIO()  # with a path, torch ends the whole process when the disk is full
-    torch.export.save(_record(program, example), written)
+    torch.export.save(program, written)
     path.write_bytes(written.getvalue())
 
 
@@ -123,8 +119,8 @@ def _load_pt2(path: Path, place: torch.device) -> Program:
     return lambda given: program(**{name: x.to(place) for name, x in given.items()}).cpu()
 
 
-def _write_onnx(program: nn.Module, example: dict[str, Tensor], path: Path) -> None:
-    onnx = torch.onnx.export(_record(program, example), dynamo=True, verbose=False, output_names=["logits"])
+def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    onnx = torch.onnx.export(program, dynamo=True, verbose=False, output_names=["logits"])
     assert onnx is not None
     onnx.save(path)
 
@@ -140,33 +136,32 @@ def _load_onnx(path: Path, place: torch.device) -> Program:
     return lambda given: torch.from_numpy(session.run(None, {name: x.numpy() for name, x in given.items()})[0])
 
 
-def _check(model: BertForMaskedLM, program: Program, target: Path) -> Exported:
+def _tried(model: BertForMaskedLM, program: Program, target: Path) -> Exported:
     largest = scale = 0.0
-    shapes = []
-    for given in _odd_batches(model):
-        expected = model(*(given[name] for name in INPUTS), return_dict=True).logits
+    batches = list(_odd_batches(model))
+    for given in batches:
+        expected = model(**given, return_dict=True).logits
         largest = max(largest, (program(given) - expected).abs().max().item())
         scale = max(scale, expected.abs().max().item())
-        shapes.append((given["input_ids"].shape[0], given["input_ids"].shape[1]))
     if not largest <= TOLERANCE * scale:
         raise ValueError(
             f"{target}: the program differs from the model by {largest:.1e}, and the largest logit is {scale:.1e}: "
             f"torch {torch.__version__} recorded it wrongly, and it was not kept"
         )
-    return Exported(target, largest / scale, tuple(shapes))
+    return Exported(target, largest / scale, tuple(tuple(given["input_ids"].shape) for given in batches))
 
 
 def _odd_batches(model: BertForMaskedLM) -> Iterator[dict[str, Tensor]]:
     """Batches of other shapes than the recorded one, with every kind of padding."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     longest = min(config.max_position_embeddings, 67)
-    for number, shape in enumerate([(1, 1), (1, longest), (3, 5), (5, 3), (2, longest), (7, 11), (4, 2), (2, 8)]):
-        rows, columns = shape[0], min(shape[1], longest)
-        ids = torch.randint(0, config.vocab_size, (rows, columns), generator=generator)
-        lengths = torch.randint(1, columns + 1, (rows, 1), generator=generator)
-        column = torch.arange(columns)
-        masks = (column < lengths, column >= columns - lengths, torch.rand(rows, columns, generator=generator) < 0.7)
+    for number, (rows, columns) in enumerate([(1, 1), (1, 67), (3, 5), (5, 3), (2, 67), (7, 11), (4, 2), (2, 8)]):
+        shape = (rows, min(columns, longest))
+        ids, types = (
+            torch.randint(0, size, shape, generator=generator) for size in (config.vocab_size, config.type_vocab_size)
+        )
+        lengths, column = torch.randint(1, shape[1] + 1, (rows, 1), generator=generator), torch.arange(shape[1])
+        masks = (column < lengths, column >= shape[1] - lengths, torch.rand(shape, generator=generator) < 0.7)
         mask = masks[number % 3].long()
         mask[:, 0] |= mask.sum(1) == 0  # a row without a token is warned of
-        types = torch.randint(0, config.type_vocab_size, (rows, columns), generator=generator) * mask
-        yield {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        yield {"input_ids": ids, "attention_mask": mask, "token_type_ids": types * mask}

@@ -58,9 +58,6 @@ class MaskedLMOutput(OrderedDict[str, Any]):
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
-    def __missing__(self, key: str) -> NoReturn:
-        raise KeyError(f"there is no {key!r}, only {', '.join(self)}")
-
     def __getattr__(self, name: str) -> Any:
         if name in self or name in type(self).__annotations__:
             return self.get(name)
@@ -231,9 +228,8 @@ class BertForMaskedLM(Named, Bert):
         with_states = self.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_maps = self.output_attentions if output_attentions is None else output_attentions
         given = (input_ids, attention_mask, token_type_ids, position_ids)
-        batch = None
-        if not checks.being_traced():
-            batch = PackedBatch.from_padded(*given)
+        batch = None if checks.being_traced() else PackedBatch.from_padded(*given)
+        if batch is not None:
             checks.require_embeddings(batch.largest, self.config)
             if labels is not None:
                 checks.require_labels(labels, attention_mask, input_ids)
@@ -278,13 +274,13 @@ class BertForMaskedLM(Named, Bert):
     def _forward_rectangle(self, batch: Rectangle, labels: Tensor | None, with_states: bool) -> MaskedLMOutput:
         # Zeros in the padding at once, where states are given back: so they lie on the way to the logits.
         seen = batch.seen if with_states else (lambda x: x)
-        states = [seen(self.embeddings(batch))]  # (B, S, D)
+        states = [seen(self.embeddings(batch))]  # each (B, S, D)
         for layer in self.layers:
-            states.append(seen(layer(states[-1], batch)))  # (B, S, D)
+            states.append(seen(layer(states[-1], batch)))
         logits = self.head(states[-1], self.word_embeddings)  # (B, S, V)
-        seen_labels = None if labels is None else labels.masked_fill(~batch.attention_mask, IGNORE)
+        labels = None if labels is None else labels.masked_fill(~batch.attention_mask, IGNORE)
         return MaskedLMOutput(
-            None if seen_labels is None else masked_lm_loss(logits, seen_labels).mean,
+            None if labels is None else masked_lm_loss(logits, labels).mean,
             batch.seen(logits),
             tuple(states) if with_states else None,
             None if batch.maps is None else tuple(batch.maps),
@@ -315,8 +311,7 @@ class BertForMaskedLM(Named, Bert):
         """Who looks at whom: for each of the given layers (from 0) the attention probabilities, (B, H, S, S), S being
         the longest sequence; 0 beyond the end of a shorter one.
         """
-        wrong = [number for number in layers if not 0 <= number < len(self.layers)]
-        if wrong or not layers:
+        if not layers or [number for number in layers if not 0 <= number < len(self.layers)]:
             raise ValueError(f"layers must name some of 0 to {len(self.layers) - 1}, not {list(layers)}")
         maps = {}
         for number, x in enumerate(islice(self._states(batch), max(layers) + 1)):  # x: what this layer reads, (T, D)
@@ -376,10 +371,10 @@ class BertForMaskedLM(Named, Bert):
                 found, shapes, dtype=dtype, device=device, init_missing_head=init_missing_head
             )
         model.load_state_dict(state, assign=True)
-        checks.require_weights(model)
-        model.load_report = report
+        if model.device.type == "meta":  # accelerate's init_empty_weights()
+            raise ValueError(checks.NOWHERE)
+        model.load_report, model.return_dict = report, return_dict is not False
         model.output_hidden_states, model.output_attentions = bool(output_hidden_states), bool(output_attentions)
-        model.return_dict = return_dict is not False
         return model.eval()
 
     def save_pretrained(
@@ -427,8 +422,7 @@ class BertForMaskedLM(Named, Bert):
     @property
     def bert(self) -> nn.Module:
         """All but the head: `bert.embeddings` and `bert.encoder.layer`, as transformers has them."""
-        encoder = Parts({"layer": self.get_submodule("layers")})
-        return Parts({"embeddings": self.embeddings, "encoder": encoder})
+        return Parts({"embeddings": self.embeddings, "encoder": Parts({"layer": self.get_submodule("layers")})})
 
     base_model = bert
 
@@ -458,14 +452,10 @@ class BertForMaskedLM(Named, Bert):
         Raises ValueError if pad_token_id would be cut off.
         """
         if not mean_resizing:
-            raise ValueError(
-                "new tokens start as the mean of the old ones: leave mean_resizing out, and then set others in "
-                "model.embeddings.word.weight.data[old:] and model.head.bias.data[old:]"
-            )
-        new_num_tokens = self.config.vocab_size if new_num_tokens is None else new_num_tokens
-        multiple = pad_to_multiple_of or 1
-        new_num_tokens = -(-new_num_tokens // multiple) * multiple
-        word, head = self.embeddings.word, self.head
+            raise ValueError("mean_resizing is True only: set other rows in model.embeddings.word.weight afterwards")
+        multiple, word, head = pad_to_multiple_of or 1, self.embeddings.word, self.head
+        asked = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        new_num_tokens = -(-asked // multiple) * multiple
         if new_num_tokens == self.config.vocab_size:
             return word
         self.config = replace(self.config, vocab_size=new_num_tokens)
@@ -479,18 +469,16 @@ class BertForMaskedLM(Named, Bert):
         """
         if dict(gradient_checkpointing_kwargs or {}) not in ({}, {"use_reentrant": False}):
             raise ValueError(f"there is use_reentrant=False alone: leave {gradient_checkpointing_kwargs} out")
-        for part in self.modules():
-            if isinstance(part, Layer):
-                part.is_computed_again = True
+        for layer in self.layers:
+            layer.is_computed_again = True
 
     def gradient_checkpointing_disable(self) -> None:
-        for part in self.modules():
-            if isinstance(part, Layer):
-                part.is_computed_again = False
+        for layer in self.layers:
+            layer.is_computed_again = False
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return any(isinstance(part, Layer) and part.is_computed_again for part in self.modules())
+        return any(layer.is_computed_again for layer in self.layers)
 
 
 def resized(tensor: Tensor, length: int) -> nn.Parameter:

@@ -132,9 +132,8 @@ def test_a_state_dict_that_is_not_this_model_is_one_sentence(pair):
 # ---------------------------------------------------------------------------------------------------------- offloading
 
 
-@pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("on_disk", ["none", "all", "embeddings", "head"])
-def test_weights_that_accelerate_keeps_elsewhere_give_the_same_answers(on_disk, buffers, pair, tmp_path):
+def test_weights_that_accelerate_keeps_elsewhere_give_the_same_answers(on_disk, pair, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     ours, cpu, batch = pair[0].requires_grad_(False), torch.device("cpu"), PackedBatch.from_padded(IDS, MASK)
 
@@ -143,12 +142,12 @@ def test_weights_that_accelerate_keeps_elsewhere_give_the_same_answers(on_disk, 
 
     expected = answers()
     if on_disk == "none":
-        accelerate.cpu_offload(ours, cpu, offload_buffers=buffers)
+        accelerate.cpu_offload(ours, cpu, offload_buffers=True)
     elif on_disk == "all":
-        accelerate.disk_offload(ours, tmp_path, cpu, offload_buffers=buffers)
+        accelerate.disk_offload(ours, tmp_path, cpu, offload_buffers=True)
     else:
         places = {"embeddings": "cpu", "layers": "cpu", "head": "cpu", on_disk: "disk"}
-        accelerate.dispatch_model(ours, places, main_device="cpu", offload_dir=tmp_path, offload_buffers=buffers)
+        accelerate.dispatch_model(ours, places, main_device="cpu", offload_dir=tmp_path)
     assert any(x.is_meta for x in ours.state_dict().values())
     for got, wanted in zip(answers(), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)  # sums in other orders: hooks

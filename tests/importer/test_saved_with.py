@@ -78,15 +78,6 @@ def test_a_tokenizer_of_transformers_is_taken_everywhere(model, tmp_path):
     assert theirs.backend_tokenizer.truncation is not None, "the caller's own stays as it is"
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [("minibert-uncased", r"load_tokenizer makes one.*minibert-uncased"), (BertConfig(), r"in Python.*BertConfig")],
-)
-def test_what_is_no_tokenizer_is_refused(given, said, model):
-    with pytest.raises(TypeError, match=said):
-        FillMask(model, given)
-
-
 def test_a_save_that_fails_leaves_model_and_tokenizer_as_they_were(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path, tokenizer=from_vocabulary(WORDS))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
