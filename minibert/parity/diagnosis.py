@@ -70,7 +70,7 @@ def diagnose(given: Trace, model: BertForMaskedLM, progress: Progress = lambda f
     wrong = search.wrong_tensor(search.wrong)
     result = Diagnosis(False, first_wrong=name)
     result.lines.append(f"{given.title}: the first wrong tensor is {name} ({explain(name)})")
-    result.lines += [f"  {said}" for said in (*appearance(wrong), *_afterwards(search))]
+    result.lines += [f"  {said}" for said in appearance(wrong)]
     if (lowered := lower_precision(search.yardstick, name)) is not None:
         result.found, result.lines = [[lowered.title]], result.lines + lowered.lines
         return result
@@ -133,10 +133,8 @@ class Search:
         self.read = read_by_sections(self.rough, self.yardstick)
 
     def wrong_tensor(self, measure: Measure) -> Wrong:
-        x, mask = self.yardstick.there(measure.name).cpu(), self.yardstick.mask
-        limit = Error(*(each * measure.scale for each in measure.allowed))
-        mask = self.given.compared(measure.name, mask).cpu()
-        return Wrong(self.given, measure.name, x, measure.truth.cpu(), limit, mask, self.yardstick.exact)
+        x, mask = self.yardstick.there(measure.name).cpu(), self.given.compared(measure.name, self.yardstick.mask).cpu()
+        return Wrong(self.given, measure.name, x, measure.truth.cpu(), measure.limits, mask, self.yardstick.exact)
 
     def fit(self, faults: tuple[type[Steps], ...], base: Fit) -> Fit:
         """Measured properly, up to the first tensor that is not reproduced. base: what it has to be better than."""
@@ -330,23 +328,6 @@ def _is_hidden(
 
 
 # --------------------------------------------------------------------------------------------------- what is said of it
-
-
-def _afterwards(search: Search) -> Iterator[str]:
-    """How the error goes on after the first wrong tensor."""
-    names = [name for name in search.plain.errors if not name.startswith(GRADIENT)]
-    first = search.plain.first_wrong
-    if first not in names or not all(search.plain.errors[name].largest < float("inf") for name in names):
-        return
-    times = [search.measured[name].times(search.plain.errors[name]) for name in names]
-    start = names.index(first)
-    if start and start < len(names) - 3:
-        said = (
-            f"the error is {times[start]:.2g} times rounding here, {times[start - 1]:.2g} times at {names[start - 1]}"
-        )
-        if max(times[start:]) <= 2 * times[start]:
-            said += ", and from here on it grows no faster than rounding does"
-        yield said
 
 
 def _named(given: Trace, fits: list[Fit]) -> Iterator[str]:

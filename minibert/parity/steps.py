@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minibert.checkpoint.names import hub_names
 from minibert.loss import masked_lm_loss
 from minibert.masked_lm import BertForMaskedLM
 from minibert.model import ACTIVATIONS, EncoderLayer
+from minibert.trace.recorder import gradients
 from minibert.trace.table import GRADIENT, Inputs, parameter_names
 from minibert.trace.tracefile import Trace
 
@@ -47,57 +47,31 @@ class Steps:
         """From the first section on, or from a later one: `read` is then what each section before it has read, and
         what that one reads. Afterwards `self.read` is what every section has read.
         """
+        yield from self._run(read)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradient of the loss by each parameter, from the head to the embeddings. For inputs with labels."""
+        with torch.enable_grad():
+            *_, (_, loss) = self._run()
+        found = gradients(self.model, loss)
+        yield from ((GRADIENT + name, found[GRADIENT + name]) for name in reversed(parameter_names(self.config)))
+
+    def _run(self, read: list[Tensor | None] | None = None) -> Iterator[tuple[str, Tensor]]:
         self.read: list[Tensor | None] = list(read or [None])
         last = self.read.pop()
         for section, start in islice(self.sections(), len(self.read), None):
             self.section = start
             self.read.append(last)
-            last = yield from self.computed(section, last)
-
-    def computed(
-        self, section: Callable[..., Section], read: Tensor | None
-    ) -> Generator[tuple[str, Tensor], None, Tensor]:
-        """Yields the tensors of a section, and returns what the next one reads."""
-        steps = section() if read is None else section(read)
-        try:
-            name, x = next(steps)
+            steps = section() if last is None else section(last)
+            x: Tensor | None = None
             while True:
+                try:
+                    name, x = next(steps) if x is None else steps.send(x)
+                except StopIteration as end:
+                    last = end.value
+                    break
                 x = self.made(name, x)
                 yield name, x
-                name, x = steps.send(x)
-        except StopIteration as end:
-            return cast(Tensor, end.value)
-
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """The gradient of the loss by each parameter, from the head to the embeddings. For inputs with labels, after a
-        whole `run`.
-
-        Each section runs once more, with a graph, and hands on the gradient of what it read. So memory holds the graph
-        of one layer, never that of the model.
-        """
-        order = list(reversed(parameter_names(self.config)))
-        parameters = self.model.state_dict(keep_vars=True)
-        found: dict[str, Tensor] = {}
-        flow: Tensor | None = None  # the gradient of what this section gives; None for the loss
-        for (section, start), read in zip(reversed(list(self.sections())), reversed(self.read), strict=True):
-            self.section = start
-            names = [name for name in parameters if name.startswith(start)]
-            if start == "head.":
-                names.append("embeddings.word.weight")  # read here too; the embeddings add their part at the end
-            with torch.enable_grad():
-                inputs = [] if read is None else [read.detach().requires_grad_()]
-                *_, (_, last) = self.computed(section, inputs[0] if inputs else None)
-                wanted = [parameters[name] for name in names] + inputs
-                gradients = torch.autograd.grad(last, wanted, flow, allow_unused=True)
-            flow = gradients[-1]
-            for name, gradient in zip(names, gradients, strict=False):
-                gradient = torch.zeros_like(parameters[name]) if gradient is None else gradient
-                found[name] = found[name] + gradient if name in found else gradient
-            parts: dict[str, Tensor] = {}
-            for name in [name for name in names if name.startswith(start)]:
-                hubs = hub_names(name)
-                parts.update(zip(hubs, found.pop(name).chunk(len(hubs)), strict=True))
-            yield from ((GRADIENT + name, parts[name]) for name in order if name in parts)
 
     def made(self, name: str, x: Tensor) -> Tensor:
         """What a trace has under `name`, and the next step reads."""

@@ -22,8 +22,6 @@ of their own (the key biases': a softmax does not see a shift), so a gradient's 
 gradient before it. In float64 the truth is no more exact than what it measures: there, rounding is taken to do what it
 does in float32, times the quotient of the two eps.
 
-tests/parity/calibrate.py measures how far right ports are from these limits.
-
 The two computations go side by side, tensor by tensor. So memory holds one layer of each, and no whole trace.
 """
 
@@ -67,6 +65,11 @@ class Measure(NamedTuple):
     def allowed(self) -> Error:
         return Error(K * self.explained.largest, K_RMS * self.explained.rms)
 
+    @property
+    def limits(self) -> Error:
+        """What is allowed, not relative to the scale."""
+        return Error(*(each * self.scale for each in self.allowed))
+
     def error(self, x: Tensor) -> Error:
         """How far `x` is from the truth."""
         return error_of(x.to(self.truth.device), self.truth, self.scale)
@@ -81,9 +84,12 @@ class Measure(NamedTuple):
         return error.largest <= self.allowed.largest and error.rms <= self.allowed.rms
 
     def share(self, error: Error) -> float:
-        """The error as a share of what is allowed: 1 is the limit. Infinite for NaN."""
-        shares = (error.largest / self.allowed.largest, error.rms / self.allowed.rms)
-        return max(shares) if all(share == share for share in shares) else float("inf")
+        """The error as a share of what is allowed: 1 is the limit."""
+        return max(error.largest / self.allowed.largest, error.rms / self.allowed.rms)
+
+    def kind(self, error: Error) -> str:
+        """Which of the two errors is nearer to its limit."""
+        return "largest" if error.largest / self.allowed.largest >= error.rms / self.allowed.rms else "rms"
 
     def times(self, error: Error) -> float:
         """How many times worse an error is than rounding."""
@@ -174,7 +180,7 @@ class Yardstick:
                 continue
             if shape != wanted:
                 axes = exchanged_axes(shape, wanted)
-                hint = f": axes {axes[0]} and {axes[1]} are exchanged" if axes else ""
+                hint = ": axes {} and {} are exchanged".format(*axes) if axes else ""
                 raise ValueError(
                     f"{self.given.name}: {name} is {shape}, and this model's is {wanted}{hint}. No fault is sought "
                     "before the shapes agree"
@@ -188,7 +194,7 @@ class Yardstick:
         return self.hidden(name, self.given.read(name).to(self.mask.device))
 
     def hidden(self, name: str, x: Tensor) -> Tensor:
-        """A tensor that the model computed, with zeros where nothing is compared."""
+        """The same of a tensor that the model computed."""
         return hide_padding(name, x, self.given.compared(name, self.mask))
 
     def shaken(self, measure: Measure) -> Measure:
@@ -201,11 +207,10 @@ class Yardstick:
         if self.others is None:
             self.others = {}
             exact = Steps(self.exact, self.inputs, self.given)
-            shaken = [Shaken(self.rounded, self.inputs, self.given, seed) for seed in range(SHAKEN)]
-            for (name, truth), *tried in zip(exact.run(), *(each.run() for each in shaken), strict=True):
+            shaken = [Shaken(self.rounded, self.inputs, self.given, seed).run() for seed in range(SHAKEN)]
+            for (name, truth), *tried in zip(exact.run(), *shaken, strict=True):
                 truth = self.hidden(name, truth)
-                whole = Measure(name, truth, largest(truth) or 1.0, Error(0.0, 0.0))
-                errors = [whole.error(self.hidden(name, x)) for _, x in tried]
+                errors = [error_of(self.hidden(name, x), truth, largest(truth) or 1.0) for _, x in tried]
                 finite = [error for error in errors if error.largest < float("inf")]
                 self.others[name] = Error(*map(max, *finite)) if len(finite) > 1 else Error(0.0, 0.0)
         other = self.others.get(measure.name, Error(0.0, 0.0))
@@ -240,59 +245,27 @@ def converted(model: BertForMaskedLM, dtype: torch.dtype) -> BertForMaskedLM:
 
 def largest(x: Tensor) -> float:
     """max |x|, over the finite entries."""
-    found = 0.0
-    for (piece,) in _pieces(x):
-        size = span(piece)
-        if not size < float("inf"):
-            size = span(torch.where(piece.isfinite(), piece, 0.0))
-        found = max(found, size)
-    return found
-
-
-class Gap:
-    """The distance of two tensors, added up piece by piece."""
-
-    def __init__(self) -> None:
-        self.largest = self.squares = 0.0
-        self.entries = 0
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Both in the wider of their dtypes. Infinite if one has a NaN or an infinity that the other has not."""
-        for one, two in _pieces(x, y):
-            apart = one - two
-            gap = span(apart)
-            if not gap < float("inf"):
-                same = (one == two) | (one.isnan() & two.isnan())
-                apart = torch.where(same, 0.0, apart).nan_to_num(float("inf"), float("inf"), -float("inf"))
-                gap = span(apart)
-            self.largest = max(self.largest, gap)
-            self.squares += apart.double().square().sum().item()
-            self.entries += apart.numel()
-
-    def relative(self, scale: float) -> Error:
-        return Error(self.largest / scale, (self.squares / max(1, self.entries)) ** 0.5 / scale)
-
-
-def error_of(x: Tensor, truth: Tensor, scale: float = 1.0) -> Error:
-    gap = Gap()
-    gap.add(x, truth)
-    return gap.relative(scale)
+    return max(piece.nan_to_num(0.0, 0.0, 0.0).abs().amax().item() for (piece,) in _pieces(x))
 
 
 def rms(x: Tensor) -> float:
     """Over the finite entries."""
     pieces = (piece.double().nan_to_num(0.0, 0.0, 0.0) for (piece,) in _pieces(x))
-    return (sum(piece.square().sum().item() for piece in pieces) / max(1, x.numel())) ** 0.5
+    return (sum(piece.square().sum().item() for piece in pieces) / x.numel()) ** 0.5
 
 
-def span(x: Tensor) -> float:
-    """max |x|; NaN if there is one."""
-    low, high = x.aminmax()
-    return torch.maximum(-low, high).item()
+def error_of(x: Tensor, truth: Tensor, scale: float = 1.0) -> Error:
+    """How far two tensors are apart, in the wider of their dtypes. Infinite if one has a NaN or an infinity that the
+    other has not.
+    """
+    most = squares = 0.0
+    for one, two in _pieces(x, truth):
+        same = (one == two) | (one.isnan() & two.isnan())
+        apart = torch.where(same, 0.0, (one - two).abs()).nan_to_num(float("inf"))
+        most = max(most, apart.amax().item())
+        squares += apart.double().square().sum().item()
+    return Error(most / scale, (squares / x.numel()) ** 0.5 / scale)
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    if tensors[0].numel() <= PIECE:
-        yield tensors
-    else:
-        yield from zip(*(x.reshape(-1).split(PIECE) for x in tensors), strict=True)
+    return zip(*(x.reshape(-1).split(PIECE) for x in tensors), strict=True)

@@ -1,8 +1,8 @@
 """Where the tensors of a trace are: a safetensors file, a .npz file, or a folder of .npy files. And under which names,
 if these are a port's own.
 
-Each store has a header (name → dtype and shape, as safetensors writes them), the metadata, and reads one tensor, or
-some rows of it, at a time. No store opens a pickle.
+Each store has a header (name → dtype and shape, as safetensors writes them), the metadata, and reads one tensor at a
+time. No store opens a pickle.
 """
 
 import difflib
@@ -20,7 +20,6 @@ from minibert.checkpoint.files import parse_json, read_json, stamp
 from minibert.checkpoint.reading import SafetensorsFile
 from minibert.trace.table import SHAPES, row_of
 
-MOST_HEADER = 2**24  # bytes. A file may claim anything.
 METADATA = "metadata"  # the name of a .npz's entry, and of a folder's JSON file
 NUMPY_KINDS = {"f8": "F64", "f4": "F32", "f2": "F16", "i8": "I64", "i4": "I32", "i2": "I16"}
 NUMPY_KINDS |= {"i1": "I8", "u1": "U8", "b1": "BOOL"}
@@ -31,8 +30,6 @@ class Store(Protocol):
     metadata: dict[str, str]
 
     def read(self, name: str, /) -> Tensor: ...
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
 
 
 def open_store(path: Path) -> Store:
@@ -45,7 +42,7 @@ def open_store(path: Path) -> Store:
             )
         return Arrays(path)
     require_file(path, "a trace: a safetensors or .npz file, or a folder of .npy files")
-    return Arrays(path) if path.suffix == ".npz" or zipfile.is_zipfile(path) else Safetensors(path)
+    return Arrays(path) if path.suffix == ".npz" or zipfile.is_zipfile(path) else SafetensorsFile(path)
 
 
 def require_file(path: Path, what: str) -> None:
@@ -58,36 +55,27 @@ def require_file(path: Path, what: str) -> None:
         raise OSError(f"{path} is a pipe or a device, and should be {what}: write it to a file first")
 
 
-class Safetensors(SafetensorsFile):
-    def __init__(self, path: Path) -> None:
-        with open(path, "rb") as start:
-            length = int.from_bytes(start.read(8), "little")
-        if MOST_HEADER < length <= path.stat().st_size:
-            raise ValueError(f"{path}: its header has {length} bytes, and a trace's has {MOST_HEADER} at most")
-        super().__init__(path)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.read(name, range(self.header[name]["shape"][0])[start:stop])
-
-
 class Arrays:
     """numpy's .npz, or a folder of .npy files. The metadata are one JSON object of strings: the entry `metadata` of a
     .npz (numpy.savez(…, metadata=json.dumps(…))), or metadata.json in the folder.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.folder = path, path.is_dir()
         self.stamps: dict[Path, tuple[int, ...]] = {}  # what was there when it was opened, and must still be
-        self.last: tuple[str, Tensor] | None = None  # what was read last: the way to some rows leads through all
         with _damaged(path):
             names = self._names()
-        self.header = {name: self._header(name) for name in names if name != METADATA or path.is_dir()}
-        with _damaged(path / f"{METADATA}.json" if path.is_dir() else path):
-            metadata = parse_json(self._metadata(METADATA in names))
-        self.metadata = {key: value if isinstance(value, str) else str(value) for key, value in metadata.items()}
+        self.header = {name: self._header(name) for name in names if name != METADATA or self.folder}
+        file = path / f"{METADATA}.json"
+        with _damaged(file if self.folder else path):
+            if self.folder:
+                raw = file.read_bytes() if file.is_file() else b"{}"
+            else:
+                raw = str(self._load(METADATA)).encode() if METADATA in names else b"{}"
+            self.metadata = {key: str(value) for key, value in parse_json(raw).items()}
 
     def _names(self) -> list[str]:
-        if self.path.is_dir():
+        if self.folder:
             return sorted(file.stem for file in self.path.glob("*.npy"))
         with zipfile.ZipFile(self.path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist()]
@@ -98,11 +86,11 @@ class Arrays:
     @contextmanager
     def _open(self, name: str) -> Iterator[IO[bytes]]:
         """The .npy file of a tensor. An error within the block names it."""
-        path = self.path / f"{name}.npy" if self.path.is_dir() else self.path
+        path = self.path / f"{name}.npy" if self.folder else self.path
         with _damaged(path):
             if self.stamps.setdefault(path, stamp(path)) != stamp(path):
                 raise ValueError("it has changed since it was opened")
-            if self.path.is_dir():
+            if self.folder:
                 with open(path, "rb") as file:
                     yield file
             else:
@@ -114,23 +102,13 @@ class Arrays:
         from numpy.lib import format as npy
 
         with self._open(name) as file:
-            version = npy.read_magic(file)
-            if version not in ((1, 0), (2, 0)):
-                raise ValueError(f"an array of the format {version}, which only arrays with named fields need")
-            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
             shape, _, dtype = read(file)
             if dtype.str[1:] not in NUMPY_KINDS or dtype.str[0] == ">":
                 raise ValueError(
                     f"an array of the dtype {dtype.str!r}: make it a float32 or int64 array of this byte order"
                 )
         return {"dtype": NUMPY_KINDS[dtype.str[1:]], "shape": [int(size) for size in shape]}
-
-    def _metadata(self, inside: bool) -> bytes:
-        """The JSON of the metadata; an empty object if there is none."""
-        file = self.path / f"{METADATA}.json"
-        if self.path.is_dir():
-            return file.read_bytes() if file.is_file() else b"{}"
-        return str(self._load(METADATA)).encode() if inside else b"{}"
 
     def _load(self, name: str) -> Any:
         import numpy
@@ -139,12 +117,7 @@ class Arrays:
             return numpy.lib.format.read_array(file, allow_pickle=False)
 
     def read(self, name: str) -> Tensor:
-        if self.last is None or self.last[0] != name:
-            self.last = (name, torch.from_numpy(self._load(name)))
-        return self.last[1]
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.read(name)[start:stop]
+        return torch.from_numpy(self._load(name))
 
 
 @contextmanager
@@ -182,9 +155,11 @@ def read_names(path: Path) -> dict[str, str | None]:
     names = read_json(path)
     rows = [name for name in SHAPES if name != "gradient.NAME"]
     for theirs, ours in names.items():
-        if ours is not None and (not isinstance(ours, str) or row_of(ours.replace(NUMBER, "N")) not in SHAPES):
+        if ours is None:
+            continue
+        if not isinstance(ours, str) or row_of(ours.replace(NUMBER, "N")) not in SHAPES:
             raise ValueError(f"{path}: {shown(theirs)} stands for {with_guess(str(ours), rows)}, which no trace has")
-        if isinstance(ours, str) and (NUMBER in theirs) != (".N." in ours or NUMBER in ours):
+        if (NUMBER in theirs) != (".N." in ours or NUMBER in ours):
             raise ValueError(f"{path}: {shown(theirs)} and {shown(ours)}: both have {NUMBER} for a layer, or neither")
     return names
 
@@ -213,6 +188,3 @@ class Renamed:
 
     def read(self, name: str) -> Tensor:
         return self.store.read(self.stored[name])
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.store.rows(self.stored[name], start, stop)

@@ -15,12 +15,12 @@ form of the table. What is none of these stays as it is, and is judged so.
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from math import prod
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -52,8 +52,7 @@ from minibert.trace.table import (
 FORMAT, VERSION = "minibert-trace", "1"
 HOW_TO_WRITE = "minibert/parity/README.md shows how to write a trace from any language"
 # A file may claim anything. What is read stays within these, which BERT-large on 32 rows of 512 tokens does.
-MOST_LAYERS, MOST_NUMBERS, MOST_IN_A_ROW = 1000, 2**30, 2**26
-MOST_PADDED = 2**20  # places that packed tokens may take when they are padded
+MOST_LAYERS, MOST_NUMBERS = 1000, 2**30
 PACKED = "cu_seqlens"  # where each sequence starts in packed tokens, and the end: (B + 1,)
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
@@ -100,10 +99,6 @@ class Trace:
     def read(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of the first axis of a tensor, or the number itself if it has no axis."""
-        return self.tensors[name][start:stop] if self.tensors[name].dim() else self.tensors[name]
-
     def settle(self, name: str, truth: Tensor) -> None:
         """Where the stored shape allows two layouts of a tensor, read it from now on in the one nearer to `truth`."""
 
@@ -149,14 +144,11 @@ class TraceFile(Trace):
     """
 
     def __init__(self, path: str | PathLike[str], names: dict[str, str | None] | None = None) -> None:
-        path = Path(path)
-        self.store = open_store(path)
-        with naming(path):
+        self.store = open_store(Path(path))
+        with naming(Path(path)):
             self.store = Renamed(self.store, names) if names else self.store
-        with naming(path / "metadata.json" if path.is_dir() else path):
             config = read_metadata(self.store.metadata)
-        with naming(path):
-            _check_header(self.store.header, config)
+            _require_known_kinds(self.store)
             found = Forms(self.store, config)
         self.forms, self.others, self.mask = found.forms, found.others, found.mask
         super().__init__({}, config, self.store.metadata, str(path), found.asked, found.packed)
@@ -171,12 +163,6 @@ class TraceFile(Trace):
     def read(self, name: str) -> Tensor:
         form = self.forms[name]
         return form.turn(self.store.read(form.stored))
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        form = self.forms[name]
-        if form.rowwise and form.shape:
-            return form.turn(self.store.rows(form.stored, start, stop))
-        return self.read(name)[start:stop] if form.shape else self.read(name)
 
     def settle(self, name: str, truth: Tensor) -> None:
         if name in self.others:
@@ -226,9 +212,9 @@ def read_metadata(metadata: dict[str, str]) -> BertConfig:
     return config
 
 
-def _check_header(header: dict[str, dict[str, Any]], config: BertConfig) -> None:
-    """Raise ValueError for tensors of a kind or a size that cannot be compared."""
-    for name, entry in header.items():
+def _require_known_kinds(store: Store) -> None:
+    """Raise ValueError for tensors of the table that are of a kind that cannot be compared."""
+    for name, entry in store.header.items():
         if row_of(name) not in MEANINGS:
             continue  # `Forms` has a sentence for it
         wanted = INTEGERS if name in INPUTS else tuple(DTYPES)
@@ -236,28 +222,30 @@ def _check_header(header: dict[str, dict[str, Any]], config: BertConfig) -> None
             raise ValueError(f"{name} is {entry['dtype']}, and must be one of {', '.join(wanted)}")
         if 0 in entry["shape"]:
             raise ValueError(f"{name} is empty, {tuple(entry['shape'])}: there is nothing to compare")
-    shape = tuple(header["input_ids"]["shape"]) if "input_ids" in header else ()
-    if len(shape) == 1:  # one row, or packed tokens, of which there may be one long sequence
-        shape = (1, *shape)
-    for name in [name for name, _, _ in TABLE[:-1]] if len(shape) == 2 else []:
-        size = expected_shape(name, config, shape)
-        if prod(size) > MOST_NUMBERS or prod(size[1:]) > MOST_IN_A_ROW:
+
+
+def _require_small(size: tuple[int, ...], config: BertConfig) -> None:
+    """Raise ValueError if a tensor of the table is too large for inputs of this size, (B, S)."""
+    for name, _, _ in TABLE[:-1]:
+        shape = expected_shape(name, config, size)
+        if prod(shape) > MOST_NUMBERS:
             raise ValueError(
-                f"with this config and {shape[0]} × {shape[1]} tokens {name} has the shape {size}: at most "
-                f"{MOST_NUMBERS:,} numbers are compared, {MOST_IN_A_ROW:,} of a row. Trace fewer or shorter rows"
+                f"with this config and {size[0]} × {size[1]} tokens {name} has the shape {shape}: at most "
+                f"{MOST_NUMBERS:,} numbers are compared. Trace fewer or shorter rows"
             )
 
 
-@dataclass(frozen=True)
-class Form:
-    """How a stored tensor becomes a tensor of the table. shape: then. rowwise: whether rows can be turned alone.
-    layout: how the stored one is read, where its shape allows two ways.
+Layout = tuple[tuple[int, ...], str, Callable[[Tensor], Tensor]]
+
+
+class Form(NamedTuple):
+    """How a stored tensor becomes a tensor of the table. shape: then. layout: how the stored one is read, where another
+    layout may have the same shape.
     """
 
     stored: str
     shape: tuple[int, ...]
     turn: Callable[[Tensor], Tensor] = lambda x: x
-    rowwise: bool = True
     layout: str = ""
 
 
@@ -280,10 +268,15 @@ class Forms:
         self.forms: dict[str, Form] = {}
         self.others: dict[str, Form] = {}
         for name in sorted(self.names, key=lambda name: name not in INPUTS):
-            self.forms[name] = self._form(name, self.names[name])
+            stored = self.names[name]
+            first, *others = self._forms(name, stored) or [Form(stored, self.stored_shapes[stored])]
+            self.forms[name] = first
+            if others and others[0].layout.endswith("K"):
+                self.others[name] = others[0]
             if name == "labels":
-                self.labels = self.forms[name].turn(store.read(self.names[name]))
-            self._two_layouts(name, self.forms[name])
+                self.labels = first.turn(store.read(stored))
+            if first.layout == "asked":
+                self.asked = self._asked()
         if unknown:
             raise ValueError(_unknown(unknown, config) + self._offer(unknown))
 
@@ -298,60 +291,58 @@ class Forms:
                     f"{PACKED} is {starts.tolist()[:9]} for {shape[0]} packed tokens: it must grow from 0 to {shape[0]}"
                 )
             longest = int(lengths.max())
-            if len(lengths) * longest > MOST_PADDED:
-                raise ValueError(f"{PACKED}: {len(lengths)} sequences, the longest of {longest}: trace fewer")
+            _require_small((len(lengths), longest), self.config)
             self.packed = torch.arange(longest) < lengths[:, None]
             return self.packed
         shape = (1, *shape) if len(shape) == 1 else shape if len(shape) == 2 else (1, 1)
+        _require_small(shape, self.config)
         if self.stored_shapes.get("attention_mask", ()) in (shape, shape[1:]):
             given = self.store.read(self.names["attention_mask"])
             if bool(((given == 0) | (given == 1)).all()):  # otherwise a sentence of its own follows
                 return given.bool().reshape(shape)
         return torch.ones(shape, dtype=torch.bool)
 
-    def _form(self, name: str, stored: str) -> Form:
-        shape, size = self.stored_shapes[stored], tuple(self.mask.shape)
-        wanted = expected_shape(name, self.config, size)
-        letters = "" if name.startswith(GRADIENT) else " ".join(SHAPES[row_of(name)])
-        heads, head_size = self.config.num_attention_heads, self.config.head_size
-        tokens = int(self.mask.sum())
-        if shape == wanted:
-            return Form(stored, shape)
-        if name == "loss" and shape in ((1,), (1, 1)):
-            return Form(stored, (), lambda x: x.reshape(()))
-        if letters == "B H S K":
-            split = (*size, heads, head_size)
-            if shape in (split, (*size, heads * head_size)):
-                return Form(stored, wanted, lambda x: x.reshape(len(x), *split[1:]).transpose(1, 2))
-            if size[0] == 1 and shape in (split[1:], (size[1], heads * head_size)):
-                return Form(stored, wanted, lambda x: x.reshape(split).transpose(1, 2), rowwise=False)
-            if shape in ((tokens, heads, head_size), (tokens, heads * head_size)):
-                return Form(
-                    stored, wanted, lambda x: _place(x.reshape(tokens, *split[2:]), self.mask).transpose(1, 2), False
-                )
-        if letters.startswith("B") and size[0] == 1 and shape == wanted[1:]:
-            return Form(stored, wanted, lambda x: x[None], rowwise=False)
-        if letters.startswith("B S") and shape == (tokens, *wanted[2:]):
-            filler = IGNORE if name == "labels" else 0
-            return Form(stored, wanted, lambda x: _place(x, self.mask, filler), rowwise=False)
-        if name == "logits" and self.labels is not None and self.labels.shape == self.mask.shape:
-            asked = (self.labels != IGNORE) & self.mask
-            if shape == (int(asked.sum()), *wanted[2:]):
-                self.asked = asked
-                return Form(stored, wanted, lambda x: _place(x, asked), rowwise=False)
-        return Form(stored, shape)
+    def _asked(self) -> Tensor | None:
+        """(B, S): where a label asks for something; None if there are no labels."""
+        if self.labels is None or self.labels.shape != self.mask.shape:
+            return None
+        return (self.labels != IGNORE) & self.mask
 
-    def _two_layouts(self, name: str, form: Form) -> None:
-        """With as many heads as positions, B H S K and B S H K (or H S K and S H K) are one shape."""
-        heads, stored = self.config.num_attention_heads, self.stored_shapes[form.stored]
-        if SHAPES.get(row_of(name)) != ["B", "H", "S", "K"] or heads != self.mask.shape[1] or heads == 1:
-            return
-        if stored == form.shape:
-            self.forms[name] = replace(form, layout="B H S K")
-            self.others[name] = replace(form, layout="B S H K", turn=lambda x: x.transpose(1, 2))
-        elif len(stored) > 2 and stored == form.shape[1:]:
-            self.forms[name] = replace(form, layout="S H K")
-            self.others[name] = replace(form, layout="H S K", turn=lambda x: x[None])
+    def _forms(self, name: str, stored: str) -> list[Form]:
+        """The forms of the table's tensor that have the shape of the stored one, the likeliest first."""
+        wanted = expected_shape(name, self.config, tuple(self.mask.shape))
+        kind = self._in_heads if SHAPES[row_of(name)] == ["B", "H", "S", "K"] else self._as_it_is
+        shape = self.stored_shapes[stored]
+        return [Form(stored, wanted, turn, layout) for size, layout, turn in kind(name, wanted) if size == shape]
+
+    def _as_it_is(self, name: str, wanted: tuple[int, ...]) -> Iterator[Layout]:
+        """(shape, layout, how it is turned), of all tensors but queries, keys and values."""
+        yield wanted, "", lambda x: x
+        letters, mask = SHAPES[row_of(name)], self.mask
+        if name == "loss":
+            yield from (((1,) * axes, "", lambda x: x.reshape(())) for axes in (1, 2))
+        if letters[:1] == ["B"] and len(mask) == 1:
+            yield wanted[1:], "", lambda x: x[None]
+        if letters[:2] == ["B", "S"]:
+            filler = IGNORE if name == "labels" else 0
+            yield (int(mask.sum()), *wanted[2:]), "", lambda x: _place(x, mask, filler)
+        if name == "logits" and (asked := self._asked()) is not None:
+            yield (int(asked.sum()), *wanted[2:]), "asked", lambda x: _place(x, asked)
+
+    def _in_heads(self, name: str, wanted: tuple[int, ...]) -> Iterator[Layout]:
+        """The same of queries, keys and values. With as many heads as positions, two layouts have the same shape."""
+        (rows, length), (_, heads, _, head_size) = self.mask.shape, wanted
+        tokens, mask = int(self.mask.sum()), self.mask
+        split = (rows, length, heads, head_size)
+        named = heads > 1
+        yield wanted, "B H S K" * named, lambda x: x
+        yield split, "B S H K" * named, lambda x: x.transpose(1, 2)
+        yield (rows, length, heads * head_size), "", lambda x: x.reshape(split).transpose(1, 2)
+        if rows == 1:
+            yield split[1:], "S H K" * named, lambda x: x[None].transpose(1, 2)
+            yield wanted[1:], "H S K" * named, lambda x: x[None]
+        for size in ((tokens, heads, head_size), (tokens, heads * head_size)):
+            yield size, "", lambda x: _place(x.reshape(tokens, heads, head_size), mask).transpose(1, 2)
 
     def _offer(self, unknown: list[str]) -> str:
         """The end of a sentence: which names of the table the unknown ones may stand for, by shape, likeness and order.
@@ -367,11 +358,10 @@ class Forms:
         for place, (rule, stored) in enumerate(first.items()):
             for number, row in enumerate(rows):
                 name = row.replace(".N.", ".0.")
-                wanted = expected_shape(name, self.config, tuple(self.mask.shape))
                 whole = not header[stored]["dtype"].startswith(("F", "BF"))
                 if (NUMBER in rule) != (".N." in row) or whole != (row in INPUTS) or not self.stored_shapes[stored]:
                     continue
-                if ("input_ids" not in self.names and row in INPUTS) or self._form(name, stored).shape == wanted:
+                if ("input_ids" not in self.names and row in INPUTS) or self._forms(name, stored):
                     apart = abs(place / len(first) - number / len(rows))
                     scores[rule, row] = _alike(rule, row) + (1 - apart) / 3
         found: dict[str, str] = {}

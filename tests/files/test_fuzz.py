@@ -135,7 +135,6 @@ def read_trace(path):
     found.inputs()
     for name in found.names:
         found.read(name)
-        found.rows(name, 0, 1)
 
 
 def read_checkpoint(folder):

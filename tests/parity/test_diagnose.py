@@ -1,7 +1,5 @@
 """`diagnose`: known faults are named, at the right tensor; other faults are described truly, and never given a name."""
 
-import re
-
 import pytest
 import torch
 from numpy_port import NumpyBert
@@ -73,7 +71,6 @@ def test_the_right_tensor_in_bfloat16(title):
         ("head 0 is zero", ["only in head 0 of 3"]),
         ("logits of the last words are 0", ["only in words 90 to 98 of 99"]),
         ("row 0's mask for all", ["only in rows 2, 3 of 4", "only in keys 14, 15 of 16"]),
-        ("GELU twice in the head", ["and from here on it grows no faster than rounding does"]),
         ("relu", [f"none of the known faults, alone, in one place or in pairs: {len(KNOWN)} were tried"]),
     ],
 )
@@ -89,11 +86,6 @@ def test_where_the_error_begins():
     said = said_of(*reversed(strange("first layer for all")))
     assert "the first wrong tensor is layers.1.query " in said
     assert "look at what computes it: layers.1.query is the query projection" in said
-    numbers = re.search(r"the error is (\S+) times rounding here, (\S+) times at layers\.0\.feed_forward_norm", said)
-    # Another layer's weights are wrong in the first digit, and float32 has seven; before, transformers rounds as we do.
-    # 3, as the order of sums differs with the processor: here 0.75 to 0.85 were seen.
-    assert float(numbers[1]) > 1e5
-    assert float(numbers[2]) < 3
 
 
 def test_diff_says_it_too():

@@ -23,7 +23,6 @@ def test_a_trace_comes_back_from_its_file(tmp_path):
     read = TraceFile(tmp_path / "a.safetensors")
     assert (read.names, read.config, read.dtype) == (a.names, a.config, torch.float32)
     assert all(torch.equal(read.read(name), a.tensors[name]) for name in a.names)
-    assert all(torch.equal(read.rows(name, 1, 3), a.rows(name, 1, 3)) for name in a.names)
     assert json.loads(read.metadata["settings"])["float32_matmul_precision"] == "highest"
     assert read.title == f"{tmp_path}/a.safetensors (minibert, float32)"
 
@@ -109,14 +108,7 @@ def test_headers_that_claim_too_much(hostile):
     hostile.refused("not a whole safetensors file")
     write_raw(hostile.path, {"logits": entry((4,))}, 16, {**metadata, "config": 3})
     hostile.refused("not a whole safetensors file")
-    write_raw(hostile.path, b" " * (2**24 + 1))
-    hostile.refused("its header has 16777217 bytes, and a trace's has 16777216 at most")
     hostile("num_hidden_layers 1073741824", config=json.dumps({**config, "num_hidden_layers": 2**30}))
-    # 0.5 GB that agree with the config: one row of 2^27 logits
-    header = {"input_ids": entry((1, 1), 0, "I64"), "logits": entry((1, 1, 2**27), 8)}
-    huge = json.dumps({**config, "vocab_size": 2**27})
-    write_raw(hostile.path, header, 8 + 4 * 2**27, {**metadata, "config": huge})
-    hostile.refused("logits has the shape .1, 1, 134217728.")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +122,7 @@ def test_headers_that_claim_too_much(hostile):
         ("labels", {"labels": torch.ones(3, 10, dtype=torch.int64)}),
         ("logits is empty", {"logits": torch.ones(0, 4)}),
         ("unknown", {"input_ids": torch.full((3, 11), 10**6)}),
-        ("embeddings.sum has the shape .1, 5000000, 24.", {"input_ids": torch.ones(1, 5000000, dtype=torch.int64)}),
+        ("scores has the shape .1, 3, 5000000, 5000000.", {"input_ids": torch.ones(1, 5000000, dtype=torch.int64)}),
         ("position", {name: torch.ones(1, 50, dtype=torch.int64) for name in INPUTS}),
     ],
 )
