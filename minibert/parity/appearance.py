@@ -10,31 +10,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from minibert.checkpoint.names import hub_names
+from minibert.checkpoint.names import to_transformers
 from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.yardstick import Error, rms
+from minibert.trace.recorder import GIVEN_BY
 from minibert.trace.table import GRADIENT, SHAPES, hide_padding, row_of
 from minibert.trace.tracefile import Trace
 
 LEFT_OVER = 0.05  # A rule explains an error if at most this part of it is left.
 AXES = {"B": "row", "H": "head", "K": "entry of a head", "D": "entry", "F": "entry", "V": "word"}
-# The module whose bias, or whose LayerNorm, a tensor comes from.
-MODULES = {
-    "embeddings.norm": "embeddings.LayerNorm",
-    "layers.N.query": "layers.N.attention.qkv",
-    "layers.N.key": "layers.N.attention.qkv",
-    "layers.N.value": "layers.N.attention.qkv",
-    "layers.N.attention_output": "layers.N.attention.output",
-    "layers.N.attention_norm": "layers.N.attention_LayerNorm",
-    "layers.N.intermediate": "layers.N.feed_forward.intermediate",
-    "layers.N.feed_forward": "layers.N.feed_forward.output",
-    "layers.N.feed_forward_norm": "layers.N.feed_forward_LayerNorm",
-    "head.dense": "head.dense",
-    "head.norm": "head.LayerNorm",
-    "logits": "head",
-}
 
 
 class Wrong(NamedTuple):
@@ -55,10 +41,10 @@ class Wrong(NamedTuple):
         return self.x.double() - self.truth.double()
 
     @property
-    def module(self) -> str:
-        """The module in our model that gives the tensor."""
+    def hub(self) -> str:
+        """The hub's module that gives the tensor; "" if there is none of its own."""
         number = self.name.split(".")[1] if self.name.startswith("layers.") else ""
-        return MODULES[row_of(self.name)].replace(".N.", f".{number}.")
+        return GIVEN_BY.get(row_of(self.name), "").replace(".N.", f".{number}.")
 
     def explained_by(self, guess: Tensor) -> bool:
         """Whether `guess`, a tensor for `x`, leaves next to nothing of the error."""
@@ -93,10 +79,12 @@ def _equal_to_another(wrong: Wrong) -> Iterator[str]:
         return
     names = wrong.given.names
     for name in reversed(names[: names.index(wrong.name)]):
-        alike = (
-            wrong.given.shapes()[name] == tuple(wrong.x.shape) and name.split(".")[:-1] == wrong.name.split(".")[:-1]
-        )
-        if alike and wrong.explained_by(hide_padding(name, wrong.given.read(name), wrong.mask)):
+        alike = name.rpartition(".")[0] == wrong.name.rpartition(".")[0]
+        if (
+            alike
+            and wrong.given.shapes()[name] == tuple(wrong.x.shape)
+            and wrong.explained_by(hide_padding(name, wrong.given.read(name), wrong.mask))
+        ):
             said = ": the activation is missing" if wrong.name.endswith(".activation") else ""
             yield f"it equals {name}{said}"
             return
@@ -114,15 +102,12 @@ def _bias(wrong: Wrong) -> Iterator[str]:
     if not wrong.explained_by(wrong.truth + (everywhere.transpose(1, 2) if heads else everywhere)):
         return
     said = "the same vector is added at every token: a bias"
-    if wrong.model is not None and row_of(wrong.name) in MODULES:
-        hubs = hub_names(f"{wrong.module}.bias")
-        part = ("query", "key", "value").index(wrong.name.split(".")[-1]) if len(hubs) == 3 else 0
-        bias = wrong.model.get_parameter(f"{wrong.module}.bias").detach().chunk(len(hubs))[part]
-        bias = bias.to(vector).reshape(vector.shape)
+    if wrong.model is not None and wrong.hub:
+        name = f"{wrong.hub}.bias"
+        bias = to_transformers(wrong.model.state_dict())[name].to(vector).reshape(vector.shape)
         times = _times(bias, vector)
         if times and rms(vector - times * bias) < 0.1 * rms(vector):
-            missing = abs(times + 1) < 0.05
-            said = f"{hubs[part]} is missing" if missing else f"{hubs[part]} is added {times + 1:.3g} times"
+            said = f"{name} is missing" if abs(times + 1) < 0.05 else f"{name} is added {times + 1:.3g} times"
     yield said
 
 
@@ -131,10 +116,9 @@ def fitted_eps(wrong: Wrong) -> float | None:
     read = _read_by(wrong)
     if read is None or wrong.model is None:
         return None
-    norm = wrong.model.get_submodule(wrong.module)
-    assert isinstance(norm, nn.LayerNorm)
     some, x = read[wrong.mask][:512], wrong.x[wrong.mask][:512].double()
-    weight, bias = (parameter.detach().to(x) for parameter in (norm.weight, norm.bias))
+    weights = to_transformers(wrong.model.state_dict())
+    weight, bias = (weights[f"{wrong.hub}.{kind}"].to(x) for kind in ("weight", "bias"))
 
     def left(power: float) -> float:
         return rms(F.layer_norm(some, weight.shape, weight, bias, 10.0**power) - x)
@@ -161,7 +145,7 @@ def _read_by(wrong: Wrong) -> Tensor | None:
     shapes = wrong.given.shapes()
     if parts is None or any(shapes.get(part) != tuple(wrong.x.shape) for part in parts):
         return None
-    return torch.stack([wrong.given.read(part).double().to(wrong.x.device) for part in parts]).sum(0)
+    return torch.stack([wrong.given.read(part).double() for part in parts]).sum(0)
 
 
 def _places(wrong: Wrong) -> Iterator[str]:

@@ -83,7 +83,7 @@ def reference_of(
     asked = standard_inputs(config) if inputs is None else inputs
     truth = trace(deepcopy(own).to("cpu", torch.float64), **asked, grad=True)
     rounded = trace(own.to(rounding_dtype(dtype)), **asked, grad=True)
-    pairs = ((name, truth.tensors[name], rounded.tensors[name]) for name in truth.names if name not in INPUTS)
+    pairs = [(name, truth.tensors[name], rounded.tensors[name]) for name in truth.names if name not in INPUTS]
     return Reference(title, asked, list(measures(pairs, dtype)))
 
 
@@ -134,14 +134,12 @@ def _group_of(name: str) -> str:
 
 def _nearest_to_its_bound(name: str, group: list[tuple[Measure, Error]]) -> Checked:
     worst, error = max(group, key=lambda pair: pair[0].share(pair[1]))
-    allowed = worst.allowed
-    kind = "largest" if error.largest / allowed.largest >= error.rms / allowed.rms else "rms"
+    kind = worst.kind(error)
     detail = f"rounding explains {getattr(worst.explained, kind):.1e}"
     if len(group) > 1:
         detail = f"{len(group)} tensors; nearest to its bound: {worst.name}"
-    if kind == "rms":
-        detail += " (root mean square)"
-    return Checked(name, getattr(error, kind), getattr(allowed, kind), detail)
+    detail += " (root mean square)" * (kind == "rms")
+    return Checked(name, getattr(error, kind), getattr(worst.allowed, kind), detail)
 
 
 def _answers_like_bert(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
@@ -185,13 +183,8 @@ def _invariances(model: nn.Module, config: BertConfig, logits: Measure) -> Itera
 
 def _masking(vocab_size: int, masked: tuple[Tensor, Tensor]) -> Checked:
     ids, special, mask_id = masking_ids(vocab_size)
-    ours = mask_tokens(
-        ids,
-        special,
-        vocab_size=len(masking_words(vocab_size)),
-        mask_token_id=mask_id,
-        generator=torch.Generator().manual_seed(MASKING_SEED),
-    )
+    generator, size = torch.Generator().manual_seed(MASKING_SEED), len(masking_words(vocab_size))
+    ours = mask_tokens(ids, special, vocab_size=size, mask_token_id=mask_id, generator=generator)
     different = (ours.input_ids != masked[0]) | (ours.labels != masked[1])
     return Checked("masking", float(different.sum()), 0.0, f"of {ids.numel()} tokens, other than the collator's")
 
@@ -268,11 +261,10 @@ def compare_tokenizers(ours: Tokenizer, theirs: Tokenizer, texts: tuple[str, ...
             continue
         pairs = zip(TOKENIZER_STEPS, _tokenized(ours, text), _tokenized(theirs, text), strict=True)
         step, mine, other = next((each for each in pairs if each[1] != each[2]), ("ids", _ids(one), _ids(two)))
-        title = f"the tokenizers differ first on {shown(text)!r}"
         lines = [f"  step    {step}", f"  ours    {shown(mine)}", f"  theirs  {shown(other)}"]
         more = {"texts": len(texts), "text": text, "step": step, "ours": mine, "theirs": other}
-        return Report((title,), summary=lines, ok=False, more=more)
-    more = {"texts": len(texts), "text": None, "step": None, "ours": None, "theirs": None}
+        return Report((f"the tokenizers differ first on {shown(text)!r}",), summary=lines, ok=False, more=more)
+    more = {"texts": len(texts), **dict.fromkeys(("text", "step", "ours", "theirs"))}
     return Report((f"the tokenizers agree on all of {len(texts)} texts",), more=more)
 
 

@@ -119,10 +119,8 @@ def lower_precision(yardstick: Yardstick, first: str) -> Found | None:
     def at_first(steps: Steps) -> Tensor:
         return yardstick.hidden(first, next(x for name, x in steps.run() if name == first))
 
-    def exact() -> Steps:
-        return Steps(yardstick.exact, yardstick.inputs, given)
-
-    x, truth = yardstick.there(first).double(), at_first(exact())
+    exact = Steps(yardstick.exact, yardstick.inputs, given)
+    x, truth = yardstick.there(first).double(), at_first(exact)
     if x.shape != truth.shape or not bool(((x - truth).abs() <= LARGEST * truth.abs().max()).all()):
         return None
 
@@ -134,16 +132,15 @@ def lower_precision(yardstick: Yardstick, first: str) -> Found | None:
     if not best <= LEFT:
         return None
     said = [f"{shown(given.name)}: {first} is as if {precision.title}", f"  {REMEDY}"]
-    lowered = Lowered(yardstick, precision, last_right)
+    lowered, shapes = Lowered(yardstick, precision, last_right), given.shapes()
     pairs = (
         (name, yardstick.hidden(name, y), yardstick.hidden(name, own))
-        for (name, y), (_, own) in zip(exact().run(), lowered.run(), strict=True)
+        for (name, y), (_, own) in zip(exact.run(), lowered.run(), strict=True)
     )
     for measure in measures(pairs, given.dtype):
         name = measure.name
-        if given.shapes().get(name) != tuple(measure.truth.shape):
-            continue
-        if not measure.accepts(measure.error(yardstick.there(name))):
+        there = shapes.get(name) == tuple(measure.truth.shape)
+        if there and not measure.accepts(measure.error(yardstick.there(name))):
             said.append(f"  it does not explain the error of {name}: look for a second cause there")
             return Found(precision.title, said)
     return Found(precision.title, [*said, "  it explains the size of every error in the forward pass"])
@@ -229,9 +226,13 @@ class Measured(Line):
         return self.share <= 1
 
     def cells(self) -> dict[str, str]:
-        numbers = {"error": f"{self.error:.1e}", "its step's own": f"{self.own:.1e}"}
-        of = {"of what 8 bits may do": f"{self.share:.2f}"}
-        return {"tensor": self.name, **numbers, **of, "verdict": "ok" if self.ok else "wrong"}
+        return {
+            "tensor": self.name,
+            "error": f"{self.error:.1e}",
+            "its step's own": f"{self.own:.1e}",
+            "of what 8 bits may do": f"{self.share:.2f}",
+            "verdict": "ok" if self.ok else "wrong",
+        }
 
 
 def own_errors(yardstick: Yardstick, eight: BertForMaskedLM, kind: type[Steps] = Steps) -> Iterator[Measured]:
@@ -246,10 +247,8 @@ def own_errors(yardstick: Yardstick, eight: BertForMaskedLM, kind: type[Steps] =
     for (name, _), _ in zip(exact.run(), rounded.run(), strict=True):
         if yardstick.shapes.get(name) != tuple(exact.own.shape):
             continue
-        x, (truth, own) = (
-            yardstick.there(name).double(),
-            (yardstick.hidden(name, each.own) for each in (exact, rounded)),
-        )
+        x = yardstick.there(name).double()
+        truth, own = (yardstick.hidden(name, each.own) for each in (exact, rounded))
         scale = largest(truth) or 1.0
         error, explained = error_of(x, truth, scale), error_of(own, truth, scale)
         shares = [each / max(ALLOWED * most, 8 * eps) for each, most in zip(error, explained, strict=True)]
@@ -361,11 +360,8 @@ def hint(yardstick: Yardstick, first: str) -> str | None:
     """
     if first.split(".")[-1] not in PRODUCTS:  # it does not begin with weights
         return None
-    rows = [
-        row
-        for row in own_errors(yardstick, eight_bit_weights(yardstick.exact))
-        if row.name.split(".")[-1] in PRODUCTS[1:-1]
-    ]
+    found = own_errors(yardstick, eight_bit_weights(yardstick.exact))
+    rows = [row for row in found if row.name.split(".")[-1] in PRODUCTS[1:-1]]
     if len(rows) < 6 or not all(row.ok and row.everywhere for row in rows):
         return None
     return (

@@ -50,10 +50,11 @@ def write(path: Path = PATH) -> None:
 def read(model: BertForMaskedLM) -> Reference:
     """The reference for `model`. Raises FileNotFoundError if there is no golden trace, ValueError if it is of other
     weights or not float32."""
+    none = "transformers is not installed, and"
     if not PATH.is_file():
         raise FileNotFoundError(
-            f"transformers is not installed, and there is no golden trace at {PATH} (a checkout of minibert has one, "
-            "an installed package has not): pip install transformers"
+            f"{none} there is no golden trace at {PATH} (a checkout of minibert has one, an installed package has "
+            "not): pip install transformers"
         )
     dtype = next(model.parameters()).dtype
     with safe_open(PATH, framework="pt") as file:
@@ -62,13 +63,11 @@ def read(model: BertForMaskedLM) -> Reference:
     report = model.load_report
     if report is None or metadata["sha256"] not in report.sha256.values():
         raise ValueError(
-            f"transformers is not installed, and the golden trace {PATH} is of other weights than these (SHA-256 "
-            f"{metadata['sha256'][:12]}…): pip install transformers. If the bundled weights have changed: {REMAKE}"
+            f"{none} the golden trace {PATH} is of other weights than these (SHA-256 {metadata['sha256'][:12]}…): pip "
+            f"install transformers. If the bundled weights have changed: {REMAKE}"
         )
     if dtype != torch.float32:
-        raise ValueError(
-            f"transformers is not installed, and the golden trace is float32, not {dtype}: pip install transformers"
-        )
+        raise ValueError(f"{none} the golden trace is float32, not {dtype}: pip install transformers")
     names = [name for name in expected_names(model.config) if name not in INPUTS]
     pairs = ((name, tensors["float64." + name], tensors["float32." + name]) for name in names)
     return Reference(

@@ -10,16 +10,12 @@ from minibert.trace.table import GRADIENT, INPUTS, expected_names, explain
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a report's table."""
+    """One row of a report's table. `cells()` gives the text under each header."""
 
     name: str
 
     @property
     def ok(self) -> bool:
-        raise NotImplementedError
-
-    def cells(self) -> dict[str, str]:
-        """The text under each header."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, object]:
@@ -54,7 +50,14 @@ class Report:
         yield from self._titled("  ")
         yield from self.notes
         if self.rows:
-            yield from in_columns(*self.table())
+            header, *rows = self._table()
+            widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+            for line in (header, *rows):  # names on the left, numbers on the right
+                cells = [
+                    cell.ljust(width) if name in (header[0], "shape", header[-1]) else cell.rjust(width)
+                    for name, cell, width in zip(header, line, widths, strict=True)
+                ]
+                yield "  ".join(cells).rstrip()
         yield from self.summary
 
     def markdown(self) -> Iterator[str]:
@@ -62,37 +65,20 @@ class Report:
         for line in (*self.summary, *self.notes):
             yield f"- {line.strip()}"
         if self.rows:
-            yield ""
-            yield from in_markdown(*self.table())
+            header, *rows = self._table()
+            yield from ("", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}")
+            for row in rows:
+                yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
 
     def _titled(self, between: str) -> list[str]:
         if len(self.titles) == 1:
             return list(self.titles)
         return [f"{side}{between}{title}" for side, title in zip("AB", self.titles, strict=True)]
 
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Its header, and its rows."""
+    def _table(self) -> list[list[str]]:
+        """Its header, then its rows."""
         header = list(self.rows[0].cells())
-        return header, [[row.cells().get(name, "-") for name in header] for row in self.rows]
-
-
-def in_columns(header: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """A table for a terminal: names on the left, numbers on the right."""
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
-    for line in (header, *rows):
-        cells = [
-            cell.ljust(width) if column in (0, len(widths) - 1) or header[column] == "shape" else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
-
-
-def in_markdown(header: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """The same as a table in markdown."""
-    yield f"| {' | '.join(header)} |"
-    yield f"|{'---|' * len(header)}"
-    for row in rows:
-        yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
+        return [header, *([row.cells().get(name, "-") for name in header] for row in self.rows)]
 
 
 def between(

@@ -261,7 +261,7 @@ def error_of(x: Tensor, truth: Tensor, scale: float = 1.0) -> Error:
     most = squares = 0.0
     for one, two in _pieces(x, truth):
         same = (one == two) | (one.isnan() & two.isnan())
-        apart = torch.where(same, 0.0, (one - two).abs()).nan_to_num(float("inf"))
+        apart = torch.where(same, 0.0, (one - two).abs()).nan_to_num(float("inf"), float("inf"))
         most = max(most, apart.amax().item())
         squares += apart.double().square().sum().item()
     return Error(most / scale, (squares / x.numel()) ** 0.5 / scale)

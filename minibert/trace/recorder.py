@@ -50,6 +50,10 @@ PLACES = (
     ("head.norm", "out", "head.LayerNorm", "cls.predictions.transform.LayerNorm"),
     ("logits", "out", "head", "cls.predictions"),
 )
+# The hub's module that gives a tensor. Its dropout does nothing where a trace is right.
+GIVEN_BY = {name: hub.replace(".dropout", ".dense") for name, side, _, hub in PLACES if side == "out"}
+GIVEN_BY["embeddings.norm"] = "bert.embeddings.LayerNorm"
+GIVEN_BY |= {f"layers.N.{part}": f"bert.encoder.layer.N.attention.self.{part}" for part in ("query", "key", "value")}
 
 
 class _Attention(TorchFunctionMode):
@@ -92,8 +96,8 @@ def trace(
     and keep every tensor of TABLE. The inputs are (B, S), as for the model's own call. With `grad`, the trace also has
     the gradient of the loss by every parameter; no parameter's .grad changes.
 
-    The model stays in its mode: in training mode, dropout is on. Attention is the written-out form, and there is no
-    TF32, no autocast and no sum in half precision. Raises ValueError for inputs that a BERT of this size cannot take.
+    The model stays in its mode: in training mode, dropout is on. Attention is the written-out form. Raises ValueError
+    for inputs that a BERT of this size cannot take.
     """
     model = bert_inside(model)
     ours = isinstance(model, BertForMaskedLM)
@@ -113,14 +117,24 @@ def trace(
     with ExitStack() as stack:
         settings = stack.enter_context(exact_arithmetic(device.type))
         stack.enter_context(torch.set_grad_enabled(grad))
-        stack.enter_context(_written_out_attention(model))
+        stack.enter_context(use_kernel("formula") if ours else _eager(model))
         stack.enter_context(_hooks(model, config.num_hidden_layers, keep))
         loss = model(**{name: x for name, x in tensors.items() if name in INPUTS}).loss
         if loss is not None:
             tensors["loss"] = loss.detach()
         if grad:
             tensors.update(gradients(model, loss))
-    return Trace({name: tensor.cpu() for name, tensor in tensors.items()}, config, _metadata(model, config, settings))
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": json.dumps(asdict(config)),
+        "dtype": dtype_name(next(model.parameters()).dtype),
+        "backend": "minibert" if ours else f"transformers {version('transformers')}",
+        "device": str(device) if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}",
+        "torch": torch.__version__,
+        "settings": json.dumps(settings),
+    }
+    return Trace({name: tensor.cpu() for name, tensor in tensors.items()}, config, metadata)
 
 
 def bert_inside(module: nn.Module) -> nn.Module:
@@ -143,21 +157,6 @@ def bert_inside(module: nn.Module) -> nn.Module:
         f"trace reads minibert's or transformers' BertForMaskedLM, not {kind}: write the trace from your port; "
         f"{HOW_TO_WRITE}"
     )
-
-
-def _metadata(model: nn.Module, config: BertConfig, settings: dict[str, Any]) -> dict[str, str]:
-    parameter = next(model.parameters())
-    device = parameter.device
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": json.dumps(asdict(config)),
-        "dtype": dtype_name(parameter.dtype),
-        "backend": "minibert" if isinstance(model, BertForMaskedLM) else f"transformers {version('transformers')}",
-        "device": str(device) if device.type == "cpu" else f"{device} {torch.cuda.get_device_name(device)}",
-        "torch": torch.__version__,
-        "settings": json.dumps(settings),
-    }
 
 
 def _our_config(model: nn.Module) -> BertConfig:
@@ -205,13 +204,8 @@ def _hooks(model: nn.Module, layers: int, keep: Callable[[str, Tensor], None]) -
         else:
             handles.append(module.register_forward_hook(lambda module, inputs, x: keep(next(in_turn), x)))
 
-    def watch(number: int) -> None:
-        path = f"layers.{number}.attention" if ours else f"bert.encoder.layer.{number}.attention.self"
-        module = model.get_submodule(path)
-        handles.append(module.register_forward_pre_hook(lambda module, inputs: attention.enter(number)))
-        handles.append(module.register_forward_hook(lambda module, inputs, x: attention.enter(None)))
-
     attention = _Attention(keep)
+    attention_path = "layers.{}.attention" if ours else "bert.encoder.layer.{}.attention.self"
     places: dict[tuple[str, str], list[str]] = {}
     for name, side, path, their_path in PLACES:
         places.setdefault((path if ours else their_path, side), []).append(name)
@@ -220,7 +214,9 @@ def _hooks(model: nn.Module, layers: int, keep: Callable[[str, Tensor], None]) -
             for number in range(layers) if ".N." in path else [0]:
                 add(path.replace(".N.", f".{number}."), side, [name.replace(".N.", f".{number}.") for name in names])
         for number in range(layers):
-            watch(number)
+            module = model.get_submodule(attention_path.format(number))
+            handles.append(module.register_forward_pre_hook(lambda *_, number=number: attention.enter(number)))
+            handles.append(module.register_forward_hook(lambda *_: attention.enter(None)))
         with attention:
             yield
     finally:
@@ -229,13 +225,8 @@ def _hooks(model: nn.Module, layers: int, keep: Callable[[str, Tensor], None]) -
 
 
 @contextmanager
-def _written_out_attention(model: nn.Module) -> Iterator[None]:
-    """The fused kernels do not give the probabilities; the written-out form does."""
-    if isinstance(model, BertForMaskedLM):
-        with use_kernel("formula"):
-            yield
-        return
-    theirs: Any = model
+def _eager(theirs: Any) -> Iterator[None]:
+    """transformers' written-out attention: the fused kernels do not give the probabilities."""
     before = theirs.config._attn_implementation
     theirs.set_attn_implementation("eager")
     try:
@@ -249,8 +240,7 @@ def exact_arithmetic(device: str) -> Iterator[dict[str, Any]]:
     """No TF32, no sums in half precision, no autocast. Yields these settings, for the trace's metadata."""
     matmul = torch.backends.cuda.matmul
     half = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
-    before = torch.get_float32_matmul_precision()
-    before_half = [getattr(matmul, name) for name in half]
+    before, before_half = torch.get_float32_matmul_precision(), [getattr(matmul, name) for name in half]
     torch.set_float32_matmul_precision("highest")
     for name in half:
         setattr(matmul, name, False)
@@ -282,7 +272,6 @@ def read_ids(path: Path) -> dict[str, Tensor]:
     if "input_ids" not in values or (unknown := values.keys() - set(INPUTS)):
         said = f"the key {sorted(unknown)[0]!r} is not known" if "input_ids" in values else "there is no input_ids"
         raise ValueError(f"{path}: {said}; it holds {', '.join(INPUTS)}, each a list of rows")
-    result = {}
     for name, rows in values.items():
         if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
             raise ValueError(f"{path}: {name} must be a list of rows, [[…], […]], none of them empty")
@@ -296,5 +285,4 @@ def read_ids(path: Path) -> dict[str, Tensor]:
                 if type(entry) is not int or not -(2**63) <= entry < 2**63:  # true and false are no ids
                     said = json.dumps(entry)[:40]
                     raise ValueError(f"{path}: {name} at {(number, column)} is {said}, and must be a whole number")
-        result[name] = torch.tensor(rows)
-    return result
+    return {name: torch.tensor(rows) for name, rows in values.items()}

@@ -164,27 +164,16 @@ def read_names(path: Path) -> dict[str, str | None]:
     return names
 
 
-class Renamed:
-    """A store whose tensors have our names. Raises ValueError if a name stands for nothing in it, or two for one."""
-
-    def __init__(self, store: Store, names: dict[str, str | None]) -> None:
-        self.store, self.metadata = store, store.metadata
-        self.stored: dict[str, str] = {}
-        rules = {theirs: re.compile(re.escape(theirs).replace(re.escape(NUMBER), r"(\d+)")) for theirs in names}
-        unused = set(names)
-        for stored in store.header:
-            name = stored
-            for theirs, rule in rules.items():
-                if (match := rule.fullmatch(stored)) is not None:
-                    unused.discard(theirs)
-                    ours = names[theirs] or EXTRA + stored
-                    name = re.sub(r"\{N\}|(?<=\.)N(?=\.)", match[1], ours) if match.groups() else ours
-            if name in self.stored:
-                raise ValueError(f"--names: {shown(stored)} and {shown(self.stored[name])} are both {shown(name)}")
-            self.stored[name] = stored
-        if unused:
-            raise ValueError(f"--names: there is no tensor {', '.join(map(shown, sorted(unused)))}")
-        self.header = {name: store.header[stored] for name, stored in self.stored.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self.store.read(self.stored[name])
+def renamed(stored: Iterable[str], names: dict[str, str | None]) -> dict[str, str]:
+    """What each name in a store stands for. Raises ValueError if one of `names` stands for nothing in it."""
+    rules = {theirs: re.compile(re.escape(theirs).replace(re.escape(NUMBER), r"(\d+)")) for theirs in names}
+    result, unused = {name: name for name in stored}, set(names)
+    for name in result:
+        for theirs, rule in rules.items():
+            if (match := rule.fullmatch(name)) is not None:
+                unused.discard(theirs)
+                ours = names[theirs] or EXTRA + name
+                result[name] = re.sub(r"\{N\}|(?<=\.)N(?=\.)", match[1], ours) if match.groups() else ours
+    if unused:
+        raise ValueError(f"--names: there is no tensor {', '.join(map(shown, sorted(unused)))}")
+    return result

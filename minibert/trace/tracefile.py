@@ -15,7 +15,7 @@ form of the table. What is none of these stays as it is, and is judged so.
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from os import PathLike
@@ -33,11 +33,10 @@ from minibert.checkpoint.reading import DTYPES
 from minibert.config import BertConfig
 from minibert.loss import IGNORE
 from minibert.packing import PackedBatch
-from minibert.trace.stores import EXTRA, NUMBER, Renamed, Store, open_store, shown, with_guess
+from minibert.trace.stores import EXTRA, NUMBER, Store, open_store, renamed, shown, with_guess
 from minibert.trace.table import (
     GRADIENT,
     INPUTS,
-    MEANINGS,
     SHAPES,
     TABLE,
     Inputs,
@@ -146,10 +145,8 @@ class TraceFile(Trace):
     def __init__(self, path: str | PathLike[str], names: dict[str, str | None] | None = None) -> None:
         self.store = open_store(Path(path))
         with naming(Path(path)):
-            self.store = Renamed(self.store, names) if names else self.store
             config = read_metadata(self.store.metadata)
-            _require_known_kinds(self.store)
-            found = Forms(self.store, config)
+            found = Forms(self.store, config, renamed(self.store.header, names or {}))
         self.forms, self.others, self.mask = found.forms, found.others, found.mask
         super().__init__({}, config, self.store.metadata, str(path), found.asked, found.packed)
         self.inputs()
@@ -212,18 +209,6 @@ def read_metadata(metadata: dict[str, str]) -> BertConfig:
     return config
 
 
-def _require_known_kinds(store: Store) -> None:
-    """Raise ValueError for tensors of the table that are of a kind that cannot be compared."""
-    for name, entry in store.header.items():
-        if row_of(name) not in MEANINGS:
-            continue  # `Forms` has a sentence for it
-        wanted = INTEGERS if name in INPUTS else tuple(DTYPES)
-        if entry["dtype"] not in wanted:
-            raise ValueError(f"{name} is {entry['dtype']}, and must be one of {', '.join(wanted)}")
-        if 0 in entry["shape"]:
-            raise ValueError(f"{name} is empty, {tuple(entry['shape'])}: there is nothing to compare")
-
-
 def _require_small(size: tuple[int, ...], config: BertConfig) -> None:
     """Raise ValueError if a tensor of the table is too large for inputs of this size, (B, S)."""
     for name, _, _ in TABLE[:-1]:
@@ -257,10 +242,16 @@ class Forms:
     sizes are equal: only the numbers can tell which it is.
     """
 
-    def __init__(self, store: Store, config: BertConfig) -> None:
+    def __init__(self, store: Store, config: BertConfig, names: dict[str, str]) -> None:
         self.store, self.config = store, config
         self.stored_shapes = {name: tuple(entry["shape"]) for name, entry in store.header.items()}
-        self.names, unknown = _known_names(store.header, config)
+        self.names, unknown = _known_names(names, config)
+        for name, stored in self.names.items():
+            wanted, dtype = INTEGERS if name in INPUTS else tuple(DTYPES), store.header[stored]["dtype"]
+            if dtype not in wanted:
+                raise ValueError(f"{name} is {dtype}, and must be one of {', '.join(wanted)}")
+            if 0 in self.stored_shapes[stored]:
+                raise ValueError(f"{name} is empty, {self.stored_shapes[stored]}: there is nothing to compare")
         self.asked: Tensor | None = None
         self.packed: Tensor | None = None
         self.labels: Tensor | None = None
@@ -282,7 +273,7 @@ class Forms:
 
     def _mask(self) -> Tensor:
         """(B, S), true for tokens; as far as the shape of input_ids says what B and S are."""
-        shape = self.stored_shapes.get("input_ids", (1, 1))
+        shape = self.stored_shapes.get(self.names.get("input_ids", ""), (1, 1))
         if len(shape) == 1 and PACKED in self.stored_shapes:
             starts = self.store.read(PACKED).long().flatten()
             lengths = starts.diff()
@@ -296,8 +287,8 @@ class Forms:
             return self.packed
         shape = (1, *shape) if len(shape) == 1 else shape if len(shape) == 2 else (1, 1)
         _require_small(shape, self.config)
-        if self.stored_shapes.get("attention_mask", ()) in (shape, shape[1:]):
-            given = self.store.read(self.names["attention_mask"])
+        if (mask := self.names.get("attention_mask")) and self.stored_shapes[mask] in (shape, shape[1:]):
+            given = self.store.read(mask)
             if bool(((given == 0) | (given == 1)).all()):  # otherwise a sentence of its own follows
                 return given.bool().reshape(shape)
         return torch.ones(shape, dtype=torch.bool)
@@ -381,23 +372,20 @@ def _place(x: Tensor, where: Tensor, filler: int = 0) -> Tensor:
     return result
 
 
-def _known_names(header: Iterable[str], config: BertConfig) -> tuple[dict[str, str], list[str]]:
-    """Name in the table → name in the store, and the names in the store that are no trace's. Raises ValueError if two
-    are one tensor's.
+def _known_names(names: dict[str, str], config: BertConfig) -> tuple[dict[str, str], list[str]]:
+    """Name in the table → name in the store, and the names in the store that are no trace's. names: what those in the
+    store stand for. Raises ValueError if two are one tensor's.
     """
-    known = set(expected_names(config))
+    known, unknown = set(expected_names(config)), []
     result: dict[str, str] = {}
-    unknown = []
-    for stored in header:
-        name = stored
-        if stored.startswith(GRADIENT):
-            for old, new in OLD_NAMES.items():
-                name = name.replace(old, new)
+    for stored, name in names.items():
+        for old, new in OLD_NAMES.items() if name.startswith(GRADIENT) else ():
+            name = name.replace(old, new)
         if name in result:
-            raise ValueError(f"{shown(stored)} and {shown(result[name])} are the same tensor: leave one out")
+            raise ValueError(f"{shown(stored)} and {shown(result[name])} are both {shown(name)}: leave one out")
         if name in known:
             result[name] = stored
-        elif stored != PACKED and not stored.startswith(EXTRA):
+        elif stored != PACKED and not name.startswith(EXTRA):
             unknown.append(stored)
     return result, unknown
 

@@ -11,6 +11,8 @@ from minibert.parity import TraceFile, diagnose, diff, trace, yardstick
 from minibert.trace import Trace
 
 SIZES = {**CONFIGS["3 heads, gelu_new"], "num_hidden_layers": 1}
+WEIGHT = "gradient.bert.encoder.layer.0.intermediate.dense.weight"
+BIAS = "gradient.cls.predictions.bias"
 
 
 @pytest.fixture(scope="module")
@@ -24,132 +26,124 @@ def changed(given, **tensors):
     return Trace({**given.tensors, **tensors}, given.config, given.metadata)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def text(report):
+    return "\n".join(report.lines())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_a_correct_port_is_right(dtype):
     ours, theirs = twins(SIZES, dtype=dtype)
     batch = make_batch(SIZES, "left", (3, 5), two_segments=True)
-    report = diff(trace(ours, **batch, grad=True), trace(theirs, **batch, grad=True), ours)
-    assert report.ok, "\n".join(report.lines())
-    assert "both right" in report.summary[0]
-
-
-def test_the_first_wrong_tensor_and_who_is_wrong(made):
-    a, b, ours = made
-    wrong = b.tensors["layers.0.context"] * 1.01
-    report = diff(a, changed(b, **{"layers.0.context": wrong}), ours)
-    assert report.rows[-1].name == "layers.0.context"
-    assert report.rows[-1].verdict == "B is wrong"
-    assert "The last good one is layers.0.probabilities" in report.summary[0]
-    assert diff(a, changed(b, **{"layers.0.context": wrong})).rows[-1].verdict == "differs"
-
-
-def test_what_does_not_fit_is_said(made):
-    a, b, _ = made
-    gradient = "gradient.bert.encoder.layer.0.intermediate.dense.weight"
-    turned = changed(b, **{gradient: b.tensors[gradient].T.contiguous()})
-    assert diff(a, turned).rows[-1].verdict == "B is A transposed: axes 0 and 1 are exchanged"
-    assert "3 5 131 in A and 3 2 131 in B" in diff(a, changed(b, logits=b.tensors["logits"][:, :2])).rows[-1].verdict
-    assert "NaN or infinity in B" in diff(a, changed(b, loss=b.tensors["loss"] * float("nan"))).rows[-1].verdict
-    ids = b.tensors["input_ids"].clone()
-    ids[1, 0] = (ids[1, 0] + 1) % 131
-    with pytest.raises(ValueError, match=r"input_ids at \(1, 0\) is .* Trace both on the same inputs"):
-        diff(a, changed(b, input_ids=ids))
-    fewer = changed(b, mine=torch.ones(2))
-    del fewer.tensors["layers.0.query"]
-    report = diff(a, fewer)
-    assert report.ok
-    assert any("B does not have layers.0.query" in note for note in report.notes)
-    assert any("B has mine" in note for note in report.notes)
-    other = Trace(b.tensors, replace(b.config, layer_norm_eps=1e-5), b.metadata)
-    assert "note: layer_norm_eps is 1e-07 in A's config and 1e-05 in B's" in diff(a, other).notes
-
-
-def test_float64_has_a_bound_of_its_own():
-    ours, theirs = twins(SIZES, dtype=torch.float64)
-    batch = make_batch(SIZES, "left", (3, 5), two_segments=True)
     a, b = trace(ours, **batch, grad=True), trace(theirs, **batch, grad=True)
-    report = diff(a, b, ours, everything=True)
-    assert report.ok, "\n".join(report.lines())
-    bounds = [row.allowed[0].largest for row in report.rows]
-    assert 9 * torch.finfo(torch.float64).eps < max(bounds) < 1e-12  # 8 would be the floor: no rounding was seen
-    gelu = changed(b, logits=b.tensors["logits"] * (1 + 1e-12))
-    assert diff(a, gelu, ours).rows[-1].verdict == "B is wrong"
+    report = diff(a, b, ours)
+    assert report.ok, text(report)
+    assert "both right" in report.summary[0]
+    if dtype == torch.float64:  # it has a bound of its own
+        bounds = [row.allowed[0].largest for row in report.rows]
+        assert 9 * torch.finfo(dtype).eps < max(bounds) < 1e-12  # 8 would be the floor: no rounding was seen
+        wrong = changed(b, logits=b.tensors["logits"] * (1 + 1e-12))
+        assert diff(a, wrong, ours).rows[-1].verdict == "B is wrong"
 
 
-def unlabelled(given):
-    return Trace({name: x for name, x in given.tensors.items() if name != "labels"}, given.config, given.metadata)
+def ignored_mask(t):
+    scores = torch.where(t["attention_mask"][:, None, None, :] == 1, t["layers.0.scores"], -1.0)
+    return {"layers.0.scores": scores, "layers.0.probabilities": scores.softmax(-1)}
 
 
-def test_without_labels_the_rest_is_compared(made):
+def split_otherwise(t):  # B S H K, and ports compute in the padding
+    x = t["layers.0.query"].transpose(1, 2)
+    return {"layers.0.query": torch.where(t["attention_mask"][:, :, None, None] == 0, 7.0, x)}
+
+
+def times(name, factor):
+    return lambda t: {name: t[name] * factor}
+
+
+def plus(name, number=1.0):
+    return lambda t: {name: t[name] + number}
+
+
+@pytest.mark.parametrize(
+    ("change", "with_model", "without"),
+    [
+        (
+            times("layers.0.context", 1.01),
+            ["B is wrong", "first wrong: layers.0.context. The last good one is layers.0.probabilities"],
+            [" differs"],
+        ),
+        (
+            ignored_mask,
+            ["\nlayers.0.probabilities is the scores after the mask and the softmax over the keys"],
+            ["first wrong: layers.0.probabilities"],
+        ),
+        (
+            plus(BIAS),
+            [f"\n{BIAS} is the backward pass, from the head to the embeddings, as far as cls.predictions.bias"],
+            [],
+        ),
+        (split_otherwise, *[["layers.0.query", "B is A transposed: axes 1 and 2 are exchanged"]] * 2),
+        (
+            lambda t: {"layers.0.query": t["layers.0.query"].transpose(1, 2) + 1},
+            *[["should be 3 3 5 8: exchange axes 1 and 2 of B"]] * 2,
+        ),
+        (lambda t: {WEIGHT: t[WEIGHT].T}, *[["B is A transposed: axes 0 and 1 are exchanged"]] * 2),
+        (lambda t: {"logits": t["logits"][:, :2]}, *[["3 5 131 in A and 3 2 131 in B"]] * 2),
+        (times("loss", float("nan")), ["B has NaN or infinity from loss on"], ["NaN or infinity in B"]),
+        (plus("embeddings.sum"), ["B is wrong"], [" differs"]),
+    ],
+)
+def test_the_first_wrong_tensor_and_what_is_said_of_it(made, change, with_model, without):
     a, b, ours = made
-    for pair in ((a, unlabelled(b), ours), (unlabelled(a), b), (unlabelled(a), unlabelled(b))):
-        report = diff(*pair)
+    b = changed(b, **change(b.tensors))
+    for report, words in ((diff(a, b, ours), with_model), (diff(a, b), without)):
+        assert not report.ok
+        assert all(each in text(report) for each in words), text(report)
+        assert "nan" not in text(report)
+        assert "are these the weights of --model?" not in text(report)
+        assert "are not in" not in text(report)  # it has all tensors
+
+
+def test_both_wrong_alike(made):
+    stale = [changed(each, **plus("embeddings.sum")(each.tensors)) for each in made[:2]]
+    assert "are these the weights of --model?" in diff(*stale, made[2]).summary[-1]
+
+
+def test_what_cannot_be_compared_is_said(made):
+    a, b, ours = made
+    with pytest.raises(ValueError, match=r"input_ids at \(0, 0\) is .* Trace both on the same inputs"):
+        diff(a, changed(b, input_ids=(b.tensors["input_ids"] + 1) % 131))
+    fewer = changed(b, mine=torch.ones(2))
+    del fewer.tensors["layers.0.query"], fewer.tensors["labels"]
+    fewer.config = replace(b.config, layer_norm_eps=1e-5)
+    for report in (diff(a, fewer), diff(fewer, fewer), diff(a, fewer, ours)):
         assert report.ok
         assert report.rows[-1].name == "logits"
         assert any("loss and gradients are not compared" in note for note in report.notes)
+    for words in ("B does not have labels", "B has mine", "layer_norm_eps is 1e-07 in A's config and 1e-05"):
+        assert any(words in note.replace("layers.0.query", "labels") for note in report.notes), words
     assert "no difference in 1 tensor;" in diff(a, only(b, "logits")).summary[0]
 
 
-def test_exchanged_axes_are_named(made):
-    a, b, ours = made
-    name = "layers.0.query"
-    stored = b.tensors[name].transpose(1, 2).contiguous()  # B S H K
-    noise = torch.where(b.tensors["attention_mask"][:, :, None, None] == 0, 7.0, stored)  # ports compute in the padding
-    for model in (None, ours):
-        row = diff(a, changed(b, **{name: noise}), model).rows[-1]
-        assert (row.name, row.verdict) == (name, "B is A transposed: axes 1 and 2 are exchanged")
-    report = diff(a, changed(b, **{name: stored + 1}))
-    assert report.rows[-1].verdict.endswith("should be 3 3 5 8: exchange axes 1 and 2 of B")
-    assert "nan" not in "\n".join(report.lines())
-
-
-def test_what_is_said_of_a_fault(made):
-    a, b, ours = made
-    seen = b.tensors["attention_mask"][:, None, None, :] == 1
-    scores = torch.where(seen, b.tensors["layers.0.scores"], -1.0)  # a mask that hides nothing
-    soft = {"layers.0.scores": scores, "layers.0.probabilities": scores.softmax(-1)}
-    said = diff(a, changed(b, **soft), ours).summary
-    assert "first wrong: layers.0.probabilities" in said[0]
-    assert said[1] == "layers.0.probabilities is the scores after the mask and the softmax over the keys"
-    stale = [changed(each, **{"embeddings.sum": each.tensors["embeddings.sum"] + 1}) for each in (a, b)]
-    assert "are these the weights of --model?" in diff(*stale, ours).summary[-1]
-    one_wrong = diff(a, stale[1], ours)
-    assert "are these" not in " ".join(one_wrong.summary)
-    broken = b.tensors["logits"].clone()
-    broken[0, 0, 0] = float("nan")
-    said = " ".join(diff(a, changed(b, logits=broken), ours).summary)
-    assert "B has NaN or infinity from logits on" in said
-    assert "inf times" not in said
-    gradient = "gradient.cls.predictions.bias"
-    said = diff(a, changed(b, **{gradient: b.tensors[gradient] + 1})).summary[1]
-    assert said == f"{gradient} is the backward pass, from the head to the embeddings, as far as cls.predictions.bias"
+def test_what_a_tolerance_hides(made):
+    a, b, _ = made
     assert "hides small faults" not in diff(a, b).summary[0]
     half = [Trace(each.tensors, each.config, {**each.metadata, "dtype": "bfloat16"}) for each in (a, b)]
     assert "1.9e-01, which hides small faults: --model, or traces in float32, show more" in diff(*half).summary[0]
 
 
-@pytest.mark.parametrize("with_model", [False, True])
-def test_small_pieces_make_the_same_report(made, with_model, monkeypatch, tmp_path):
+def test_small_pieces_make_the_same_report(made, monkeypatch):
     a, b, ours = made
     wrong = {name: b.tensors[name].clone() for name in ("layers.0.probabilities", "logits")}
     wrong["layers.0.probabilities"][0, 1, 2, 3] += 1
     wrong["logits"][1, 0, 130] = float("inf")
-    b = changed(b, **wrong)
-    a.save(tmp_path / "a.safetensors")
-    b.save(tmp_path / "b.safetensors")
-    files = [TraceFile(tmp_path / f"{name}.safetensors") for name in "ab"]
-    model = ours if with_model else None
-    whole = diff(a, b, model, everything=True)
+    whole = diff(a, changed(b, **wrong), ours, everything=True)
     firsts = {row.name: row.first for row in whole.rows if row.first}
-    assert (firsts["layers.0.probabilities"], firsts["logits"]) == ((0, 1, 2, 3), (1, 0, 130))
+    assert firsts == {"layers.0.probabilities": (0, 1, 2, 3), "logits": (1, 0, 130)}
     monkeypatch.setattr(yardstick, "PIECE", 7)
-    for row, other in zip(diff(*files, model, everything=True).rows, whole.rows, strict=True):
-        same = ("name", "shape", "max_abs", "relative", "first", "verdict")
-        assert [repr(getattr(row, key)) for key in same] == [repr(getattr(other, key)) for key in same]
-        for one, two in zip(row.errors or (), other.errors or (), strict=True):
-            assert one == pytest.approx(two, rel=1e-9, nan_ok=True)
-        # Sums in float32 depend on where they are cut.
-        assert row.cosine == pytest.approx(other.cosine, abs=1e-5, nan_ok=True)
+    for row, other in zip(diff(a, changed(b, **wrong), ours, everything=True).rows, whole.rows, strict=True):
+        assert (row.max_abs, row.relative, row.verdict) == (other.max_abs, other.relative, other.verdict)
+        for one, two in zip(row.errors, other.errors, strict=True):
+            assert one == pytest.approx(two, rel=1e-9)
 
 
 @pytest.mark.parametrize(("rows", "stored"), [(1, "B H S K"), (3, "B S H K")])

@@ -23,30 +23,22 @@ def given():
     return a, ours
 
 
-def require_same(given, read, names=None):
-    for name in names or given.names:
+def require_same(given, read):
+    for name in given.names:
         torch.testing.assert_close(read.read(name), given.read(name), rtol=0, atol=0)
     assert diff(given, read).ok
 
 
 @pytest.mark.parametrize("merged", [True, False], ids=["B S D", "B S H K"])
-def test_heads_that_are_not_exchanged_or_not_split(given, tmp_path, merged):
-    a, _ = given
-    names = [f"layers.{n}.{part}" for n in range(2) for part in ("query", "key", "value")]
-    other = {name: a.tensors[name].transpose(1, 2) for name in names}
-    if merged:
-        other = {name: x.flatten(-2) for name, x in other.items()}
-    require_same(a, stored(tmp_path / "a.safetensors", a, other))
-
-
-def test_a_loss_with_an_axis_and_older_names(given, tmp_path):
+def test_other_heads_a_loss_with_an_axis_and_older_names(given, tmp_path, merged):
     a, _ = given
     changes, without = {"loss": a.tensors["loss"].reshape(1)}, []
-    for name in a.names:
-        if name.startswith("gradient.") and "LayerNorm" in name:
-            changes[name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")] = (
-                a.tensors[name]
-            )
+    for name, x in a.tensors.items():
+        if name.endswith((".query", ".key", ".value")):
+            changes[name] = x.transpose(1, 2).flatten(-2) if merged else x.transpose(1, 2)
+        older = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        if older != name:
+            changes[older] = x
             without.append(name)
     assert without
     require_same(a, stored(tmp_path / "a.safetensors", a, changes, without))
@@ -112,22 +104,22 @@ def test_coarser_and_finer_storage(tmp_path):
     assert diff(a, read, ours).ok
 
 
-@pytest.mark.parametrize("folder", [True, False], ids=["a folder of .npy", ".npz"])
-def test_numpy_files(given, tmp_path, folder):
-    a, ours = given
-    arrays = {name: x.numpy() for name, x in a.tensors.items()}
-    path = tmp_path / "a"
-    if folder:
-        path.mkdir()
-        for name, x in arrays.items():
-            numpy.save(path / f"{name}.npy", x)
-        (path / "metadata.json").write_text(json.dumps(a.metadata))
-    else:
-        path = tmp_path / "a.npz"
-        numpy.savez(path, metadata=json.dumps(a.metadata), **arrays)
-    read = TraceFile(path)
-    require_same(a, read)
-    assert diff(a, read, ours).ok
+def write_numpy(path, arrays, metadata=None):
+    """A .npz; or a folder of .npy files, where the path has no ending."""
+    if path.suffix:
+        numpy.savez(path, **arrays, **({} if metadata is None else {"metadata": json.dumps(metadata)}))
+        return
+    path.mkdir()
+    for name, x in arrays.items():
+        numpy.save(path / f"{name}.npy", x)
+    (path / "metadata.json").write_text(json.dumps(metadata))
+
+
+@pytest.mark.parametrize("path", ["a", "a.npz"])
+def test_numpy_files(given, tmp_path, path):
+    a, _ = given
+    write_numpy(tmp_path / path, {name: x.numpy() for name, x in a.tensors.items()}, a.metadata)
+    require_same(a, TraceFile(tmp_path / path))
 
 
 class Code:
@@ -140,40 +132,33 @@ class Code:
         return self.path.touch, ()
 
 
-@pytest.mark.parametrize(("name", "folder"), [("input_ids", True), ("input_ids", False), ("metadata", False)])
-def test_a_pickle_in_numpy_files_is_not_opened(given, tmp_path, name, folder):
+@pytest.mark.parametrize(("path", "name"), [("a", "input_ids"), ("a.npz", "input_ids"), ("a.npz", "metadata")])
+def test_a_pickle_in_numpy_files_is_not_opened(given, tmp_path, path, name):
     evil = numpy.array([Code(tmp_path / "run")], dtype=object)
-    arrays = {"input_ids": given[0].tensors["input_ids"].numpy(), "metadata": json.dumps(given[0].metadata), name: evil}
-    if folder:
-        (tmp_path / "a").mkdir()
-        for each, x in arrays.items():
-            numpy.save(tmp_path / "a" / f"{each}.npy", x)
-    else:
-        numpy.savez(tmp_path / "a.npz", **arrays)
+    write_numpy(tmp_path / path, {"input_ids": given[0].tensors["input_ids"].numpy(), name: evil})
     with pytest.raises(ValueError, match="not a whole set of numpy arrays"):
-        TraceFile(tmp_path / ("a" if folder else "a.npz"))
+        TraceFile(tmp_path / path)
     assert not (tmp_path / "run").exists()
 
 
 def test_numpy_files_that_are_no_traces(given, tmp_path):
-    ids = given[0].tensors["input_ids"].numpy()
-    numpy.savez(tmp_path / "a.npz", input_ids=ids)
-    with pytest.raises(ValueError, match="give the format None"):
-        TraceFile(tmp_path / "a.npz")
-    whole = (tmp_path / "a.npz").read_bytes()
-    (tmp_path / "a.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="numpy arrays"):
-        TraceFile(tmp_path / "a.npz")
-    numpy.savez(tmp_path / "b.npz", input_ids=ids.astype(">i8"))
-    with pytest.raises(ValueError, match=r"b.npz: .*'>i8'.* of this byte order"):
-        TraceFile(tmp_path / "b.npz")
+    a, file = given[0], tmp_path / "a.npz"
+    ids = a.tensors["input_ids"].numpy()
 
+    def refused(words):
+        with pytest.raises(ValueError, match=words):
+            TraceFile(file).read("loss")
 
-def test_numpy_files_that_change_while_they_are_compared(given, tmp_path):
-    arrays = {name: x.numpy() for name, x in given[0].tensors.items()}
-    numpy.savez(tmp_path / "a.npz", metadata=json.dumps(given[0].metadata), **arrays)
-    read = TraceFile(tmp_path / "a.npz")
-    numpy.savez(tmp_path / "a.npz", metadata=json.dumps(given[0].metadata), mine=numpy.ones(3), **arrays)
+    write_numpy(file, {"input_ids": ids})
+    refused("give the format None")
+    file.write_bytes(file.read_bytes()[:200])
+    refused("numpy arrays")
+    write_numpy(file, {"input_ids": ids.astype(">i8")})
+    refused(r"a.npz: .*'>i8'.* of this byte order")
+    arrays = {name: x.numpy() for name, x in a.tensors.items()}
+    write_numpy(file, arrays, a.metadata)
+    read = TraceFile(file)
+    write_numpy(file, {**arrays, "mine": ids}, a.metadata)
     with pytest.raises(ValueError, match=r"a\.npz: .* it has changed since it was opened"):
         read.read("loss")
 
