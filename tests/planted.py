@@ -138,11 +138,9 @@ def untied(model, patch):
 
 
 def transposed(model, patch):
-    square = [
-        dense for dense in model.modules() if isinstance(dense, nn.Linear) and dense.in_features == dense.out_features
-    ]
-    for dense in square:
-        dense.weight.data = dense.weight.data.T.contiguous()
+    for dense in model.modules():
+        if isinstance(dense, nn.Linear) and dense.in_features == dense.out_features:
+            dense.weight.data = dense.weight.data.T.contiguous()
 
 
 def pre_norm(model, patch):

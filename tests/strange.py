@@ -19,36 +19,16 @@ def of_logits(change):
     return decoder(lambda module, read, x: change(x))
 
 
-def weights(change):
-    def plant(model, patch):
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.data = change(parameter.data)
-
-    return plant
+def weights_in_8_bits(model, patch):
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data = rounded(parameter.data, 1)
 
 
-def noise(x):
-    return x + 0.01 * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x.dtype)
-
-
-def no_residual(block_of):
-    def plant(model, patch):
-        for block in map(block_of, model.bert.encoder.layer):
-            block.forward = lambda x, read, block=block: block.LayerNorm(block.dropout(block.dense(x)))
-
-    return plant
-
-
-def norms_swapped(model, patch):
+def no_residual(model, patch):
     for layer in model.bert.encoder.layer:
-        one, two = layer.attention.output, layer.output
-        one.LayerNorm, two.LayerNorm = two.LayerNorm, one.LayerNorm
-
-
-def sinusoids(table):
-    angle = torch.arange(len(table))[:, None] / 10000 ** (torch.arange(table.shape[1]) / table.shape[1])
-    return angle.sin().to(table.dtype) * 0.02
+        block = layer.attention.output
+        block.forward = lambda x, read, block=block: block.LayerNorm(block.dropout(block.dense(x)))
 
 
 def skipped_layer(model, patch):
@@ -70,11 +50,6 @@ def head_dense_bias(model, patch):
     nn.init.zeros_(model.cls.predictions.transform.dense.bias)
 
 
-def bias_rolled(model, patch):
-    model.cls.predictions.bias.data = model.cls.predictions.bias.data.roll(1)
-    model.cls.predictions.decoder.bias = model.cls.predictions.bias
-
-
 def nothing_in(path):
     """The module gives what it reads."""
 
@@ -84,18 +59,9 @@ def nothing_in(path):
     return plant
 
 
-def soften(change):
-    """Another function of the scores, whose padding is hidden, than the softmax."""
-    return attend(soften=lambda scores, seen: change(scores))
-
-
-def near(scores, width=2):
+def near(scores, seen, width=2):
     place = torch.arange(scores.shape[-1])
     return scores.masked_fill((place[:, None] - place).abs() > width, lowest(scores)).softmax(-1)
-
-
-def first_keys(scores, count=4):
-    return scores.masked_fill(torch.arange(scores.shape[-1]) >= count, lowest(scores)).softmax(-1)
 
 
 def row_0s_mask(scores, seen):
@@ -107,11 +73,6 @@ def row_0s_types(given):
     return {**given, "token_type_ids": types[:1].expand_as(types).contiguous()}
 
 
-def half_hidden(model, patch):
-    for layer in model.bert.encoder.layer:
-        layer.register_forward_hook(lambda m, i, x: x.to(torch.float8_e4m3fn).to(x.dtype))
-
-
 def smoothed(model, patch):
     real = F.cross_entropy
     patch.setattr(nn.functional, "cross_entropy", lambda *a, **k: real(*a, **{**k, "label_smoothing": 0.1}))
@@ -119,55 +80,32 @@ def smoothed(model, patch):
 
 STRANGE = {
     "GELU twice in the head": activation(lambda x: F.gelu(F.gelu(x)), encoder=False),
-    "weights rounded to int8": weights(lambda x: rounded(x, 1)),
+    "weights rounded to int8": weights_in_8_bits,
     "capped logits": of_logits(lambda x: 3 * (x / 3).tanh()),
     "smoothed labels": smoothed,
     "relu": activation(F.relu),
-    "relu in the head": activation(F.relu, encoder=False),
-    "silu": activation(F.silu),
     "sigmoid GELU": activation(lambda x: x * torch.sigmoid(1.702 * x)),
     "no activation in the encoder": activation(lambda x: x, head=False),
-    "leaky relu": activation(F.leaky_relu),
     "query bias missing": no_bias_of("attention.self.query"),
     "key bias missing": no_bias_of("attention.self.key"),
-    "value bias missing": no_bias_of("attention.self.value"),
-    "attention output bias missing": no_bias_of("attention.output.dense"),
-    "intermediate bias missing": no_bias_of("intermediate.dense"),
     "feed-forward bias missing": no_bias_of("output.dense"),
     "head dense bias missing": head_dense_bias,
     "last layer skipped": skipped_layer,
     "layers reversed": layers(lambda found: found[::-1]),
     "first layer for all": layers(lambda found: [found[0]] * len(found)),
     "scores scaled twice": attend(scale=0.35),
-    "temperature 0.9": attend(scale=1 / 0.9),
     "row 0's mask for all": attend(mask=row_0s_mask),
     "row 0's types for all": asked(row_0s_types),
-    "types flipped": asked(lambda given: {**given, "token_type_ids": 1 - given["token_type_ids"]}),
-    "a window of keys": soften(near),
-    "the first four keys": soften(first_keys),
+    "a window of keys": attend(soften=near),
     "head 0 is zero": attend(lambda q, k, v: (q, k, torch.cat([torch.zeros_like(v[:, :1]), v[:, 1:]], 1))),
-    "heads rolled": attend(lambda q, k, v: (q, k, v.roll(1, 1))),
     "keys of the next token": attend(lambda q, k, v: (q, k.roll(1, 2), v)),
-    "query normalised": attend(lambda q, k, v: (F.normalize(q, dim=-1) * q.shape[-1] ** 0.5, k, v)),
-    "softmax with one more in the sum": soften(lambda scores: scores.softmax(-1) * 0.98),
+    "softmax with one more in the sum": attend(soften=lambda scores, seen: scores.softmax(-1) * 0.98),
     "everything hidden": attend(mask=lambda scores, seen: hidden(scores, torch.zeros_like(seen))),
     "embedding norm missing": nothing_in("bert.embeddings.LayerNorm"),
     "head norm missing": nothing_in("cls.predictions.transform.LayerNorm"),
-    "norms of a layer swapped": norms_swapped,
     "no mean in the norm": norm_with(lambda x, n: x / (x * x).mean(-1, keepdim=True).sqrt() * n.weight + n.bias),
-    "norm bias missing": norm_with(lambda x, n: F.layer_norm(x, n.normalized_shape, n.weight, None, n.eps)),
-    "norm weight missing": norm_with(lambda x, n: F.layer_norm(x, n.normalized_shape, None, n.bias, n.eps)),
-    "norm weight plus one": norm_with(lambda x, n: F.layer_norm(x, n.normalized_shape, n.weight + 1, n.bias, n.eps)),
-    "words times √D": embedding("word_embeddings", lambda x: x * x.shape[1] ** 0.5),
     "position embedding missing": embedding("position_embeddings", torch.zeros_like),
-    "sinusoids": embedding("position_embeddings", sinusoids),
-    "positions from two": embedding("position_embeddings", lambda x: x.roll(-2, 0)),
-    "positions reversed": embedding("position_embeddings", lambda x: x[:8].flip(0)[torch.arange(len(x)) % 8]),
-    "no residual around attention": no_residual(lambda layer: layer.attention.output),
-    "no residual around the feed-forward": no_residual(lambda layer: layer.output),
-    "MLM bias rolled": bias_rolled,
+    "no residual around attention": no_residual,
     "logits of the last words are 0": of_logits(lambda x: torch.cat([x[..., :-9], torch.zeros_like(x[..., -9:])], -1)),
     "logits rounded": of_logits(lambda x: (x * 4).round() / 4),
-    "noise in the weights": weights(noise),
-    "hidden states in float8": half_hidden,
 }

@@ -1,7 +1,6 @@
 """Other forms of a trace that mean the same are read; what is nearly right is an error that says what is meant."""
 
 import json
-import os
 import re
 
 import numpy
@@ -261,8 +260,3 @@ def test_what_a_file_says_cannot_look_like_a_verdict(given, tmp_path):
     assert "\nboth right" not in out
     assert "\x1b" not in out
     assert r"mine)\nboth right\x1b[2J" in out
-
-
-def test_a_pipe_does_not_hang(tmp_path, fails):
-    os.mkfifo(tmp_path / "pipe")
-    assert "is a pipe or a device" in fails("diff", str(tmp_path / "pipe"), str(tmp_path / "pipe"))
