@@ -79,7 +79,7 @@ class TracedText:
         wanted = expected_shape(name, self.config, self.shape)
         if shape != wanted:
             raise ValueError(f"{self.trace.name}: {name} is {shape}, and must be {wanted}")
-        x = self.trace.rows(name, self.number, self.number + 1)[0]
+        x = self.trace.read(name)[self.number]
         for axis, letter in enumerate(SHAPES[row_of(name)][1:]):
             if letter == "S" and len(self.kept) < self.shape[1]:
                 x = x.index_select(axis, self.kept)
