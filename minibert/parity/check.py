@@ -23,8 +23,7 @@ from minibert.masking import mask_tokens
 from minibert.parity.report import Line, Report
 from minibert.parity.yardstick import K_RMS, Error, K, Measure, largest, measures, rounding_dtype
 from minibert.trace.recorder import bert_inside, exact_arithmetic, gradients, trace
-from minibert.trace.stores import shown
-from minibert.trace.table import GRADIENT, INPUTS, dtype_name, explain, hide_padding, standard_inputs
+from minibert.trace.table import GRADIENT, INPUTS, dtype_name, explain, hide_padding, shown, standard_inputs
 
 MASKING_SEED = 0
 

@@ -17,7 +17,7 @@ from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.appearance import Wrong, appearance
 from minibert.parity.diagnosis import hidden_faults
 from minibert.parity.fewer_bits import hint, lower_precision
-from minibert.parity.report import Line, Report, between, count, shape_words
+from minibert.parity.report import Line, Report
 from minibert.parity.yardstick import (
     Error,
     Measure,
@@ -29,17 +29,19 @@ from minibert.parity.yardstick import (
     require_same_size,
 )
 from minibert.trace.recorder import trace
-from minibert.trace.stores import shown
 from minibert.trace.table import (
     GRADIENT,
     INPUTS,
     Inputs,
+    between,
+    count,
     covered,
     dtype_name,
     exchanged_axes,
     expected_names,
     expected_shape,
     hide_padding,
+    shown,
 )
 from minibert.trace.tracefile import Trace
 
@@ -112,7 +114,7 @@ class Compared(Line):
         return self.verdict == "ok"
 
     def cells(self) -> dict[str, str]:
-        result = {"tensor": self.name, "shape": shape_words(self.shape), "max abs": "-", "relative": "-", "cosine": "-"}
+        result = {"tensor": self.name, "shape": _words(self.shape), "max abs": "-", "relative": "-", "cosine": "-"}
         if self.max_abs is not None:
             result |= {"max abs": f"{self.max_abs:.1e}", "relative": f"{self.relative:.1e}"}
             result["cosine"] = f"{self.cosine:.6f}"
@@ -310,6 +312,10 @@ class Judge:
         return f"{said}, which hides small faults: --model, or traces in float32, show more"
 
 
+def _words(shape: tuple[int, ...]) -> str:
+    return " ".join(str(length) for length in shape) or "-"
+
+
 def _cosine(x: Tensor, y: Tensor) -> float:
     one, two = x.reshape(-1).double(), y.reshape(-1).double()
     a, b = one.norm().item(), two.norm().item()
@@ -328,7 +334,7 @@ def _fewer_bits(a: Trace, b: Trace, first: Compared, model: BertForMaskedLM) -> 
 
 
 def _wrong_shapes(shape: tuple[int, ...], other: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    said = f"the shape is {shape_words(shape)} in A and {shape_words(other)} in B, and should be {shape_words(wanted)}"
+    said = f"the shape is {_words(shape)} in A and {_words(other)} in B, and should be {_words(wanted)}"
     for side, stored in (("A", shape), ("B", other)):
         if axes := exchanged_axes(stored, wanted):
             said += f": exchange axes {axes[0]} and {axes[1]} of {side}"

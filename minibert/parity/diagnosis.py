@@ -17,10 +17,9 @@ from minibert.masked_lm import BertForMaskedLM
 from minibert.parity.appearance import Wrong, appearance, fitted_eps
 from minibert.parity.faults import CATALOGUE
 from minibert.parity.fewer_bits import hint, lower_precision
-from minibert.parity.report import between, count
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import Error, Measure, Yardstick, converted, is_half
-from minibert.trace.table import GRADIENT, covered, dtype_name, explain
+from minibert.trace.table import GRADIENT, between, count, covered, dtype_name, explain
 from minibert.trace.tracefile import Trace
 
 # A name needs both: a false one costs the porter more than none. test_counts.py counts wrong names.

@@ -25,8 +25,7 @@ from minibert.parity.faults import CATALOGUE
 from minibert.parity.report import Line, Report
 from minibert.parity.steps import Steps
 from minibert.parity.yardstick import Yardstick, converted, error_of, largest, measures, rms
-from minibert.trace.stores import shown
-from minibert.trace.table import GRADIENT, INPUTS, SHAPES, covered, explain, hide_padding, row_of
+from minibert.trace.table import GRADIENT, INPUTS, SHAPES, covered, explain, hide_padding, row_of, shown
 from minibert.trace.tracefile import Trace
 
 # ----------------------------------------------------------------------------- lower precision inside a float32 trace

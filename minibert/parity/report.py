@@ -1,11 +1,8 @@
 """What `diff`, `diff --quantised`, `parity` and `parity --tokenizer` print: a table, notes, and the answer in words."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-from minibert.config import BertConfig
-from minibert.trace.table import GRADIENT, INPUTS, expected_names, explain
 
 
 @dataclass(frozen=True)
@@ -79,32 +76,3 @@ class Report:
         """Its header, then its rows."""
         header = list(self.rows[0].cells())
         return [header, *([row.cells().get(name, "-") for name in header] for row in self.rows)]
-
-
-def between(
-    config: BertConfig, good: str, wrong: str, present: Iterable[str], where: str = "the trace"
-) -> Iterator[str]:
-    """What the first wrong tensor is, and what stands between it and the last good one but is not `present`: then the
-    fault may be in any of these. where: from which trace they are absent, in words.
-    """
-    yield f"{wrong} is {explain(wrong)}"
-    names = [name for name in expected_names(config) if name not in INPUTS]
-    start = names.index(good) + 1 if good in names else 0
-    absent = [name for name in names[start : names.index(wrong)] if name not in set(present)]
-    if wrong.startswith(GRADIENT) or not absent:
-        return
-    listed = ", ".join(absent) if len(absent) <= 14 else f"from {absent[0]} to {absent[-1]}"
-    yield f"between {good} and {wrong}, {count(len(absent))} are not in {where}: {listed}"
-    # What all later tensors depend on divides the stretch; one of three parallel projections does not.
-    passed = [name for name in absent if not name.endswith((".query", ".key", ".value", ".scores"))] or absent
-    middle = names.index(absent[len(absent) // 2])
-    following = min(passed, key=lambda name: abs(names.index(name) - middle))
-    yield f"write {following} into {where} next: it halves the stretch in which the fault can be"
-
-
-def count(tensors: int) -> str:
-    return f"{tensors} tensor{'s' * (tensors != 1)}"
-
-
-def shape_words(shape: tuple[int, ...]) -> str:
-    return " ".join(str(length) for length in shape) or "-"

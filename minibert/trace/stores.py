@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minibert.checkpoint.files import parse_json, read_json, stamp
 from minibert.checkpoint.reading import SafetensorsFile
-from minibert.trace.table import SHAPES, row_of
+from minibert.trace.table import SHAPES, row_of, shown
 
 METADATA = "metadata"  # the name of a .npz's entry, and of a folder's JSON file
 NUMPY_KINDS = {"f8": "F64", "f4": "F32", "f2": "F16", "i8": "I64", "i4": "I32", "i2": "I16"}
@@ -135,11 +135,6 @@ def _damaged(path: Path) -> Iterator[None]:
 
 NUMBER = "{N}"  # stands for a layer's number in a port's names
 EXTRA = "extra."  # Tensors whose names begin so belong to the port alone.
-
-
-def shown(text: Any) -> str:
-    """A text from a file, with what is not printable escaped: a line feed could look like a verdict of ours."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
 def with_guess(name: str, known: Iterable[str]) -> str:

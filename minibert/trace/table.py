@@ -6,7 +6,7 @@ never compared; the traces that we write hold 0 there.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
@@ -110,6 +110,36 @@ def expected_shape(name: str, config: BertConfig, shape: tuple[int, ...]) -> tup
     if name.startswith(GRADIENT):
         return _parameter_shapes(config)[re.sub(r"\.\d+\.", ".0.", name.removeprefix(GRADIENT))]
     return tuple(sizes[letter] for letter in SHAPES[row_of(name)])
+
+
+def shown(text: object) -> str:
+    """A text from a file, with what is not printable escaped: a line feed could look like a verdict of ours."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+
+
+def between(
+    config: BertConfig, good: str, wrong: str, present: Iterable[str], where: str = "the trace"
+) -> Iterator[str]:
+    """What the first wrong tensor is, and what stands between it and the last good one but is not `present`: then the
+    fault may be in any of these. where: from which trace they are absent, in words.
+    """
+    yield f"{wrong} is {explain(wrong)}"
+    names = [name for name in expected_names(config) if name not in INPUTS]
+    start = names.index(good) + 1 if good in names else 0
+    absent = [name for name in names[start : names.index(wrong)] if name not in set(present)]
+    if wrong.startswith(GRADIENT) or not absent:
+        return
+    listed = ", ".join(absent) if len(absent) <= 14 else f"from {absent[0]} to {absent[-1]}"
+    yield f"between {good} and {wrong}, {count(len(absent))} are not in {where}: {listed}"
+    # What all later tensors depend on divides the stretch; one of three parallel projections does not.
+    passed = [name for name in absent if not name.endswith((".query", ".key", ".value", ".scores"))] or absent
+    middle = names.index(absent[len(absent) // 2])
+    following = min(passed, key=lambda name: abs(names.index(name) - middle))
+    yield f"write {following} into {where} next: it halves the stretch in which the fault can be"
+
+
+def count(tensors: int) -> str:
+    return f"{tensors} tensor{'s' * (tensors != 1)}"
 
 
 def exchanged_axes(shape: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, int] | None:

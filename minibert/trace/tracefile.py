@@ -33,7 +33,7 @@ from minibert.checkpoint.reading import DTYPES
 from minibert.config import BertConfig
 from minibert.loss import IGNORE
 from minibert.packing import PackedBatch
-from minibert.trace.stores import EXTRA, NUMBER, Store, open_store, renamed, shown, with_guess
+from minibert.trace.stores import EXTRA, NUMBER, Store, open_store, renamed, with_guess
 from minibert.trace.table import (
     GRADIENT,
     INPUTS,
@@ -46,6 +46,7 @@ from minibert.trace.table import (
     expected_shape,
     hide_padding,
     row_of,
+    shown,
 )
 
 FORMAT, VERSION = "minibert-trace", "1"
