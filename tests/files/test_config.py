@@ -15,40 +15,17 @@ from minibert import BertConfig, BertForMaskedLM
 from minibert.checkpoint import names
 from minibert.checkpoint.names import ACTIVATION_NAMES, FIXED_KEYS, HARMLESS_KEYS, NULL_IS_FIXED, OTHER_MODELS, OWN_KEYS
 
-# What each key of transformers' BertConfig and of its base class is for us: transformers/models/bert/
-# configuration_bert.py, configuration_utils.py, and what modeling_bert.py reads of them. Version 5.23.
-KINDS = {
-    "own": """vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act
-        hidden_dropout_prob attention_probs_dropout_prob max_position_embeddings type_vocab_size initializer_range
-        layer_norm_eps pad_token_id""",
-    "one value only": "model_type is_decoder add_cross_attention is_encoder_decoder tie_word_embeddings",
-    # which class, library, file or data type; the form of the output; other heads; text generation; the same numbers
-    # in pieces (chunk_size_feed_forward) or by another kernel (attn_implementation)
-    "harmless": """transformers_version architectures dtype torch_dtype _name_or_path name_or_path _commit_hash
-        output_hidden_states output_attentions return_dict use_cache classifier_dropout problem_type id2label label2id
-        num_labels bos_token_id eos_token_id chunk_size_feed_forward _attn_implementation attn_implementation
-        experts_implementation""",
-    "another model": "per_layer_config rope_scaling rope_theta rope_parameters layer_types mlp_layer_types",
-}
-KIND = {key: kind for kind, keys in KINDS.items() for key in keys.split()}
 
-
-def kind(key):
-    if key in OWN_KEYS or key in FIXED_KEYS:
-        return "own" if key in OWN_KEYS else "one value only"
-    if HARMLESS_KEYS.fullmatch(key):
-        return "harmless"
-    return "another model" if OTHER_MODELS.fullmatch(key) else "unknown"
-
-
-def test_every_key_of_transformers_has_a_kind():
+def test_every_key_of_transformers_is_known():
+    """Of its BertConfig, of the base class, and of text generation: transformers 5.23."""
     assert set(OWN_KEYS) == {field.name for field in fields(BertConfig)}
-    generation = set(GenerationConfig._get_default_generation_params())  # popped by PreTrainedConfig.__post_init__
     found = set(transformers.BertConfig().to_dict()) | {field.name for field in fields(transformers.BertConfig)}
     found |= {field.name for field in fields(PreTrainedConfig)} - {"transformers_weights"}
-    for key in (found | KIND.keys()) - generation:
-        assert kind(key) == KIND.get(key), key
-    assert {kind(key) for key in generation - KIND.keys()} == {"harmless"}
+    found |= set(GenerationConfig._get_default_generation_params())  # popped by PreTrainedConfig.__post_init__
+    others = set("per_layer_config rope_scaling rope_theta rope_parameters layer_types mlp_layer_types".split())
+    found |= set("_name_or_path torch_dtype return_dict num_labels attn_implementation".split()) | others
+    assert {key for key in found - FIXED_KEYS.keys() - set(OWN_KEYS) if not HARMLESS_KEYS.fullmatch(key)} == others
+    assert all(OTHER_MODELS.fullmatch(key) for key in others)
     for key in OWN_KEYS:  # and where a file leaves it out, the same value
         assert getattr(BertConfig(), key) == getattr(transformers.BertConfig(), key), key
 

@@ -91,12 +91,10 @@ def test_each_spelling_gives_the_same_model(folder, tensors, ours, spell):
 
 def test_what_was_found_is_reported(folder, tensors, ours, good):
     report = ours.load_report
-    assert (report.name, report.files, report.commit) == (str(good), (good / WEIGHTS,), None)
-    assert (report.dtype, report.file_dtypes) == ("float32", {"F32": 90})
-    assert (report.prefix, report.renamed, report.tied, report.ignored) == ("", {}, {}, {})
-    assert (report.initialised, report.non_finite) == ((), ())
+    assert (report.name, report.files, report.file_dtypes) == (str(good), (good / WEIGHTS,), {"F32": 90})
+    found = (report.commit, report.prefix, report.renamed, report.tied, report.ignored, report.initialised)
+    assert not any((*found, report.non_finite)), "nothing out of the ordinary"
     assert {"architectures", "transformers_version", "use_cache"} <= set(report.ignored_config_keys)
-    assert not set(report.ignored_config_keys) & set(SIZES)
     assert report.sha256 == {WEIGHTS: hashlib.sha256((good / WEIGHTS).read_bytes()).hexdigest()}
 
     leftovers = {PLACES: torch.arange(16)[None], POOLER: torch.ones(32, 32), NEXT_SENTENCE: torch.ones(2, 32)}
@@ -106,9 +104,7 @@ def test_what_was_found_is_reported(folder, tensors, ours, good):
     model = BertForMaskedLM.from_pretrained(folder)
     assert_same(model, ours)
     report = model.load_report
-    assert report.renamed["module.bert.embeddings.LayerNorm.gamma"] == "bert.embeddings.LayerNorm.weight"
-    assert report.renamed["module.bert.embeddings.LayerNorm.beta"] == "bert.embeddings.LayerNorm.bias"
-    assert len(report.renamed) == 2 * (1 + 2 * 5 + 1)
+    assert report.renamed == {f"module.{older(name)}": name for name in tensors if name != older(name)}
     assert report.tied == {f"module.{DECODER}": WORD, f"module.{DECODER_BIAS}": BIAS}
     assert set(report.ignored) == {f"module.{name}" for name in leftovers}
     assert all(report.ignored.values())  # each with its reason
@@ -145,13 +141,11 @@ def test_tied_copies(folder, tensors, copy, original):
 # ---------------------------------------------------------------------------------------------------------- other heads
 
 
-@pytest.mark.parametrize(
-    ("name", "head"), [("BertModel", []), ("BertForQuestionAnswering", ["qa_outputs.weight", "qa_outputs.bias"])]
-)
+@pytest.mark.parametrize(("name", "head"), [("BertModel", []), ("BertForQuestionAnswering", ["qa_outputs.weight"])])
 def test_another_tasks_head(tmp_path, name, head):
     theirs = random_weights(getattr(transformers, name)(transformers.BertConfig(**SIZES)))
     theirs.save_pretrained(tmp_path)
-    refused(tmp_path, rf"without the masked.*{'.*'.join(head[::-1])}.*init_missing_head=True", mentions=WEIGHTS)
+    refused(tmp_path, rf"without the masked.*{'.*'.join(head)}.*init_missing_head=True", mentions=WEIGHTS)
     model = BertForMaskedLM.from_pretrained(tmp_path, init_missing_head=True)
     assert set(model.load_report.ignored) >= set(head)
     assert set(model.load_report.initialised) == {name for name in model.state_dict() if name.startswith("head.")}
