@@ -2,8 +2,8 @@
 
     study(model, tokenizer, "Paris is the capital of [MASK].").save("page.html")
 
-reading.py: what BERT reads. measures.py and heads.py: the numbers of each view, with their formulas and sources, usable
-alone. views.py takes them from a trace, result.py puts them together, text.py and page.py show them.
+reading.py: what BERT reads. measures.py and heads.py: the numbers of each view, with their formulas and sources.
+result.py takes them from a trace; text.py and page.py show them.
 """
 
 from minibert.study.result import Study, study, study_trace

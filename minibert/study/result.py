@@ -110,7 +110,7 @@ class Study(Facts):
 
     def to_html(self) -> str:
         """The page: one file that loads nothing. The same study gives the same bytes."""
-        return page.to_html(self.to_dict(), f"BERT reads: {filled(self, '{}', '…')[:100]}")
+        return page.to_html(self.to_dict(), f"BERT reads: {filled(self)[:100]}")
 
     def save(self, path: str | PathLike[str], *, force: bool = False) -> None:
         """Write the page. Raises FileExistsError if `path` is a file that is no such page, unless `force` is given."""

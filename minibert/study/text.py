@@ -212,15 +212,15 @@ def to_text(facts: Facts) -> str:
     return "".join(f"{plain(line).rstrip()}\n" for line in lines[1:])
 
 
-def filled(facts: Facts, word: str, unknown: str = "") -> str:
-    """The text with the answer at each mask. word: how an answer is shown, "[{}]"."""
-    filling = facts.reading.filling
-    words = [word.format(answer.best[0].token) for answer in facts.answers] or [unknown] * (len(filling) - 1)
-    return "".join(part + one for part, one in zip(filling, [*words, ""], strict=True))
+def filled(facts: Facts) -> str:
+    """The text with the answer at each mask, "[…]" if it is not known."""
+    words = [answer.best[0].token for answer in facts.answers] or ["…"] * len(facts.reading.masks)
+    start, *parts = facts.reading.filling
+    return start + "".join(f"[{word}]{part}" for word, part in zip(words, parts, strict=True))
 
 
 def _answer(facts: Facts) -> Iterator[str]:
-    yield filled(facts, "[{}]")
+    yield filled(facts)
     for answer in facts.answers:
         if len(facts.answers) > 1:
             yield f"  token {answer.position}"

@@ -205,4 +205,6 @@ def test_traces_that_are_not_of_these_weights_or_broken(model, recorded):
     with pytest.raises(ValueError, match=r"layers\.0\.probabilities is"):
         study_trace(broken, 0)
     other = replace(recorded, tensors={**recorded.tensors, "embeddings.sum": recorded.tensors["embeddings.sum"] * 2})
+    with pytest.raises(ValueError, match="num_hidden_layers is 3, the model's 2"):
+        study_trace(recorded, 0, pair_of_models(num_hidden_layers=2)[0], tokenizer())
     assert "not those of this model" in study_trace(other, 0, model, tokenizer()).left_out["shares"]

@@ -78,7 +78,7 @@ def test_a_trace_is_shown(folder, tmp_path, capsys):
         (["--trace", "t.safetensors", "--pair", "cold"], "--pair belongs to a text"),
         (["cold", "--force"], "--force belongs to --out"),
         (["cold " * 60], "62 tokens long and the model takes 40"),
-        (["cold [MASK]", "--targets", "unbelievably"], "not one token"),
+        (["cold [MASK]", "--targets", "unbelievably"], "take a word that is one token"),
         (["cold [MASK]", "--targets", ","], "targets must be a word or a list of words, not ()"),
         (["cold", "--targets", "tea"], "targets are words for a mask"),
         (["cold [MASK]", "--top-k", "0"], "top_k must be 1 to 20, not 0"),

@@ -96,12 +96,6 @@ def test_a_hostile_text_stays_text(text, second):
     assert len(shown["pieces"]) == len(found.reading.pieces)
 
 
-def test_markup_in_a_text_reaches_the_page_as_text(model):
-    found = study(model, tokenizer(), f"{HOSTILE[0]}{HOSTILE[1]} [MASK]")
-    inside = found.to_html().split('type="application/json"')[1].split(">", 1)[1].split("</script>")[0]
-    assert json.loads(inside)["reading"] == found.to_dict()["reading"]
-
-
 @pytest.mark.parametrize(
     ("layers", "heads", "tokens", "full"),
     [
@@ -128,13 +122,22 @@ def test_a_page_is_never_larger_than_3_mb(layers, heads, tokens, full, monkeypat
         assert (rows.sum(-1) - 1).abs().max() < 0.05  # the root keeps a row of many small weights
 
 
-def test_saving_and_showing_in_a_notebook(found, tmp_path):
+def half_written(path, text, **options):
+    path.write_bytes(b"half")
+    raise OSError("the disk is full")
+
+
+def test_saving_and_showing_in_a_notebook(found, tmp_path, monkeypatch):
     found.save(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page == found.to_html()
     ((tag, attributes),) = Elements(found._repr_html_()).found  # a frame of its own
     assert tag == "iframe"
     assert (attributes["srcdoc"], attributes["sandbox"]) == (page, "allow-scripts")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(Path, "write_text", half_written)
+        found.save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
     (tmp_path / "page.html").write_text("my notes", encoding="utf-8")
     with pytest.raises(FileExistsError, match="--force"):
         found.save(tmp_path / "page.html")
