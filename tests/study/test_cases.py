@@ -176,9 +176,12 @@ def test_a_trace_alone(model, recorded, tmp_path):
     assert "give the model" in found.left_out["shares"]
     with pytest.raises(ValueError, match="words can be followed only"):
         study_trace(recorded, 0, targets=["tea"])
-    found = study_trace(trace(model, SHORT, labels=torch.tensor([[-100, 5, 9, 8, -100]])))
+    asked = trace(model, SHORT, labels=torch.tensor([[-100, 5, 9, 8, -100]]))
+    found = study_trace(asked)
     # It asks where its label is another token.
     assert found.reading.masks == [answer.position for answer in found.answers] == [2, 3]
+    less = {name: x for name, x in asked.tensors.items() if name != "logits"}
+    assert "#2 #5 […] […] #3\n" in study_trace(replace(asked, tensors=less)).to_text()
 
 
 @pytest.mark.parametrize(
