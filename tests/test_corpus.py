@@ -1,11 +1,9 @@
-"""weights/build_corpus.py: what it makes of packages, here small ones made up."""
+"""weights/build_corpus.py: what becomes of a paragraph, and what is kept."""
 
 import gzip
 import importlib.util
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
@@ -19,11 +17,6 @@ def corpus():
     module = sys.modules["build_corpus"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def put(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 @pytest.mark.parametrize(
@@ -77,14 +70,6 @@ def test_a_download_that_fails_leaves_nothing_that_is_trusted(corpus, tmp_path, 
     assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
 
 
-def test_wordnet(corpus, tmp_path):
-    synset = '00001740 03 v 02 breathe 0 take_a_breath(p) 0 007 $ 00005041 v | draw air; "I can breathe"\n'
-    for part in ("noun", "adj", "adv"):
-        put(tmp_path / f"usr/share/wordnet/data.{part}", "  1 This software\n")
-    put(tmp_path / "usr/share/wordnet/data.verb", "  1 This software\n" + synset)
-    assert list(corpus.wordnet(tmp_path)) == ["breathe or take a breath: draw air.", "I can breathe."]
-
-
 def test_facts_of_a_country(corpus):
     country = {
         "Government": {
@@ -104,37 +89,3 @@ def test_facts_of_a_country(corpus):
         "Mali is a neighbor of the Gambia.",
     ]
     assert list(corpus.facts_of({})) == []
-
-
-def test_novels_in_an_r_database(corpus, tmp_path):
-    lines = ["It is a truth", "universally acknowledged,", "", "that"]
-    novel = bytes(23) + struct.pack(">ii", 16, len(lines))
-    novel += b"".join(struct.pack(">ii", 9, len(line)) + line.encode() for line in lines)
-    objects = [zlib.compress(content) for content in (bytes(40), novel)]
-    put(
-        tmp_path / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",
-        b"".join(struct.pack(">i", len(packed)) + packed for packed in objects),
-    )
-    assert list(corpus.austen(tmp_path)) == ["It is a truth\nuniversally acknowledged,", "that"]
-
-
-def test_verses_in_a_sword_module(corpus, tmp_path):
-    xml = b'<chapter n="1">In the <note>or</note>beginning<div sID="1" type="x-p"/>God [he] said'
-    packed, half = zlib.compress(xml), xml.index(b"<div")
-    for testament in ("ot", "nt"):
-        base = f"usr/share/sword/modules/texts/ztext/engWEB2015eb/{testament}"
-        put(tmp_path / f"{base}.bzs", struct.pack("<III", 0, len(packed), len(xml)))
-        put(tmp_path / f"{base}.bzz", packed)
-        verses = ((0, 0, 0), (0, 0, half), (0, 0, half), (0, half, len(xml) - half))  # an empty one, and one twice
-        put(tmp_path / f"{base}.bzv", b"".join(struct.pack("<IIH", *verse) for verse in verses))
-    assert [corpus.clean(paragraph) for paragraph in corpus.web_bible(tmp_path)] == [
-        "",
-        "In the beginning",
-        "God he said",
-    ] * 2
-
-
-def test_the_dictionary_of_1913_and_nothing_newer(corpus, tmp_path):
-    text = "Cat \\Cat\\, n.\n   1. An animal of the genus {Felis}. [1913 Webster]\n   2. A tractor. [PJC]\n"
-    put(tmp_path / "usr/share/dictd/gcide.dict.dz", gzip.compress(text.encode()))
-    assert list(corpus.gcide(tmp_path)) == ["Cat: An animal of the genus Felis."]

@@ -92,10 +92,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
     try:
         import fcntl
     except ImportError as error:
-        raise OSError(
-            "training needs the locks of Linux or macOS (Python's module fcntl), and this system has none: on Windows, "
-            "use WSL"
-        ) from error
+        raise OSError("training needs the locks of Linux or macOS (Python's fcntl): on Windows, use WSL") from error
     with open(path, "w") as file:
         # Not lockf: its lock would end as soon as this process opened the file again and closed it.
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -267,7 +266,6 @@ def look_at_held_out(
 def open_log(out: Path, step: int, steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that writes what happened in a step as a line of metrics.jsonl, and on the progress bar."""
     saving.cut_metrics(out, step)
-    recent: deque[dict[str, Any]] = deque(maxlen=50)
     with (
         open(out / saving.METRICS, "a", encoding="utf-8") as file,
         tqdm(total=steps, initial=step, desc="training", unit=" steps", mininterval=1) as bar,
@@ -278,8 +276,6 @@ def open_log(out: Path, step: int, steps: int) -> Iterator[Callable[[dict[str, A
             file.flush()
             bar.update()
             if line["loss"] is not None:
-                recent.append(line)
-                loss, speed = (sum(one[key] for one in recent) / len(recent) for key in ("loss", "tokens_per_second"))
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']} tokens/s", refresh=False)
 
         yield log

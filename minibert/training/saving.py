@@ -1,14 +1,7 @@
-"""What a run leaves on the disk, and how it goes on from there.
-
-    OUT/run.json          what the run is: its settings, its texts; a run that goes on must be the same one
-    OUT/metrics.jsonl     a line for each step
-    OUT/checkpoint-N/     everything that is needed to go on after step N: the model, the optimizer's moments, the
-                          place in the data. The newest is kept, and none once the run is finished
-    OUT/best/             the model with the least loss on held-out lines, so far
-    OUT/config.json, …    the model after the last step: it is there when the run is finished
+"""What a run leaves on the disk (README.md lists it), and how it goes on from there.
 
 Each file and folder appears whole, or not at all (checkpoint/files.py). So a run can be killed at any moment, and the
-newest checkpoint stands. Tensors are in safetensors, all else is JSON; nothing is a pickle.
+newest checkpoint stands. Once the model is there, under its final name, the run is finished, and has no checkpoint.
 """
 
 import json
@@ -131,10 +124,9 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
                 saved = file.read(f"{name}.{key}")
                 like = saved if key == "step" else parameter  # the moments are laid out as the parameter is
                 optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(saved)
-    path, values = checkpoint / PROGRESS, read_json(checkpoint / PROGRESS)
-    whole = [values.get(key) for key in ("step", "epoch", "step_in_epoch")]
-    if values.keys() != asdict(Progress()).keys() or any(type(number) is not int or number < 0 for number in whole):
-        raise ValueError(f"{path} does not say how far the run is: {values}")
+    values = read_json(checkpoint / PROGRESS)
+    if values.keys() != asdict(Progress()).keys():
+        raise ValueError(f"{checkpoint / PROGRESS} does not say how far the run is: {values}")
     return Progress(**values)
 
 

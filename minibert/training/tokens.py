@@ -272,19 +272,16 @@ def _is_complete(place: Path, maker: str) -> bool:
         return False
     try:
         about = json.loads((place / "about.json").read_text())
-        digests, other = about["sha256"], about["tokenizer"]
-        whole = about["format"] == FORMAT and about["dtype"] in ("uint16", "uint32") and "text_sha256" in about
-        whole = whole and all(sha256(place / name) == digests[name] for name in FILES)
+        other = about["tokenizer"]
+        whole = about["format"] == FORMAT and all(sha256(place / name) == about["sha256"][name] for name in FILES)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
         warnings.warn(f"{place}: these token files are damaged, and are made again", stacklevel=3)
         return False
     if other != maker:
-        raise ValueError(
-            f"{place} was made with another tokenizer (SHA-256 {str(other)[:12]}, and now {maker[:12]}): name another "
-            "folder for token files, or delete this one"
-        )
+        digests = f"SHA-256 {str(other)[:12]}, and now {maker[:12]}"
+        raise ValueError(f"{place} was made with another tokenizer ({digests}): give another --tokens, or delete it")
     return True
 
 

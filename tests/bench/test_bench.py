@@ -2,7 +2,7 @@
 
 import json
 import sys
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from statistics import median
 from types import SimpleNamespace
 
@@ -69,7 +69,9 @@ def bench(folder, capsys):
 @pytest.fixture(scope="module")
 def measured(folder, quick):
     settings = dict(dtype=("float32",), shapes=("2x5", "mixed"), rounds=3, device="cpu")
-    return run.run(BenchSettings(model=str(folder), peers=("sdpa", "sdpa-asked", "reduce-overhead"), **settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "perf_counter", count().__next__)  # for the first answer: a second from look to look
+        return run.run(BenchSettings(model=str(folder), peers=("sdpa", "sdpa-asked", "reduce-overhead"), **settings))
 
 
 def timed(name, task, precision, folder):
@@ -95,7 +97,7 @@ def test_every_row_is_timed_or_says_why_not(measured):
     notes = {row.reason for row in measured.rows if row.contender == "minibert prepared"}
     assert len(notes) == 1
     assert notes.pop().startswith("linear layers: ")
-    assert all(row.first_answer > 0 for row in measured.rows if row.median and row.task == "inference")
+    assert {row.first_answer for row in measured.rows if row.median} == {2}, "built, and then the first call"
 
 
 def test_the_figures_follow_from_the_times(measured):
@@ -218,6 +220,11 @@ def test_each_form_of_transformers_is_what_its_name_says(folder, monkeypatch):
     for name, attention in (("eager", "eager"), ("sdpa", "sdpa"), ("sdpa-asked", "sdpa")):
         model = contenders.load_transformers(name, folder, torch.float32, "cpu")
         assert model.config._attn_implementation == attention
+    asked = []
+    model.cls.register_forward_pre_hook(lambda _, given: asked.append(given[0].shape))
+    monkeypatch.setattr(contenders, "load_transformers", lambda *_: model)
+    timed("sdpa-asked", "inference", "float32", folder)[0].run(work)
+    assert asked == [(2, 24)], "not everywhere, to throw the rest away"
     monkeypatch.setattr(torch, "compile", lambda model, **settings: (model, settings))
     assert contenders.compiled("model", "sdpa") == "model"
     assert contenders.compiled("model", "compiled") == ("model", {})
@@ -307,11 +314,9 @@ def test_ours_in_int8_is_a_row(bench):
         assert (row["against"], row["ratio"]) == ("minibert prepared int8", 1)
 
 
-@pytest.mark.parametrize("missing", ["has_int8", "working_ways"])
-def test_without_int8_it_is_absent_and_all_else_goes_on(bench, monkeypatch, missing):
+def test_without_int8_it_is_absent_and_all_else_goes_on(bench, monkeypatch):
     real = prepare.working_ways  # of the other types it is asked as before
-    lack = {"has_int8": lambda: False, "working_ways": lambda dtype: real(dtype) if dtype != torch.int8 else ()}
-    monkeypatch.setattr(prepare, missing, lack[missing])
+    monkeypatch.setattr(prepare, "working_ways", lambda dtype: real(dtype) if dtype != torch.int8 else ())
     out = bench("--shapes", "1x3", "--peers", "none", "--dtype", "float32,int8")
     assert "int8      absent: this CPU, or this torch, cannot multiply 8-bit numbers" in out
     assert "training, 1x3: nothing is trained in int8" in out

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -83,29 +84,21 @@ def test_an_error_where_a_text_is_tokenized_says_so(workers, tiny, tmp_path):
 WITHOUT_FCNTL = """
 import importlib, pkgutil, sys
 
-for name in ("fcntl", "resource"):
-    sys.modules[name] = None  # an import of it fails
-
+sys.modules["fcntl"] = sys.modules["resource"] = None  # an import of it fails
 import minibert
 
 for module in pkgutil.walk_packages(minibert.__path__, "minibert."):
-    if module.name != "minibert.__main__":
-        importlib.import_module(module.name)
-from minibert.cli import main
-
-assert main(["fill-mask", "[MASK]", "--model", sys.argv[1]]) == 0
-sys.exit(main(["train", sys.argv[2], "--init", sys.argv[1], "--out", sys.argv[3], "--steps", "1", "--device", "cpu"]))
+    module.name.endswith("__main__") or importlib.import_module(module.name)
+sys.exit(minibert.cli.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
 def test_where_there_is_no_fcntl_only_training_is_missing(tiny, tmp_path):
-    command = [sys.executable, "-c", WITHOUT_FCNTL, str(tiny.start), str(tiny.text), str(tmp_path / "out")]
+    command = [sys.executable, "-c", WITHOUT_FCNTL, *tiny.arguments(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert {"fcntl", "WSL"} <= set(done.stderr.replace(")", " ").split())
-    assert "[MASK]" in done.stdout
+    assert re.fullmatch("minibert train: .*fcntl.*WSL\n", done.stderr)
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
