@@ -48,10 +48,8 @@ def _any_of(patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(patterns.split()))
 
 
-# Keys of models that call themselves BERT and compute something else, often without a tensor that would show it: other
-# positions, other places of the normalisation, another feed-forward, not everybody attends to everybody, scales, layers
-# that are not each its own, more parts; and quantised weights. With a value that switches it off (null, false, 0,
-# nothing in it) they change nothing.
+# Keys of models that call themselves BERT and compute something else, often without a tensor that would show it; and of
+# quantised weights. With a value that switches it off (null, false, 0, nothing in it) they change nothing.
 OTHER_MODELS = _any_of(
     """
     rope_.* rotary_.* use_rotary.* .*alibi.* relative_attention.* max_relative_positions
@@ -334,8 +332,7 @@ def to_transformers(state: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
 
 
 def refuse_transformers(state: Mapping[str, Any]) -> None:
-    """Raise ValueError if the names are those of transformers."""
-    # embeddings.LayerNorm is a name of both.
+    """Raise ValueError if the names are those of transformers. (embeddings.LayerNorm is a name of both.)"""
     if theirs := [key for key in state if BEGINS.search(key) and not key.startswith("embeddings.LayerNorm.")]:
         raise ValueError(
             f"{theirs[0]} is a name of transformers, and this model has others: "

@@ -40,7 +40,6 @@ CASE = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": 
 class TokenizerFiles:
     """All that was found."""
 
-    name: str  # of the checkpoint, as it was given
     whole: dict[str, Any] | None = None  # tokenizer.json
     vocabulary: dict[str, int] | None = None  # token → id, from vocab.txt
     settings: dict[str, Any] = field(default_factory=dict)  # tokenizer_config.json, special_tokens_map.json over it
@@ -65,7 +64,7 @@ def read_tokenizer_files(source: Source) -> TokenizerFiles:
     """Raises FileNotFoundError if there is neither a tokenizer.json nor a vocab.txt; ValueError, naming the file, if
     one is not what it should be, or if the class is a tokenizer that minibert does not have.
     """
-    found = TokenizerFiles(source.name)
+    found = TokenizerFiles()
     found.whole = found.read(source, TOKENIZER)
     if found.whole is None and (path := source.file(VOCABULARY)):
         found.paths[VOCABULARY] = path
@@ -135,10 +134,9 @@ def _collect_tokens(source: Source, found: TokenizerFiles) -> None:
     if listed is None:  # older than added_tokens_decoder
         over = {key: value for key, value in (found.read(source, SPECIAL_TOKENS) or {}).items() if value is not None}
         found.settings = {**said, **over}
-        for path, values in ((found.paths.get(SETTINGS), said), (found.paths.get(SPECIAL_TOKENS), over)):
-            if path is not None:
-                with naming(path):
-                    special_tokens(values)
+        for name, values in ((SETTINGS, said), (SPECIAL_TOKENS, over)):
+            with naming(found.paths.get(name, Path(name))):
+                special_tokens(values)
         # As in transformers, where additional_special_tokens of special_tokens_map.json come too late for this.
         extra = {**found.settings, "additional_special_tokens": said.get("additional_special_tokens")}
         special = {token.content for token in special_tokens(found.settings).values()} | set(extra_tokens(extra))

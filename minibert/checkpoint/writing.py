@@ -69,11 +69,10 @@ def _finish_earlier(target: Path) -> None:
 def _replace_model(new: Mapping[str, Path], places: Mapping[str, Path], target: Path, values: dict[str, Any]) -> None:
     """Move the files of a model from `new` to their `places`, both by name, as if it were one step.
 
-    A file is renamed in one step, but there are several of them, and the weights of one model with the configuration of
-    another may even load. If `target` has this very configuration, only the weights are replaced. If it has none, it
-    comes last: without it, nobody takes `target` for a model. If it has another, the new one is first put beside it as
-    NEXT, with the SHA-256 of the weights that it belongs to; `hub.read_config` reads it there once they are in place.
-    The others (a tokenizer) come right before the weights.
+    The weights of one model with the configuration of another may even load. If `target` has this very configuration,
+    only the weights are replaced. If it has none, it comes last: without it, nobody takes `target` for a model. If it
+    has another, the new one is first put beside it as NEXT, with the SHA-256 of the weights that it belongs to;
+    `hub.read_config` reads it there once they are in place. The others (a tokenizer) come right before the weights.
     """
     _finish_earlier(target)
     old = places[CONFIG].read_bytes() if places[CONFIG].is_file() else None

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoints import SIZES
-from hub_server import BERT, COMMIT, HTML, NAME, OLDER, WEIGHTS, assert_is, cached, partial, shard
+from hub_server import BERT, COMMIT, NAME, OLDER, WEIGHTS, assert_is, cached, partial, shard
 from huggingface_hub import constants
 
 from minibert import BertConfig, BertForMaskedLM, load_tokenizer
@@ -172,14 +172,6 @@ def test_a_download_that_goes_wrong(hub, cache, files, name, fault):
         BertForMaskedLM.from_pretrained(NAME, local_files_only=True)
     hub.spoilt.clear()
     assert_is(BertForMaskedLM.from_pretrained(NAME), files)
-
-
-def test_html_page_that_the_hub_itself_holds(hub, cache):
-    hub.repos[NAME][COMMIT][WEIGHTS] = HTML
-    for _ in range(2):
-        with pytest.raises(ValueError, match="HTML page") as caught:
-            BertForMaskedLM.from_pretrained(NAME)
-        assert str(cached(cache, WEIGHTS)[0]) in str(caught.value)  # the file to look at
 
 
 def test_a_commit_that_changes_while_it_is_loaded(hub, files, monkeypatch):
