@@ -128,9 +128,7 @@ def diff_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help="a trace: a safetensors or .npz file, or a folder of .npy files")
     parser.add_argument("b", metavar="B", nargs="?", help="another; left out, A is compared with --model's own trace")
     parser.add_argument("--all", action="store_true", help="do not stop at the first tensor that differs")
-    parser.add_argument(
-        "--quantised", action="store_true", help="A is of a port in 8 bits: name the steps that 8 bits do not explain"
-    )
+    parser.add_argument("--quantised", action="store_true", help="A has 8 bits: name what that does not explain")
     add(parser, "--model", default=None, help=A_MODEL)
     add(parser, "--revision", "--names")
     _format_arguments(parser)

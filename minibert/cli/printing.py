@@ -2,7 +2,12 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minibert.parity.report import Report
+
+PATIENCE = 2.0  # seconds until a line of progress is shown
 
 
 def as_json(value: Any) -> str:
@@ -27,21 +32,7 @@ def print_json_list(values: Iterable[Any]) -> None:
     print("\n]" if separator == "," else "[]")
 
 
-PATIENCE = 2.0  # seconds
-
-
-class AnyReport(Protocol):
-    @property
-    def ok(self) -> bool: ...
-
-    def lines(self) -> Iterable[str]: ...
-
-    def markdown(self) -> Iterable[str]: ...
-
-    def to_dict(self) -> dict[str, object]: ...
-
-
-def shown(report: AnyReport, form: str) -> int:
+def shown(report: "Report", form: str) -> int:
     """Print a report as `--format` says. The exit status: 1 if what was compared is not right."""
     if form == "json":
         print(as_json(report.to_dict()))

@@ -15,17 +15,9 @@ if TYPE_CHECKING:
 def train_arguments(parser: argparse.ArgumentParser) -> None:
     from minibert.training.settings import FREE, Settings
 
+    parser.add_argument("texts", nargs="+", metavar="PATH[:WEIGHT]", help="text files, folders or globs, also .gz")
     parser.add_argument(
-        "texts",
-        nargs="+",
-        metavar="PATH[:WEIGHT]",
-        help="a text file, a .gz of one, a folder or a glob; one paragraph a line",
-    )
-    parser.add_argument(
-        "--init",
-        required=True,
-        metavar="MODEL",
-        help="the model to start from; or a config.json, to start from random weights",
+        "--init", required=True, metavar="MODEL", help="where to start; from a config.json: random weights"
     )
     add(parser, "--revision", help="a branch, tag or commit of --init, if that is a hub id")
     parser.add_argument("--tokenizer", metavar="MODEL", help="the model whose tokenizer is used (default: --init)")
@@ -56,9 +48,7 @@ def run_train(options: argparse.Namespace) -> int:
         revision=options.revision,
     )
     if result.first and result.ended == "was finished":
-        print(
-            f"{options.out}: this run is finished; to train its model further: --init {options.out} and another --out"
-        )
+        print(f"{options.out}: this run is finished; --init {options.out} and another --out train its model further")
     if result.first and result.ended == "stopped":
         print(f"minibert train: stopped, and saved in {options.out}: --resume goes on", file=sys.stderr)
     if result.first and result.figures is not None:
@@ -95,9 +85,7 @@ def run_bench(options: argparse.Namespace) -> None:
     require_model_of_revision(options)
     settings = read_settings(options, BenchSettings)
     if settings.model is not None and settings.layers != BenchSettings.layers:
-        raise ValueError(
-            f"--layers {settings.layers} is for the random model, and --model names one: give one of the two"
-        )
+        raise ValueError(f"--layers {settings.layers} is for the random model: give that, or --model")
     report = run(settings)
     print(report.to_json() if options.json else table(report))
 
@@ -120,10 +108,7 @@ def add_settings(group: argparse._ActionsContainer, settings: type, only: Collec
             about["action"] = argparse.BooleanOptionalAction
         else:
             about["type"] = _reader(one.type)
-        if one.default is MISSING:
-            about["required"] = True
-        else:
-            about["default"] = one.default
+        about |= {"required": True} if one.default is MISSING else {"default": one.default}
         if isinstance(one.default, int | float | str) and one.type is not bool:
             about["help"] += " (default: %(default)s)"
         group.add_argument(name, **about)

@@ -80,18 +80,13 @@ def mlm_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--seed", type=int, metavar="N", help="draw the masked tokens with this seed (default: 0)")
     where.add_argument("--positions", metavar="9,18,…", help="mask these tokens, counted from [CLS] = 0")
     parser.add_argument("--probability", type=float, metavar="P", help="of each token to be chosen (default: 0.15)")
-    parser.add_argument(
-        "--recipe",
-        choices=("bert", "plain", "whole-word"),
-        help="bert (default): 80 %% [MASK], 10 %% random, 10 %% kept, no special tokens; plain: all [MASK], "
-        "[CLS] and [SEP] too; whole-word: as bert, whole words",
+    recipes = (
+        "bert (default): 80 %% [MASK], 10 %% random, 10 %% kept, no special tokens; plain: all [MASK], [CLS] and [SEP] "
+        "too; whole-word: as bert, whole words"
     )
-    parser.add_argument(
-        "--score",
-        choices=("masked", "all"),
-        default="masked",
-        help="what the loss is over: the chosen tokens, as in BERT, or all of them (default: %(default)s)",
-    )
+    parser.add_argument("--recipe", choices=("bert", "plain", "whole-word"), help=recipes)
+    over = "what the loss is over: the chosen tokens, as in BERT, or all (default: %(default)s)"
+    parser.add_argument("--score", choices=("masked", "all"), default="masked", help=over)
     parser.add_argument("--layers", action="store_true", help="also the best guess after each layer (the logit lens)")
     add(parser, "--truncate", "--device", "--model", "--revision", "--json")
 
@@ -154,19 +149,13 @@ def print_masked_text(result: "MaskedText") -> None:
 
 def score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help='such as "The cat sat on the mat."; - reads lines')
-    parser.add_argument(
-        "--pairs",
-        metavar="FILE",
-        help="a good and a bad sentence a line, with a tab between (- is standard input): how often the good one wins",
+    wins = (
+        "how often the good one wins of two sentences: a good and a bad one a line, with a tab between; - reads lines"
     )
+    parser.add_argument("--pairs", metavar="FILE", help=wins)
     parser.add_argument("--given", metavar="CONTEXT", help="a sentence before each text, which is seen and not scored")
-    parser.add_argument(
-        "--within-word",
-        choices=("l2r", "original"),
-        default="l2r",
-        help="l2r: of a word in pieces, those to the right are masked too; original: one token at a time "
-        "(default: %(default)s)",
-    )
+    pieces = "of a word in pieces, l2r masks those to the right too, original one at a time (default: %(default)s)"
+    parser.add_argument("--within-word", choices=("l2r", "original"), default="l2r", help=pieces)
     add(parser, "--truncate", "--dtype", "--device", "--model", "--revision", "--json")
 
 
@@ -203,10 +192,8 @@ def read_pairs(name: str) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(chain.from_iterable(read_lines(file, where)), start=1):
             columns = line.split("\t")
             if len(columns) != 2:
-                raise ValueError(
-                    f"{where}, line {number}: there should be a good and a bad sentence with a tab between them, and "
-                    f"there are {len(columns)} columns"
-                )
+                said = f"a good and a bad sentence with a tab between are needed, not {len(columns)} columns"
+                raise ValueError(f"{where}, line {number}: {said}")
             yield columns[0], columns[1]
 
 

@@ -192,12 +192,14 @@ def test_memory_does_not_grow_with_the_number_of_texts(plain, tokenizer, monkeyp
 
 
 @pytest.mark.parametrize("text", ["The  CAT, unbelievable!", "☃ Café the", "don't", "a [MASK] b", "中cat a"])
-def test_places_are_those_in_the_text(plain, tokenizer, text):
+@pytest.mark.parametrize("given", [None, "the cat sat"])
+def test_places_are_those_in_the_text(plain, tokenizer, text, given):
     with pytest.warns(match="MASK") if "[MASK]" in text else nullcontext():
-        score = score_one(plain, tokenizer, text)
+        score = score_one(plain, tokenizer, text, given=given)
     for token in score.tokens:
         written = text[token.start : token.end].lower().replace("é", "e")
         assert token.token == "[UNK]" or token.token.removeprefix("##") == written
+        assert token.sentence == 0
     covered = "".join(text[token.start : token.end] for token in score.tokens)
     assert covered == text.replace("[MASK]", "").replace(" ", "")
 
