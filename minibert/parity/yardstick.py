@@ -22,7 +22,8 @@ of their own (the key biases': a softmax does not see a shift), so a gradient's 
 gradient before it. In float64 the truth is no more exact than what it measures: there, rounding is taken to do what it
 does in float32, times the quotient of the two eps.
 
-The two computations go side by side, tensor by tensor. So memory holds one layer of each, and no whole trace.
+The two computations go side by side, tensor by tensor. So memory holds one layer of each, and no whole trace; but all
+gradients, where the trace has some.
 """
 
 from collections.abc import Iterable, Iterator
