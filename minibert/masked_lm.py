@@ -469,16 +469,20 @@ class BertForMaskedLM(Named, Bert):
         """
         if dict(gradient_checkpointing_kwargs or {}) not in ({}, {"use_reentrant": False}):
             raise ValueError(f"there is use_reentrant=False alone: leave {gradient_checkpointing_kwargs} out")
-        for layer in self.layers:
+        for layer in self._wrapped_layers():
             layer.is_computed_again = True
 
     def gradient_checkpointing_disable(self) -> None:
-        for layer in self.layers:
+        for layer in self._wrapped_layers():
             layer.is_computed_again = False
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return any(layer.is_computed_again for layer in self.layers)
+        return any(layer.is_computed_again for layer in self._wrapped_layers())
+
+    def _wrapped_layers(self) -> list[Layer]:
+        """The layers, also where another module was put around each, as FSDP does."""
+        return [part for part in self.modules() if isinstance(part, Layer)]
 
 
 def resized(tensor: Tensor, length: int) -> nn.Parameter:
