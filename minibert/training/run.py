@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minibert.config import BertConfig
@@ -26,9 +28,9 @@ from minibert.training.saving import Progress
 from minibert.training.settings import Settings
 from minibert.training.step import (
     Figures,
+    LossSum,
     compiles,
     evaluate,
-    make_objective,
     make_optimizer,
     take_step,
     wrapped_layers,
@@ -208,7 +210,10 @@ def train_steps(
         seed=settings.seed,
     )
     model.train(settings.dropout)
-    optimizer, objective = make_optimizer(model, settings), make_objective(model, ranks)
+    optimizer = make_optimizer(model, settings)
+    objective: nn.Module = LossSum(model)
+    if ranks.size > 1:
+        objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     progress = Progress() if checkpoint is None else saving.restore(checkpoint, model, optimizer)
     figures: Figures = {}
     with ExitStack() as around:

@@ -55,12 +55,6 @@ class LossSum(nn.Module):
         return F.cross_entropy(logits, targets, reduction="sum")
 
 
-def make_objective(model: BertForMaskedLM, ranks: Ranks) -> nn.Module:
-    """The sum of the loss as a module; with several ranks, one whose gradients are those of all of them."""
-    objective = LossSum(model)
-    return objective if ranks.size == 1 else DistributedDataParallel(objective, gradient_as_bucket_view=True)
-
-
 def accumulate(objective: nn.Module, passes: Sequence[Example], targets: float, dtype: str, ranks: Ranks) -> Tensor:
     """Add the gradient of the mean loss over the step. `targets` is how many masked tokens the step has, in all passes
     of all ranks. Returns the sum of the loss over the passes of this rank, on the device.

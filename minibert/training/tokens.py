@@ -27,7 +27,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -111,11 +111,14 @@ def token_files(
     if missing:
         size = sum(texts[number].path.stat().st_size for number in missing)
         workers = workers or max(1, min(os.cpu_count() or 1, size // WORTH_A_WORKER))
+        folder.mkdir(parents=True, exist_ok=True)
         with (
-            _alone_in(folder),
+            locked(folder / "lock", wait=True),
             tokenizing(tokenizer_json, workers) as pool,
             tqdm(total=size, desc="tokenizing", unit="B", unit_scale=True, leave=False) as progress,
         ):
+            for unfinished in folder.glob(f"{SCRATCH}*"):  # of a process that was killed
+                shutil.rmtree(unfinished)
             for number in missing:
                 text, place = texts[number], places[number]
                 if not _is_complete(place, maker):  # another process may have made it while this one waited
@@ -251,16 +254,6 @@ def _encoded(
 
 
 # ---------------------------------------------------------------------------------------------------------- on the disk
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. What a killed process has left there is deleted."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "lock", wait=True):
-        for unfinished in folder.glob(f"{SCRATCH}*"):
-            shutil.rmtree(unfinished)
-        yield
 
 
 def _is_complete(place: Path, maker: str) -> bool:

@@ -179,16 +179,19 @@ def test_a_training_step_that_is_timed_is_one(name, folder, monkeypatch):
         monkeypatch.setattr(owner, function, keep)
     contender, work = timed(name, "training", "float32", folder)
     (model,) = models
+    modes, norm = [], next(part for part in model.modules() if isinstance(part, torch.nn.LayerNorm))
+    norm.register_forward_hook(lambda part, *_: modes.append(part.training))
     before = contender.check(work)
     logits = before if before.dim() == 2 else before[work.asked]
     expected = torch.nn.functional.cross_entropy(logits, work.labels[work.asked]).item()
     losses = {contender.run(work).item() for _ in range(3)}
     assert len(losses) == 3, "dropout, and weights that have moved"
+    assert modes == [False, True, True, True], "the gate has no dropout, the steps have"
     assert losses.pop() == pytest.approx(expected, rel=0.2)
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
     after = contender.check(work)
     assert not torch.equal(after, before)
-    assert torch.equal(after, contender.check(work)), "the gate has no dropout"
+    assert torch.equal(after, contender.check(work))
 
 
 @pytest.mark.parametrize("where_train_compiles", [True, False])
