@@ -175,12 +175,12 @@ def test_two_files_that_contradict_each_other(folder, cls, stored):
 
 
 def test_where_transformers_reads_them_otherwise(folder):
-    """It puts its class's lower case over a tokenizer.json alone, and a byte-order mark into the first token."""
+    """It puts its class's lower case over a tokenizer.json alone, and what editors leave behind into tokens."""
     write(folder, {TOKENIZER: from_vocabulary(TOKENS, CASED)})
     assert load_tokenizer(folder).encode("Cat").tokens == ["[CLS]", "Cat", "[SEP]"]
     assert load_tokenizer(folder).load_report.notes == ("pieces from tokenizer.json", "tokenizer.json stands as it is")
     (folder / TOKENIZER).unlink()
-    write(folder, {VOCABULARY: "\ufeff" + "\n".join(TOKENS)})
+    write(folder, {VOCABULARY: "\ufeff" + "\n".join(TOKENS) + "\n \n"})
     assert load_tokenizer(folder).to_str() == from_vocabulary(TOKENS).to_str()
 
 
