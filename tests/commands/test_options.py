@@ -73,6 +73,7 @@ def test_an_option_changes_the_answer(command, text, option, folder, tmp_path, c
     (tmp_path / "NOTES").write_text("notes")
     if "TRACE" in (text, *option.split()):
         main(["trace", "--text", "a [MASK]", "--text", "[MASK] !", "--model", str(folder), "--out", files["TRACE"]])
+        capsys.readouterr()
 
     def answer(options):
         words = [files.get(word, word) for word in options.split()]
