@@ -144,9 +144,11 @@ class TraceFile(Trace):
     """
 
     def __init__(self, path: str | PathLike[str], names: dict[str, str | None] | None = None) -> None:
-        self.store = open_store(Path(path))
-        with naming(Path(path)):
+        path = Path(path)
+        self.store = open_store(path)
+        with naming(path / "metadata.json" if path.is_dir() else path):
             config = read_metadata(self.store.metadata)
+        with naming(path):
             found = Forms(self.store, config, renamed(self.store.header, names or {}))
         self.forms, self.others, self.mask = found.forms, found.others, found.mask
         super().__init__({}, config, self.store.metadata, str(path), found.asked, found.packed)
