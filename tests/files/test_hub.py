@@ -4,6 +4,7 @@ what other programs have left in its cache; and the command that converts a pick
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -50,7 +51,8 @@ def test_names_that_are_asked_for_and_paths_that_are_not(hub, files):
         assert BertForMaskedLM.from_pretrained(name).load_report.commit == COMMIT
     assert {repo for _, repo, _, _ in hub.asked} == hub.repos.keys() - {NAME}
     hub.asked.clear()
-    for name in ("nowhere/x.bin", "nowhere/vocab.txt", "./a/b", "a/b/c", "/a", "a", "", "a/../b"):
+    os.mkdir("here")
+    for name in ("here/bert", "nowhere/x.bin", "nowhere/vocab.txt", "./a/b", "a/b/c", "/a", "a", "", "a/../b"):
         for load in (BertForMaskedLM.from_pretrained, load_tokenizer, BertConfig.from_pretrained):
             with pytest.raises(FileNotFoundError, match="is no folder"):
                 load(name)
