@@ -1,7 +1,8 @@
-"""Options that several commands take, and how models and texts are read for them. Without torch."""
+"""What several commands share: their options, how models and texts are read, how answers are printed. Without torch."""
 
 import argparse
 import io
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from minibert import BertForMaskedLM
+    from minibert.parity.report import Report
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -19,6 +21,7 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
+PATIENCE = 2.0  # seconds until a line of progress is shown
 DEFAULT_MODEL = "minibert-uncased"
 A_MODEL = "a folder, a bundled name, bert-base-uncased, or a hub id"
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -113,3 +116,41 @@ def standard_input() -> BinaryIO:
     if sys.stdin is None:
         raise ValueError("standard input is closed, so there is no line for -: give the texts as arguments")
     return getattr(sys.stdin, "buffer", None) or io.BytesIO(sys.stdin.read().encode())  # in a notebook it has no bytes
+
+
+def as_json(value: Any) -> str:
+    """JSON, indented. JSON has no NaN and no infinity: they become the words "nan" and "inf"."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return str(value) if isinstance(value, float) and not abs(value) < float("inf") else value
+
+    return json.dumps(finite(value), indent=2, allow_nan=False)
+
+
+def print_json_list(values: Iterable[Any]) -> None:
+    """A JSON list with a value a line, each of which is written as soon as it is known."""
+    separator = "["
+    for value in values:
+        print(separator, json.dumps(value, ensure_ascii=False, allow_nan=False), sep="\n", end="", flush=True)
+        separator = ","
+    print("\n]" if separator == "," else "[]")
+
+
+def shown(report: "Report", form: str) -> int:
+    """Print a report as `--format` says. The exit status: 1 if what was compared is not right."""
+    if form == "json":
+        print(as_json(report.to_dict()))
+    else:
+        print("\n".join(report.markdown() if form == "markdown" else report.lines()))
+    return 0 if report.ok else 1
+
+
+def progress(values: Iterable[Any], what: str) -> Iterable[Any]:
+    """A line on stderr that tells how far it is, on a terminal, for what takes longer than PATIENCE."""
+    from tqdm import tqdm
+
+    return tqdm(values, desc=what, disable=None, delay=PATIENCE, leave=False)

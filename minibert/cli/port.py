@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minibert.checkpoint.files import writable_place
-from minibert.cli.options import A_MODEL, add, load_model, read_texts, require_model_of_revision
-from minibert.cli.printing import as_json, progress, shown
+from minibert.cli.options import (
+    A_MODEL,
+    add,
+    as_json,
+    load_model,
+    progress,
+    read_texts,
+    require_model_of_revision,
+    shown,
+)
 
 if TYPE_CHECKING:
     from minibert.trace.tracefile import TraceFile

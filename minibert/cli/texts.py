@@ -13,13 +13,15 @@ from minibert.checkpoint.files import read_lines
 from minibert.cli.options import (
     DEFAULT_MODEL,
     add,
+    as_json,
     load,
     one_text,
+    print_json_list,
+    progress,
     read_texts,
     require_model_of_revision,
     standard_input,
 )
-from minibert.cli.printing import as_json, print_json_list, progress
 
 if TYPE_CHECKING:
     from minibert.mlm import MaskedText

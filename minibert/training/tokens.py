@@ -46,6 +46,7 @@ FORMAT = "minibert-tokens 1"
 KINDS = ("train", "held_out")
 FILES = tuple(f"{kind}.{what}" for kind in KINDS for what in ("tokens", "starts"))
 CHUNK = 200_000  # characters that a worker gets at a time
+LARGEST_EPOCH = 10_000_000_000  # tokens: its rows are in memory, some 8 GB of them where a row has up to 128 tokens
 WORTH_A_WORKER = 4_000_000  # bytes of text: with less, starting a process takes longer than it saves
 
 
@@ -93,7 +94,7 @@ def token_files(
     in `folder`, this one waits.
 
     Raises FileNotFoundError or ValueError for a text that cannot be had or that has no line to train on, for a text
-    named twice, for weights that are not above 0, and for files of another tokenizer.
+    named twice, for weights that are not above 0 or make an epoch too large, and for files of another tokenizer.
     """
     # Not the caller's own: it may be set to cut what is long.
     tokenizer = Tokenizer.from_str(as_tokenizer(tokenizer).to_str())
@@ -126,7 +127,14 @@ def token_files(
                     about |= {"text": str(text.path.resolve()), "text_sha256": digests[number]}
                     chunks = _chunks(_read_lines(text.path, stamps[number], progress))
                     _write(text, place, about, _encoded(chunks, dtype, pool, 3 * workers))
-    return [_open(place, text) for place, text in zip(places, texts, strict=True)]
+    files = [_open(place, text) for place, text in zip(places, texts, strict=True)]
+    tokens = sum(max(1, file.weight) * len(file.tokens) for file in files)  # all rows are cut, also for a share of them
+    if tokens > LARGEST_EPOCH:
+        raise ValueError(
+            f"an epoch of these weights is {tokens:.3g} tokens, more than {LARGEST_EPOCH:.3g}, and its rows must fit "
+            "in memory: make the weights smaller (only their proportions matter), or train on the texts in turn"
+        )
+    return files
 
 
 # -------------------------------------------------------------------------------------------------------- finding texts
@@ -265,8 +273,9 @@ def _is_complete(place: Path, maker: str) -> bool:
         return False
     try:
         about = json.loads((place / "about.json").read_text())
-        other = about["tokenizer"]
-        whole = about["format"] == FORMAT and all(sha256(place / name) == about["sha256"][name] for name in FILES)
+        digests, other = about["sha256"], about["tokenizer"]
+        whole = about["format"] == FORMAT and about["dtype"] in ("uint16", "uint32") and "text_sha256" in about
+        whole = whole and all(sha256(place / name) == digests[name] for name in FILES)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:

@@ -158,7 +158,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("terminal", [Terminal(), io.StringIO()], ids=["terminal", "file"])
 def test_diagnose_tells_how_far_it_is(run, monkeypatch, terminal):
-    monkeypatch.setattr("minibert.cli.printing.PATIENCE", 0)
+    monkeypatch.setattr("minibert.cli.options.PATIENCE", 0)
     monkeypatch.setattr("sys.stderr", terminal)
     status, out = run("diagnose", "doubled", "--model", "FOLDER/model", "--format", "markdown")
     assert (status, "\n- " in out, "it is 2 times the right values, everywhere" in out) == (1, True, True)

@@ -13,7 +13,7 @@ from traced import entry, stored, traced, write_raw
 
 import minibert.trace.tracefile
 from minibert import BertConfig, BertForMaskedLM
-from minibert.cli.printing import as_json
+from minibert.cli.options import as_json
 from minibert.parity import TraceFile, diagnose, diff, trace
 from minibert.trace.table import INPUTS
 

@@ -276,6 +276,7 @@ def test_folders_globs_weights_and_names(write, tmp_path):
         ("empty", "no .txt or .gz file in this folder"),
         ("text.txt:0", "weight 0 "),
         ("text.txt:inf", "weight inf "),
+        ("text.txt:1e12", "an epoch of these weights is"),
         (":2", "is not PATH"),
         ("latin.txt.gz", "latin.txt.gz, line 3 is not UTF-8"),
         ("not.gz", "gzip"),
