@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibert.bench.contenders import Absent, Contender, build, lineup, random_model
+from minibert.bench.contenders import Absent, Contender, build, lineup, load_library, random_model
 from minibert.bench.report import (
     BenchReport,
     Row,
@@ -89,8 +89,9 @@ def _run_task(
     for name, precision in lineup(task, settings.peers, settings.precisions):
         mine = [Row(task, work.name, name, name, precision, tokens=work.tokens) for work in works]
         rows += mine
-        began = perf_counter()
         try:
+            load_library(name)
+            began = perf_counter()
             contender = build(name, precision, task, folder, settings.device)
         except Exception as error:
             for row in mine:

@@ -137,6 +137,7 @@ def _collect_tokens(source: Source, found: TokenizerFiles) -> None:
         for name, values in ((SETTINGS, said), (SPECIAL_TOKENS, over)):
             with naming(found.paths.get(name, Path(name))):
                 special_tokens(values)
+                extra_tokens(values)
         # As in transformers, where additional_special_tokens of special_tokens_map.json come too late for this.
         extra = {**found.settings, "additional_special_tokens": said.get("additional_special_tokens")}
         special = {token.content for token in special_tokens(found.settings).values()} | set(extra_tokens(extra))
@@ -146,6 +147,7 @@ def _collect_tokens(source: Source, found: TokenizerFiles) -> None:
     else:
         with naming(found.paths[SETTINGS]):
             special_tokens(said)
+            extra_tokens(said)
             if not isinstance(listed, dict):
                 raise ValueError(f"added_tokens_decoder must map ids to tokens, not {listed!r}")
             for number, token in listed.items():

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -50,8 +50,9 @@ class Example:
         def move(x: Tensor) -> Tensor:
             return (x.pin_memory() if device.type == "cuda" and x.is_cpu else x).to(device, non_blocking=True)
 
-        tensors: dict[str, Any] = {name: move(x) for name, x in vars(self.batch).items() if isinstance(x, Tensor)}
-        return Example(replace(self.batch, **tensors), move(self.positions), move(self.targets))
+        parts: dict[str, Any] = {one.name: getattr(self.batch, one.name) for one in fields(self.batch)}
+        parts |= {name: move(x) for name, x in parts.items() if isinstance(x, Tensor)}
+        return Example(PackedBatch(**parts), move(self.positions), move(self.targets))
 
 
 class Cuts(NamedTuple):

@@ -125,7 +125,8 @@ def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer
                 like = saved if key == "step" else parameter  # the moments are laid out as the parameter is
                 optimizer.state[parameter][key] = torch.empty_like(like, device=parameter.device).copy_(saved)
     values = read_json(checkpoint / PROGRESS)
-    if values.keys() != asdict(Progress()).keys():
+    whole = [values.get(key) for key in ("step", "epoch", "step_in_epoch")]
+    if values.keys() != asdict(Progress()).keys() or any(type(number) is not int or number < 0 for number in whole):
         raise ValueError(f"{checkpoint / PROGRESS} does not say how far the run is: {values}")
     return Progress(**values)
 

@@ -274,7 +274,8 @@ def _is_complete(place: Path, maker: str) -> bool:
     try:
         about = json.loads((place / "about.json").read_text())
         digests, other = about["sha256"], about["tokenizer"]
-        whole = about["format"] == FORMAT and about["dtype"] in ("uint16", "uint32") and "text_sha256" in about
+        whole = about["format"] == FORMAT and about["dtype"] in ("uint16", "uint32")
+        whole &= type(about["text_sha256"]) is str
         whole = whole and all(sha256(place / name) == digests[name] for name in FILES)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         whole = False

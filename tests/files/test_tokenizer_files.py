@@ -309,6 +309,8 @@ REFUSED = {
     "added tokens in a list": (bert(added_tokens_decoder=["x"]), "must map ids to tokens"),
     "an id that is none": (bert(more={ADDED_TOKENS: {"x": "y"}}), r"added_tokens\.json: 'y' is no id"),
     "a token that is none": (bert(mask_token=5), r"tokenizer_config\.json: 5 is no token"),
+    "more tokens that are none": (bert(extra_special_tokens=5), r"tokenizer_config\.json: a list of tokens"),
+    "more than are listed": (bert(extra_special_tokens=5, added_tokens_decoder={}), r"_config\.json: a list of tokens"),
     "flags that are none": (
         bert(more={SPECIAL_TOKENS: {"mask_token": {"content": "[MASK]", "lstrip": "yes"}}}),
         r"special_tokens_map\.json: lstrip of the token '\[MASK\]' must",

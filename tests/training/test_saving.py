@@ -280,9 +280,12 @@ def test_to_go_on_where_nothing_is_is_to_begin(tiny, tmp_path, capsys):
 
 
 def test_a_damaged_checkpoint_is_an_error_that_names_it(stopped, tiny, capsys):
-    for name in ("progress.json", "optimizer.safetensors", "model.safetensors"):
+    for name, harm in (
+        ("progress.json", lambda raw: raw.replace(b'"step": 1', b'"step": "1"')),
+        *((name, lambda raw: raw[:-10]) for name in ("progress.json", "optimizer.safetensors", "model.safetensors")),
+    ):
         path = stopped / "checkpoint-1" / name
-        path.write_bytes(path.read_bytes()[:-10])
+        path.write_bytes(harm(path.read_bytes()))
         assert tiny.train(stopped, "--resume") == 2
         assert str(path) in capsys.readouterr().err.splitlines()[-1]
 

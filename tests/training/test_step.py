@@ -345,6 +345,7 @@ def test_cuda_fetches_from_pinned_memory_and_nobody_waits(share, monkeypatch):
     pinned, waited = [], []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
     monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking=False: waited.append(not non_blocking) or x)
+    _ = share.passes[0].batch.compact_index  # a model has computed with it: that is not sent
     share.passes[0].to(torch.device("cuda"))
     assert len(pinned) == len(waited) == 2 + 5, "positions, targets, and what a packed batch has"
     assert not any(waited)

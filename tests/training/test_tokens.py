@@ -139,6 +139,10 @@ def _flip(place):
     (place / "train.tokens").write_bytes(content)
 
 
+def _change(path, **changed):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
 @pytest.mark.parametrize(
     "harm",
     [
@@ -147,8 +151,9 @@ def _flip(place):
         lambda place: (place / "held_out.starts").unlink(),
         lambda place: (place / "about.json").write_text("[]"),
         lambda place: (place / "about.json").unlink(),
+        lambda place: _change(place / "about.json", text_sha256=None),
     ],
-    ids=["truncated", "a bit flipped", "a file missing", "other JSON", "nothing about it"],
+    ids=["truncated", "a bit flipped", "a file missing", "other JSON", "nothing about it", "no digest"],
 )
 def test_damaged_token_files_are_noticed_and_made_again(harm, write, make, folder):
     path = write("text.txt", some_lines(50))
