@@ -111,6 +111,8 @@ def device_of(device_map: object, device: torch.device | str | None) -> torch.de
     """The one device that a device_map of accelerate names, or `device` if there is none. Raises TypeError for more,
     and ValueError for one that is not there.
     """
+    if isinstance(device_map, Mapping) and set(device_map) == {""}:  # the whole model
+        device_map = device_map[""]
     if device_map is not None and device is not None:
         raise ValueError(f"device is {device!r} and device_map {device_map!r}: give one of the two")
     where = device if device_map is None else f"cuda:{device_map}" if type(device_map) is int else device_map

@@ -3,7 +3,9 @@
 import argparse
 import json
 import sys
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -179,18 +181,22 @@ def run_score(options: argparse.Namespace) -> None:
         given=None if options.given is None else one_text(options.given),
         truncate=options.truncate,
     )
+    if not (options.json and sys.stdout.isatty()):
+        answers = progress(answers, "texts" if options.pairs is None else "pairs")
     if options.pairs is not None:
-        print_pairs(progress(answers, "pairs"), options.json)
+        print_pairs(answers, options.json)
     elif options.json:
-        print_json_list(map(as_values, answers if sys.stdout.isatty() else progress(answers, "texts")))
+        print_json_list(map(as_values, answers))
     else:
-        print_scores(progress(answers, "texts"))
+        print_scores(answers)
 
 
 def read_pairs(name: str) -> Iterator[tuple[str, str]]:
     """The two sentences of each line of a file."""
     where = "standard input" if name == "-" else name
-    with standard_input() if name == "-" else open(name, "rb") as file:
+    if name != "-" and (Path(name).is_dir() or not Path(name).exists()):
+        raise ValueError(f"--pairs {name}: no such file. It should have a good and a bad sentence a line, or be -")
+    with nullcontext(standard_input()) if name == "-" else open(name, "rb") as file:
         for number, line in enumerate(chain.from_iterable(read_lines(file, where)), start=1):
             columns = line.split("\t")
             if len(columns) != 2:
@@ -228,17 +234,24 @@ def print_scores(scores: "Iterable[Score]") -> None:
 def print_pairs(pairs: "Iterable[Pair]", as_json: bool) -> None:
     from minibert.score import WinRate
 
-    results: list[dict[str, Any]] = []
-    for pair in pairs:
-        good, bad = pair.good, pair.bad
-        sides = {"good": good.text, "bad": bad.text, "good_pll": good.pll, "bad_pll": bad.pll}
-        results.append({**sides, "outcome": pair.outcome})
-    rate = WinRate(*(sum(one["outcome"] == outcome for one in results) for outcome in ("win", "tie", "loss")))
+    outcomes: Counter[str] = Counter()
+
+    def values() -> Iterator[dict[str, Any]]:
+        for pair in pairs:
+            outcomes[pair.outcome] += 1
+            sides = {"good": pair.good.text, "bad": pair.bad.text, "good_pll": pair.good.pll, "bad_pll": pair.bad.pll}
+            yield {**sides, "outcome": pair.outcome}
+
+    if as_json:  # a result is printed and forgotten: there may be millions
+        print('{"results":')
+        print_json_list(values())
+    else:
+        deque(values(), maxlen=0)
+    rate = WinRate(outcomes["win"], outcomes["tie"], outcomes["loss"])
     low, high = rate.interval
     if as_json:
         counts = {"pairs": rate.pairs, "wins": rate.wins, "ties": rate.ties, "losses": rate.losses}
-        values = {"results": results, **counts, "share": rate.share, "interval": [low, high]}
-        print(json.dumps(values, ensure_ascii=False, allow_nan=False, indent=2))
+        print(f", {json.dumps({**counts, 'share': rate.share, 'interval': [low, high]})[1:]}")
         return
     print(f"the good one wins {rate.wins} of {rate.pairs}: {rate.share:.1%}, 95 % interval {low:.1%} to {high:.1%}")
     if rate.ties:

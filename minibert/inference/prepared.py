@@ -143,6 +143,9 @@ class PreparedBert(BertForMaskedLM):
         nn.Module.load_state_dict(self, own, assign=True)
         for _, x in nn.Module.named_parameters(self):
             x.requires_grad_(False)
+        for part in self.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0  # whatever happens to the mode of a part
 
     def _pack(self, linear: type[PrepackedLinear]) -> None:
         """Replace the linear layers, and in int8 the word embeddings."""

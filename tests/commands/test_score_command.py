@@ -6,6 +6,8 @@ import pytest
 
 from minibert import pseudo_log_likelihood
 from minibert.cli import main
+from minibert.cli.texts import print_pairs
+from minibert.score import Pair
 
 TEXTS = ["the rain in spain stays.", "rain rain rain", "Unbelievable", "a zebra"]
 
@@ -75,12 +77,22 @@ def test_pairs(run, expected, tmp_path):
         assert result["outcome"] == ("tie" if alike else "win" if good_pll > bad_pll else "loss")
 
 
+def test_a_pair_is_printed_before_the_next_is_computed(expected, capsys):
+    def pairs():
+        yield Pair(*expected(["the rain", "rain the"]))
+        assert "rain the" in capsys.readouterr().out
+        yield Pair(*expected(["a", "A"]))
+
+    print_pairs(pairs(), as_json=True)
+    assert capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "raw", "said"),
     [
         ("", None, "nothing to score"),
-        ("--pairs FILE", None, "FILE"),
-        ("--pairs .", None, "."),
+        ("--pairs FILE", None, "--pairs FILE: no such file. It should have a good and a bad sentence a line"),
+        ("--pairs .", None, "--pairs .: no such file"),
         ("--pairs FILE", b"", "nothing to score"),
         ("--pairs FILE", b"a\tb\nc\n", "FILE, line 2: "),
         ("--pairs FILE", b"a\tb\tc\n", "3 columns"),

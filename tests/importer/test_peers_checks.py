@@ -189,7 +189,7 @@ REFUSED = {
     "config.update": (lambda m, f: m.config.update({"hidden_size": 8}), "dataclasses.replace"),
     "config.use_cache": (lambda m, f: m.config.use_cache, "BertConfig has no 'use_cache'.*hidden_size"),
 }  # fmt: skip
-WORKS = dict(device_map="cpu", token=False, attn_implementation="eager", low_cpu_mem_usage=False, subfolder="",
+WORKS = dict(device_map={"": "cpu"}, token=False, attn_implementation="eager", low_cpu_mem_usage=False, subfolder="",
              from_tf=False, use_cache=False, is_decoder=False, tie_word_embeddings=True, resume_download=True,
              trust_remote_code=False, cache_dir=None)  # fmt: skip
 

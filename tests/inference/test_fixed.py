@@ -110,6 +110,10 @@ def test_what_still_works(ours, fast):
     assert fast.eval() is fast.train(False) is fast.requires_grad_(False) is fast
     assert (fast.config, fast.load_report) == (ours.config, ours.load_report)
     assert (fast.device.type, len(fast.layers[:1])) == ("cpu", 1)
+    expected = answers(fast)
+    for part in fast.children():
+        part.train()
+    assert equal(answers(fast), expected), "nothing is dropped, whatever happens to a part"
     called = []
     fast.register_forward_hook(lambda *given: called.append(1))
     fast(IDS)
