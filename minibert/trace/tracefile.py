@@ -290,7 +290,7 @@ class Forms:
             return self.packed
         shape = (1, *shape) if len(shape) == 1 else shape if len(shape) == 2 else (1, 1)
         _require_small(shape, self.config)
-        if (mask := self.names.get("attention_mask")) and self.stored_shapes[mask] in (shape, shape[1:]):
+        if (mask := self.names.get("attention_mask")) and self.stored_shapes[mask] in (shape, shape[shape[0] == 1 :]):
             given = self.store.read(mask)
             if bool(((given == 0) | (given == 1)).all()):  # otherwise a sentence of its own follows
                 return given.bool().reshape(shape)

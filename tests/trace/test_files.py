@@ -115,6 +115,7 @@ def test_headers_that_claim_too_much(hostile):
         ("input_ids is F32", {"input_ids": torch.ones(3, 11)}),
         ("attention_mask", {"attention_mask": torch.ones(3, 10, dtype=torch.int64)}),
         ("attention_mask", {"attention_mask": torch.full((3, 11), 7)}),
+        (r"attention_mask is \(11,\), but", {"attention_mask": torch.ones(11, dtype=torch.int64)}),
         ("logits is empty", {"logits": torch.ones(0, 4)}),
         ("unknown", {"input_ids": torch.full((3, 11), 10**6)}),
         ("scores has the shape .1, 3, 5000000, 5000000.", {"input_ids": torch.ones(1, 5000000, dtype=torch.int64)}),
