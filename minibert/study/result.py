@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,11 @@ def _study(
             found["looks"], found["takes"], found["maps"] = _heads(row, reading, weights)
         if "changes" not in left_out:
             found["changes"] = [_layer_change(row, number, model) for number in layers]
+            for number, layer in enumerate(found["changes"]):
+                if not all(map(isfinite, (*layer.attention, *layer.feed_forward))):
+                    left_out["changes"] = f"in layers.{number} a vector that a step reads is 0, and no length compares with it"
+            if "changes" in left_out:
+                del found["changes"]
         found["answers"] = _answers(row, reading, model, vocabulary, top_k)
     parts = cost(config, len(reading.ids), len(reading.masks))
     heads, widths = config.num_attention_heads, (config.hidden_size, config.intermediate_size)

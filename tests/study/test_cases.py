@@ -211,3 +211,6 @@ def test_traces_that_are_not_of_these_weights_or_broken(model, recorded):
     with pytest.raises(ValueError, match="num_hidden_layers is 3, the model's 2"):
         study_trace(recorded, 0, pair_of_models(num_hidden_layers=2)[0], tokenizer())
     assert "not those of this model" in study_trace(other, 0, model, tokenizer()).left_out["shares"]
+    zero = {**recorded.tensors, "layers.0.attention_norm": recorded.tensors["layers.0.attention_norm"] * 0}
+    found = study_trace(replace(recorded, tensors=zero), 0, model, tokenizer()).to_dict()  # strict JSON: no NaN
+    assert "in layers.0 a vector" in found["left_out"]["changes"]
