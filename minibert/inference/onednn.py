@@ -9,8 +9,10 @@ torch has no public way to call oneDNN like this. All private operators are in t
 torch 2.13. If another version lacks one, or it computes something else, `working_ways` leaves the way out.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -112,12 +114,25 @@ BADLY_SHARED, BADLY_SHARED_TOKENS = (768, 3072), range(500, 1281)  # outputs and
 PIECE = 384  # tokens
 
 
+def refuse(what: str) -> Callable[..., Any]:
+    """A method that a prepared model has not, since it would have no effect or half of one."""
+
+    def refusal(*_: object, **__: object) -> NoReturn:
+        raise ValueError(f"a model prepared for inference {what} the one it was made from")
+
+    return refusal
+
+
 class PrepackedLinear(nn.Module):
     """nn.Linear and an activation function in one call, as a matrix product. It holds copies of weight and bias.
 
     With AMX, oneDNN shares the second product of BERT-base's feed-forward badly among several threads, in bfloat16 and
     for some numbers of tokens. So that one is computed in pieces.
     """
+
+    _apply = refuse("stays as it is and where it is: move or convert")
+    state_dict = refuse("has no list of its tensors: ask")
+    __reduce_ex__ = refuse("can be neither copied nor pickled: copy or save")
 
     def __init__(self, weight: Tensor, bias: Tensor, activation: Activation = NONE) -> None:
         super().__init__()

@@ -8,8 +8,7 @@ Attention stays outside, since it needs the lengths on the host. Small batches a
 (cuda_graphs.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,21 +28,13 @@ from minibert.inference.onednn import (
     PrepackedLinear,
     filled_up,
     has_bfloat16,
+    refuse,
 )
 from minibert.masked_lm import BertForMaskedLM, Layer
 from minibert.model import SelfAttention
 from minibert.packing import PackedBatch
 
 COMPILED_ON = ("cuda",)
-
-
-def refuse(what: str) -> Callable[..., Any]:
-    """A method that a prepared model has not, since it would have no effect or half of one."""
-
-    def refusal(*_: object, **__: object) -> NoReturn:
-        raise ValueError(f"a model prepared for inference {what} the one it was made from")
-
-    return refusal
 
 
 class _NotCalled(nn.Module):

@@ -81,6 +81,8 @@ REFUSED = {
     "optimizer": (lambda fast: torch.optim.AdamW(fast.parameters()), "ask the one"),
     "num_parameters": (lambda fast: fast.num_parameters(), "ask the one"),
     "state_dict": (lambda fast: fast.state_dict(), "ask the one"),
+    "a part's state_dict": (lambda fast: fast.layers.state_dict(), "ask the one"),
+    "a part's half": (lambda fast: fast.head.half(), "convert the one"),
     "load_state_dict": (lambda fast: fast.load_state_dict({}), "load them into the one"),
     "resize": (lambda fast: fast.resize_token_embeddings(9), "resize the one"),
     "save_pretrained": (lambda fast: fast.save_pretrained("nowhere"), "save the one"),
