@@ -223,7 +223,7 @@ def _study(
             found["changes"] = [_layer_change(row, number, model) for number in layers]
             for number, layer in enumerate(found["changes"]):
                 if not all(map(isfinite, (*layer.attention, *layer.feed_forward))):
-                    left_out["changes"] = f"in layers.{number} a vector that a step reads is 0, and no length compares with it"
+                    left_out["changes"] = f"in layers.{number} a vector that a step reads is 0: it has no length"
             if "changes" in left_out:
                 del found["changes"]
         found["answers"] = _answers(row, reading, model, vocabulary, top_k)
