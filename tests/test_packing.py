@@ -6,14 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minibert import (
-    BertConfig,
-    BertForMaskedLM,
-    PackedBatch,
-    checks,
-    mask_tokens,
-    masked_lm_loss,
-)
+from minibert import BertConfig, BertForMaskedLM, PackedBatch, checks, mask_tokens, masked_lm_loss
 from minibert.checks import require_positions
 from minibert.fill_mask import batches_by_length
 
@@ -26,15 +19,9 @@ ROW = torch.tensor([[1, 2, 3]])
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=99,
-        hidden_size=20,
-        num_hidden_layers=3,
-        num_attention_heads=5,
-        intermediate_size=37,
-        max_position_embeddings=LONGEST,
-        initializer_range=0.3,  # large enough that attention matters
-    )
+    sizes = dict(hidden_size=20, num_hidden_layers=3, num_attention_heads=5, intermediate_size=37)
+    wide = 0.3  # large enough that attention matters
+    config = BertConfig(vocab_size=99, max_position_embeddings=LONGEST, initializer_range=wide, **sizes)
     return BertForMaskedLM(config).eval().double()
 
 

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from minibert.score import Pair, Score
     from minibert.study import Study
 
-# From so many texts on the model is prepared for inference: with fewer, that takes longer than it saves.
-MANY_MASKS, MANY_SCORES = 64, 4  # of scores each is computed once for every token of its text
+# From so many texts on, the model is prepared for inference: with fewer, that takes longer than it saves. To score a
+# text, the model reads it once for each of its tokens, so few texts are many.
+MANY_MASKS, MANY_SCORES = 64, 4
 
 # ----------------------------------------------------------------------------------------------------------- fill-mask
 
@@ -96,9 +97,9 @@ def mlm_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_mlm(options: argparse.Namespace) -> None:
-    text = one_text(options.text)
     from minibert.mlm import mask_and_guess
 
+    text = one_text(options.text)
     result = mask_and_guess(
         *load(options),
         text,
@@ -153,9 +154,7 @@ def print_masked_text(result: "MaskedText") -> None:
 
 def score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help='such as "The cat sat on the mat."; - reads lines')
-    wins = (
-        "how often the good one wins of two sentences: a good and a bad one a line, with a tab between; - reads lines"
-    )
+    wins = "how often the good one of two sentences wins: both on a line, good first, a tab between; - reads lines"
     parser.add_argument("--pairs", metavar="FILE", help=wins)
     parser.add_argument("--given", metavar="CONTEXT", help="a sentence before each text, which is seen and not scored")
     pieces = "of a word in pieces, l2r masks those to the right too, original one at a time (default: %(default)s)"
@@ -195,7 +194,9 @@ def read_pairs(name: str) -> Iterator[tuple[str, str]]:
     """The two sentences of each line of a file."""
     where = "standard input" if name == "-" else name
     if name != "-" and (Path(name).is_dir() or not Path(name).exists()):
-        raise ValueError(f"--pairs {name}: no such file. It should have a good and a bad sentence a line, or be -")
+        raise ValueError(
+            f"--pairs {name} is no file: name one with a good and a bad sentence a line, or - for standard input"
+        )
     with nullcontext(standard_input()) if name == "-" else open(name, "rb") as file:
         for number, line in enumerate(chain.from_iterable(read_lines(file, where)), start=1):
             columns = line.split("\t")

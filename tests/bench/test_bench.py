@@ -23,14 +23,8 @@ from minibert.inference import prepare
 from minibert.inference.onednn import has_bfloat16
 from minibert.training import step
 
-CONFIG = BertConfig(
-    vocab_size=131,
-    hidden_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=3,
-    intermediate_size=37,
-    max_position_embeddings=130,
-)
+SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=37)
+CONFIG = BertConfig(vocab_size=131, max_position_embeddings=130, **SIZES)
 SMALL = ("--task", "inference", "--shapes", "1x3", "--dtype", "float32")
 
 
@@ -466,9 +460,8 @@ def test_every_option_arrives():
     words = "--model m --revision r --device cpu --dtype bfloat16,int8 --task inference --shapes 1x2,mixed --rounds 4"
     expected = dict(model="m", revision="r", device="cpu", dtype=("bfloat16", "int8"), task="inference", rounds=4)
     expected |= dict(shapes=("1x2", "mixed"), peers=("sdpa", "onnxruntime"), memory=True, compile_layers=True)
-    assert read(*words.split(), "--peers", "sdpa,onnxruntime", "--memory", "--compile-layers") == BenchSettings(
-        **expected
-    )
+    words += " --peers sdpa,onnxruntime --memory --compile-layers"
+    assert read(*words.split()) == BenchSettings(**expected)
     assert read("--random", "--layers", "3", "--peers", "none") == BenchSettings(layers=3, peers=())
 
 

@@ -91,8 +91,8 @@ def test_a_pair_is_printed_before_the_next_is_computed(expected, capsys):
     ("arguments", "raw", "said"),
     [
         ("", None, "nothing to score"),
-        ("--pairs FILE", None, "--pairs FILE: no such file. It should have a good and a bad sentence a line"),
-        ("--pairs .", None, "--pairs .: no such file"),
+        ("--pairs FILE", None, "--pairs FILE is no file: name one with a good and a bad sentence a line"),
+        ("--pairs .", None, "--pairs . is no file"),
         ("--pairs FILE", b"", "nothing to score"),
         ("--pairs FILE", b"a\tb\nc\n", "FILE, line 2: "),
         ("--pairs FILE", b"a\tb\tc\n", "3 columns"),
