@@ -1,6 +1,7 @@
 """What `minibert score` prints, in which order, and what it refuses."""
 
 import json
+import sys
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_a_mask_in_a_text_is_said_in_one_line(folder, capsys):
     assert [len(result["tokens"]) for result in json.loads(out)] == [2, 1]
 
 
-def test_pairs(run, expected, tmp_path):
+def test_pairs(run, given, expected, tmp_path):
     pairs = [("the rain stays", "rain the stays"), ("a", "A"), ("rain.", "a rain a rain"), ("unbelievable", "play")]
     file = tmp_path / "pairs.tsv"
     file.write_text("".join(f"{good}\t{bad}\n" for good, bad in pairs), encoding="utf-8")
@@ -65,6 +66,9 @@ def test_pairs(run, expected, tmp_path):
     out = run("score", "--pairs", str(file))
     assert out.startswith(f"the good one wins {wins} of 4: {wins / 4:.1%}, 95 % interval ")
     assert "\n1 tied" in out
+    given(file.read_bytes())
+    assert run("score", "--pairs", "-") == out
+    assert not sys.stdin.buffer.closed, "it is the caller's"
     found = json.loads(run("score", "--pairs", str(file), "--json"))
     assert (found["pairs"], found["wins"], found["ties"], found["losses"]) == (4, wins, 1, 3 - wins)
     assert found["share"] == wins / 4
